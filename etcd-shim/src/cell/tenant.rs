@@ -1,0 +1,195 @@
+//! One tenant of a cell: all that services and clients can reach.
+
+use std::sync::Arc;
+
+use rand::Rng;
+use tenure_storage::{Command, Fault, LeaseId, Outcome, Refusal, RocksEngine, TenantId, TenantReader};
+
+use super::{Inner, TenantParts};
+use crate::cell_error::CellError;
+use crate::lessor::{Remaining, Renewed};
+
+/// Ids drawn for a lease until one is free. There are 2^63, so the first is.
+const LEASE_ID_DRAWS_MAX: usize = 3;
+
+/// A lease that was granted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Granted {
+    /// The tenant's revision, which a grant does not change.
+    pub revision: i64,
+    pub id: LeaseId,
+    /// The effective one.
+    pub ttl_seconds: i64,
+}
+
+/// An id that the server picks is positive, so that clients may print and parse it as they like.
+fn draw_lease_id() -> LeaseId {
+    LeaseId(rand::rng().random_range(1..=i64::MAX))
+}
+
+/// Bound to one tenant; cheap to clone.
+#[derive(Clone)]
+pub struct Tenant {
+    pub(super) parts: Arc<TenantParts>,
+    // Behind what has files open: the last owner of the cell unlocks the data directory.
+    pub(super) cell: Arc<Inner>,
+}
+
+impl Tenant {
+    pub fn id(&self) -> TenantId {
+        self.parts.reader.id()
+    }
+
+    pub fn name(&self) -> &str {
+        &self.parts.name
+    }
+
+    /// What this tenant's clients see as their cluster.
+    pub fn cluster_id(&self) -> u64 {
+        self.parts.cluster_id
+    }
+
+    pub fn member_id(&self) -> u64 {
+        self.cell.identity().member_id
+    }
+
+    pub fn raft_term(&self) -> u64 {
+        self.cell.raft.status().term
+    }
+
+    /// The member that leads, as this one knows it; 0 = none.
+    pub fn leader_id(&self) -> u64 {
+        self.cell.leader_id()
+    }
+
+    /// Ends when no leader has been known for three election timeouts: what etcd waits before it ends the streams of
+    /// clients that insist on a leader.
+    pub async fn leader_lost(&self) {
+        let mut leadership = self.cell.leadership.clone();
+        loop {
+            if leadership.wait_for(|now| now.leader_id == 0).await.is_err() {
+                // The cell has stopped; the connection ends with it.
+                std::future::pending::<()>().await;
+            }
+            let back = leadership.wait_for(|now| now.leader_id != 0);
+            if tokio::time::timeout(3 * self.cell.election_timeout, back).await.is_err() {
+                return;
+            }
+        }
+    }
+
+    /// Bytes this tenant may hold; negative = no limit.
+    pub fn quota_bytes(&self) -> i64 {
+        self.cell.store.quota_bytes()
+    }
+
+    /// The shortest lease that is granted, in seconds: one and a half election timeouts, so that no change of leaders
+    /// takes longer than a lease.
+    pub fn lease_ttl_seconds_min(&self) -> i64 {
+        let timeout = self.cell.election_timeout;
+        i64::try_from((timeout + timeout / 2).as_millis().div_ceil(1_000)).unwrap_or(i64::MAX)
+    }
+
+    /// Writes a command of this tenant and waits until it is applied. When this is cancelled or times out the command may
+    /// be applied all the same.
+    ///
+    /// # Errors
+    /// Only for commands of which it is not known that they were applied; a refusal is an [`Outcome`].
+    pub async fn propose(&self, command: Command) -> Result<Outcome, CellError> {
+        self.cell.propose(self.id(), command).await
+    }
+
+    /// Waits until this member has applied every write that was acknowledged anywhere before the call.
+    ///
+    /// # Errors
+    /// [`CellError::TimeoutRead`] without a leader.
+    pub async fn read_barrier(&self) -> Result<(), CellError> {
+        self.cell.read_barrier().await
+    }
+
+    /// For reads that take no longer than a handful of keys does.
+    pub fn reader(&self) -> &TenantReader<RocksEngine> {
+        &self.parts.reader
+    }
+
+    /// Runs a read of any length on the reading threads.
+    ///
+    /// # Errors
+    /// [`CellError::TooManyRequests`] if too many reads of this tenant, or of all, are waiting.
+    pub async fn read<T: Send + 'static>(
+        &self,
+        read: impl FnOnce(&TenantReader<RocksEngine>) -> T + Send + 'static,
+    ) -> Result<T, CellError> {
+        let parts = Arc::clone(&self.parts);
+        self.cell.read_pool.run(self.id(), move || read(&parts.reader)).await
+    }
+
+    /// Rewrites the engine's files without what was deleted. It is one engine for all tenants, so calls that come while
+    /// one waits share that one's work.
+    ///
+    /// # Errors
+    /// [`CellError::Fault`] ends this member.
+    pub async fn defragment(&self) -> Result<(), CellError> {
+        self.cell.defragment().await
+    }
+
+    /// This member cannot read its own state: [`Cell::failed`] answers.
+    pub fn report(&self, fault: Fault) -> CellError {
+        self.cell.report(fault)
+    }
+
+    /// Grants a lease; with [`LeaseId::NONE`] the server picks an id. The TTL is raised to
+    /// [`Tenant::lease_ttl_seconds_min`].
+    ///
+    /// # Errors
+    /// [`Refusal::LeaseExists`] for an id that is taken.
+    pub async fn grant_lease(&self, id: LeaseId, ttl_seconds: i64) -> Result<Granted, CellError> {
+        let ttl_seconds = ttl_seconds.max(self.lease_ttl_seconds_min());
+        let drawn = id == LeaseId::NONE;
+        let mut draws_left = LEASE_ID_DRAWS_MAX;
+        loop {
+            let id = if drawn { draw_lease_id() } else { id };
+            let Outcome { revision, result } = self.propose(Command::LeaseGrant { id, ttl_seconds }).await?;
+            draws_left -= 1;
+            match result {
+                Ok(_) => return Ok(Granted { revision, id, ttl_seconds }),
+                Err(Refusal::LeaseExists(_)) if drawn && draws_left > 0 => {}
+                Err(refusal) => return Err(refusal.into()),
+            }
+        }
+    }
+
+    /// Renews a lease of this tenant. Answers its TTL in seconds, 0 if there is no such lease.
+    ///
+    /// # Errors
+    /// [`CellError::NoLeader`] if that cannot be decided in time.
+    pub async fn renew_lease(&self, id: LeaseId) -> Result<i64, CellError> {
+        let decided = async {
+            loop {
+                match self.cell.lessor.renew(self.id(), id).await {
+                    Renewed::For { ttl_seconds } => return Ok(ttl_seconds),
+                    Renewed::NotLeader => self.cell.lessor.promoted().await,
+                    // It may have been granted by an earlier leader and not be applied here yet.
+                    Renewed::Missing => {
+                        self.cell.read_barrier().await?;
+                        if self.lease_remaining(id).is_none() {
+                            return Ok(0);
+                        }
+                    }
+                }
+            }
+        };
+        tokio::time::timeout(self.cell.request_timeout, decided).await.unwrap_or(Err(CellError::NoLeader))
+    }
+
+    /// What is left of a lease; `None` if there is no such lease. Meaningful on the leader.
+    pub fn lease_remaining(&self, id: LeaseId) -> Option<Remaining> {
+        self.cell.lessor.remaining(self.id(), id)
+    }
+
+    /// The leases of this tenant, those that end first in front.
+    pub fn leases(&self) -> Vec<LeaseId> {
+        self.cell.lessor.list(self.id())
+    }
+}
+

@@ -1,0 +1,311 @@
+//! How many bytes of answers may be in memory at once.
+//!
+//! A range answer has no limit of its own, so a few clients that ask for everything, or that ask and do not read, could
+//! fill the memory of all. Every answer of some size therefore holds a [`Reservation`], which grows with it and lives until
+//! the answer's body has left: the service puts it, as a [`ResponsePermit`], into the response's extensions, and the gate
+//! drops it together with the body.
+//!
+//! Nobody waits while holding. A read that is not let grow gives up what it has read, waits without a thread and without
+//! bytes until there is room for twice as much, reserves that, and reads again. So answers cannot block each other half
+//! done, a tenant over its budget occupies no reading thread, and the work done twice is bounded by a factor of two.
+//!
+//! What must hold: the sum over a tenant's reservations is at most [`TENANT_BYTES_MAX`], over all at most
+//! [`PROCESS_BYTES_MAX`], except that an answer which is alone may be of any size, that every tenant may hold
+//! [`TENANT_FLOOR_BYTES`] whatever the others hold, and what [`Reservation::charge`] adds.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use tenure_storage::TenantId;
+use tokio::sync::Notify;
+use tokio::time::Instant;
+
+use crate::cell_error::CellError;
+
+/// Bytes of answers one tenant may have in flight. At the bound its next large read waits.
+pub const TENANT_BYTES_MAX: usize = 256 << 20;
+
+/// Bytes of answers all tenants together may have in flight.
+pub const PROCESS_BYTES_MAX: usize = 1 << 30;
+
+/// Bytes a tenant may have in flight even when the others have used up the process's: reads of one tenant cannot stop
+/// those of another.
+pub const TENANT_FLOOR_BYTES: usize = 8 << 20;
+
+/// Answers below this many bytes are not counted: there are at most as many as connections have streams, and counting
+/// would cost every point read a lock.
+pub const SMALL_BYTES: usize = 64 << 10;
+
+/// A growing answer reserves this many bytes at a time.
+const STEP_BYTES: usize = 1 << 20;
+
+/// Longest wait for room; then the client is told to try again.
+pub const WAIT_MAX: Duration = Duration::from_secs(5);
+
+const _: () = assert!(TENANT_FLOOR_BYTES <= TENANT_BYTES_MAX && TENANT_BYTES_MAX <= PROCESS_BYTES_MAX);
+
+/// The bounds, in a form that tests can make small.
+#[derive(Clone, Copy, Debug)]
+pub struct Budget {
+    pub tenant_bytes: usize,
+    pub process_bytes: usize,
+    pub tenant_floor_bytes: usize,
+    pub wait_max: Duration,
+}
+
+impl Default for Budget {
+    fn default() -> Self {
+        Budget {
+            tenant_bytes: TENANT_BYTES_MAX,
+            process_bytes: PROCESS_BYTES_MAX,
+            tenant_floor_bytes: TENANT_FLOOR_BYTES,
+            wait_max: WAIT_MAX,
+        }
+    }
+}
+
+/// What is in flight now. Cheap to clone; all clones count together.
+#[derive(Clone, Debug)]
+pub struct InFlight(Arc<Shared>);
+
+#[derive(Debug)]
+struct Shared {
+    budget: Budget,
+    /// A lock, not atomics: the two sums are decided on together. Held for a few instructions.
+    held: Mutex<Held>,
+    /// Woken whenever bytes are given back.
+    room: Notify,
+}
+
+#[derive(Debug, Default)]
+struct Held {
+    process: usize,
+    /// Tenants that hold something.
+    tenants: HashMap<TenantId, usize>,
+}
+
+impl InFlight {
+    pub fn new(budget: Budget) -> Self {
+        InFlight(Arc::new(Shared { budget, held: Mutex::default(), room: Notify::new() }))
+    }
+
+    /// A reservation of nothing, for an answer about to be made.
+    pub fn reservation(&self, tenant: TenantId) -> Reservation {
+        Reservation { shared: Arc::clone(&self.0), tenant, bytes: 0, deadline: None }
+    }
+
+    /// Bytes in flight of all tenants.
+    pub fn bytes(&self) -> usize {
+        self.0.held.lock().process
+    }
+}
+
+/// Bytes held for one answer; given back on drop.
+#[derive(Debug)]
+pub struct Reservation {
+    shared: Arc<Shared>,
+    tenant: TenantId,
+    bytes: usize,
+    /// Set at the first wait, so that an answer that waits several times waits [`WAIT_MAX`] altogether.
+    deadline: Option<Instant>,
+}
+
+impl Reservation {
+    /// Covers an answer that has reached `bytes`. `false`: there is no room; drop what was made and go to
+    /// [`Reservation::wait_for_room`]. Never blocks.
+    pub fn try_reach(&mut self, bytes: usize) -> bool {
+        if bytes < SMALL_BYTES || bytes <= self.bytes {
+            return true;
+        }
+        let wanted = bytes.next_multiple_of(STEP_BYTES);
+        self.try_hold(wanted)
+    }
+
+    fn try_hold(&mut self, wanted: usize) -> bool {
+        debug_assert!(wanted >= self.bytes, "a reservation only grows");
+        let more = wanted - self.bytes;
+        let budget = &self.shared.budget;
+        let mut held = self.shared.held.lock();
+        let tenant = held.tenants.get(&self.tenant).copied().unwrap_or(0);
+        let tenant_fits = tenant + more <= budget.tenant_bytes || tenant == self.bytes;
+        let process_fits = held.process + more <= budget.process_bytes
+            || held.process == self.bytes
+            || tenant + more <= budget.tenant_floor_bytes;
+        if !(tenant_fits && process_fits) {
+            return false;
+        }
+        held.add(self.tenant, more);
+        self.bytes = wanted;
+        true
+    }
+
+    /// Covers an answer that already exists and cannot be taken back, without asking. Others then wait for longer.
+    pub fn charge(&mut self, bytes: usize) {
+        if bytes >= SMALL_BYTES && bytes > self.bytes {
+            self.shared.held.lock().add(self.tenant, bytes - self.bytes);
+            self.bytes = bytes;
+        }
+    }
+
+    /// Gives back everything, then waits until an answer of twice the size that did not fit has room, and reserves that.
+    ///
+    /// # Errors
+    /// [`CellError::TimeoutRead`] after [`WAIT_MAX`].
+    pub async fn wait_for_room(&mut self, did_not_fit_bytes: usize) -> Result<(), CellError> {
+        self.give_back(self.bytes);
+        let budget = self.shared.budget;
+        let twice = did_not_fit_bytes.saturating_mul(2).min(budget.tenant_bytes);
+        let wanted = twice.max(did_not_fit_bytes).next_multiple_of(STEP_BYTES);
+        let deadline = *self.deadline.get_or_insert_with(|| Instant::now() + budget.wait_max);
+        let shared = Arc::clone(&self.shared);
+        loop {
+            let room = shared.room.notified();
+            tokio::pin!(room);
+            // From here on no wake-up is missed, so the try below cannot race with a release.
+            room.as_mut().enable();
+            if self.try_hold(wanted) {
+                return Ok(());
+            }
+            tokio::time::timeout_at(deadline, room).await.map_err(|_| CellError::TimeoutRead)?;
+        }
+    }
+
+    /// Gives back what the finished answer of `bytes` does not need.
+    pub fn settle(&mut self, bytes: usize) {
+        let needed = if bytes < SMALL_BYTES { 0 } else { bytes };
+        self.give_back(self.bytes.saturating_sub(needed));
+    }
+
+    /// What travels with the answer; `None` if it is too small to count.
+    pub fn into_permit(self) -> Option<ResponsePermit> {
+        (self.bytes > 0).then(|| ResponsePermit(Arc::new(self)))
+    }
+
+    fn give_back(&mut self, bytes: usize) {
+        if bytes > 0 {
+            self.shared.held.lock().remove(self.tenant, bytes);
+            self.bytes -= bytes;
+            self.shared.room.notify_waiters();
+        }
+    }
+}
+
+impl Drop for Reservation {
+    fn drop(&mut self) {
+        self.give_back(self.bytes);
+    }
+}
+
+impl Held {
+    fn add(&mut self, tenant: TenantId, bytes: usize) {
+        self.process += bytes;
+        *self.tenants.entry(tenant).or_default() += bytes;
+    }
+
+    fn remove(&mut self, tenant: TenantId, bytes: usize) {
+        let held = self.tenants.get_mut(&tenant).expect("only what was added is given back");
+        *held -= bytes;
+        if *held == 0 {
+            self.tenants.remove(&tenant);
+        }
+        self.process -= bytes;
+    }
+}
+
+/// Keeps an answer's bytes counted for as long as any clone of it lives. Travels in the response's extensions.
+#[derive(Clone, Debug)]
+pub struct ResponsePermit(#[expect(dead_code, reason = "held, never looked at")] Arc<Reservation>);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MIB: usize = 1 << 20;
+    const A: TenantId = TenantId(1);
+    const B: TenantId = TenantId(2);
+
+    fn small_budget() -> InFlight {
+        InFlight::new(Budget {
+            tenant_bytes: 8 * MIB,
+            process_bytes: 12 * MIB,
+            tenant_floor_bytes: 2 * MIB,
+            wait_max: Duration::from_millis(50),
+        })
+    }
+
+    #[tokio::test]
+    async fn small_answers_are_free() {
+        let in_flight = small_budget();
+        let mut small = in_flight.reservation(A);
+        assert!(small.try_reach(SMALL_BYTES - 1));
+        assert_eq!(in_flight.bytes(), 0);
+        assert!(small.into_permit().is_none());
+    }
+
+    #[tokio::test]
+    async fn a_tenant_has_its_budget_and_the_process_has_one() {
+        let in_flight = small_budget();
+        let mut first = in_flight.reservation(A);
+        assert!(first.try_reach(6 * MIB));
+        let mut second = in_flight.reservation(A);
+        assert!(second.try_reach(2 * MIB));
+        assert!(!second.try_reach(3 * MIB), "the tenant's is used up");
+        let mut other = in_flight.reservation(B);
+        assert!(other.try_reach(4 * MIB), "another tenant has its own");
+        assert!(!other.try_reach(5 * MIB), "the process's is used up");
+        let mut third = in_flight.reservation(TenantId(3));
+        assert!(third.try_reach(2 * MIB), "what every tenant may have");
+        assert!(!third.try_reach(3 * MIB));
+        drop((first, second, other, third));
+        assert_eq!(in_flight.bytes(), 0);
+    }
+
+    #[tokio::test]
+    async fn one_that_is_larger_than_the_budget_passes_alone() {
+        let in_flight = small_budget();
+        let mut large = in_flight.reservation(A);
+        assert!(large.try_reach(7 * MIB));
+        assert!(large.try_reach(100 * MIB));
+        large.settle(90 * MIB + 1);
+        assert_eq!(in_flight.bytes(), 90 * MIB + 1);
+        let permit = large.into_permit().unwrap();
+        let clone = permit.clone();
+        drop(permit);
+        assert_eq!(in_flight.bytes(), 90 * MIB + 1, "as long as any clone lives");
+        drop(clone);
+        assert_eq!(in_flight.bytes(), 0);
+    }
+
+    #[tokio::test]
+    async fn one_that_does_not_fit_waits_without_holding() {
+        let in_flight = small_budget();
+        let mut first = in_flight.reservation(A);
+        assert!(first.try_reach(5 * MIB));
+        let mut second = in_flight.reservation(A);
+        assert!(second.try_reach(3 * MIB));
+        assert!(!second.try_reach(4 * MIB));
+        let waiting = tokio::spawn(async move {
+            second.wait_for_room(4 * MIB).await.unwrap();
+            second
+        });
+        while in_flight.bytes() != 5 * MIB {
+            tokio::task::yield_now().await;
+        }
+        drop(first);
+        assert_eq!(waiting.await.unwrap().bytes, 8 * MIB);
+    }
+
+    #[tokio::test]
+    async fn waiting_ends() {
+        let in_flight = small_budget();
+        let mut first = in_flight.reservation(A);
+        first.charge(20 * MIB);
+        let mut second = in_flight.reservation(A);
+        assert!(!second.try_reach(MIB));
+        let started = Instant::now();
+        assert!(matches!(second.wait_for_room(MIB).await, Err(CellError::TimeoutRead)));
+        assert!(started.elapsed() >= in_flight.0.budget.wait_max);
+    }
+}

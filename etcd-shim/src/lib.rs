@@ -1,0 +1,27 @@
+//! Tenure's front: the etcd v3 API over a [`Cell`](cell::Cell), for network clients and for the program it is embedded in.
+
+#![cfg_attr(test, allow(clippy::unwrap_used))]
+
+pub mod builder;
+pub mod cell;
+pub mod cell_error;
+pub mod check;
+pub mod client;
+pub mod codec;
+pub mod convert;
+pub mod data_dir;
+pub mod ids;
+pub mod inflight;
+pub mod lessor;
+pub mod proto;
+pub mod read_pool;
+pub mod reclaim;
+pub mod server;
+pub mod service;
+pub mod status;
+pub mod tenant;
+pub mod wire;
+
+pub use tenure_storage as storage;
+
+pub use crate::builder::Tenure;

@@ -1,0 +1,147 @@
+//! `etcdserverpb.KV`: Range, Put, DeleteRange, Txn, Compact. RangeStream is in [`stream`], reading in [`read`].
+//!
+//! Reads: a linearizable one first waits for the read barrier, that is until this member has applied everything
+//! acknowledged before the call; then it reads locally. Writes go through the log.
+
+mod read;
+mod stream;
+#[cfg(test)]
+mod tests;
+
+use prost::Message;
+use tenure_storage::limits::RECLAIM_ROWS_MAX;
+use tenure_storage::{Command, Reply};
+use tonic::{Request, Response, Status};
+
+use self::read::{Counting, read_range};
+pub use self::stream::ChunkStream;
+use crate::cell::Tenant;
+use crate::cell_error::CellError;
+use crate::check::{self, TxnPath};
+use crate::convert::{from_proto, to_proto};
+use crate::proto::etcdserverpb::kv_server::Kv;
+use crate::proto::etcdserverpb::{
+    CompactionRequest, CompactionResponse, DeleteRangeRequest, DeleteRangeResponse, PutRequest, PutResponse,
+    RangeRequest, TxnRequest, TxnResponse,
+};
+use crate::service::{Context, header, with_permit, write};
+use crate::status::mismatched_reply;
+use crate::wire::RangeResponse;
+
+/// The KV service.
+#[derive(Clone)]
+pub struct KvService {
+    context: Context,
+}
+
+impl KvService {
+    pub fn new(context: Context) -> Self {
+        KvService { context }
+    }
+
+    /// A txn of ranges only: answered at one point in time, without the log.
+    async fn txn_read_only(&self, tenant: &Tenant, request: TxnRequest) -> Result<Response<TxnResponse>, Status> {
+        let request = from_proto::txn(request)?;
+        let (revision, reply) =
+            tenant.read(move |reader| reader.txn_read_only(&request)).await?.map_err(CellError::from)?;
+        Ok(self.txn_response(tenant, to_proto::txn(Some(header(tenant, revision)), reply)))
+    }
+
+    /// The ranges of a txn are read whole, so their bytes are counted only now, to hold back others.
+    fn txn_response(&self, tenant: &Tenant, response: TxnResponse) -> Response<TxnResponse> {
+        let mut reservation = self.context.in_flight.reservation(tenant.id());
+        reservation.charge(response.encoded_len());
+        with_permit(response, reservation)
+    }
+}
+
+#[tonic::async_trait]
+impl Kv for KvService {
+    async fn range(&self, request: Request<RangeRequest>) -> Result<Response<RangeResponse>, Status> {
+        let tenant = self.context.tenant_of(&request)?;
+        let request = request.into_inner();
+        check::range(&request)?;
+        if !request.serializable {
+            tenant.read_barrier().await?;
+        }
+        let request = from_proto::range(request)?;
+        let read = read_range(&self.context.in_flight, &tenant, request, Counting::Exact).await?;
+        let header = header(&tenant, read.summary.revision);
+        let message = to_proto::range(Some(header), read.kvs, read.summary.more, read.summary.count);
+        Ok(with_permit(message, read.reservation))
+    }
+
+    type RangeStreamStream = ChunkStream;
+
+    async fn range_stream(&self, request: Request<RangeRequest>) -> Result<Response<ChunkStream>, Status> {
+        let tenant = self.context.tenant_of(&request)?;
+        let request = request.into_inner();
+        check::range_stream(&request)?;
+        if !request.serializable {
+            tenant.read_barrier().await?;
+        }
+        Ok(Response::new(ChunkStream::open(self.context.clone(), tenant, request).await?))
+    }
+
+    async fn put(&self, request: Request<PutRequest>) -> Result<Response<PutResponse>, Status> {
+        let tenant = self.context.tenant_of(&request)?;
+        let request = request.into_inner();
+        self.context.check_quota(&tenant, check::put_cost(&request)).await?;
+        check::put(&request)?;
+        check::size(&request, self.context.limits.max_request_bytes)?;
+        let (header, reply) = write(&tenant, Command::Put(from_proto::put(request))).await?;
+        let Reply::Put { prev_kv } = reply else { return Err(mismatched_reply("Put")) };
+        Ok(Response::new(to_proto::put(Some(header), prev_kv)))
+    }
+
+    async fn delete_range(
+        &self,
+        request: Request<DeleteRangeRequest>,
+    ) -> Result<Response<DeleteRangeResponse>, Status> {
+        let tenant = self.context.tenant_of(&request)?;
+        let request = request.into_inner();
+        check::delete_range(&request)?;
+        check::size(&request, self.context.limits.max_request_bytes)?;
+        let (header, reply) = write(&tenant, Command::DeleteRange(from_proto::delete_range(request))).await?;
+        let Reply::DeleteRange { deleted, prev_kvs } = reply else { return Err(mismatched_reply("DeleteRange")) };
+        let message = to_proto::delete_range(Some(header), deleted, prev_kvs);
+        let mut reservation = self.context.in_flight.reservation(tenant.id());
+        reservation.charge(message.encoded_len());
+        Ok(with_permit(message, reservation))
+    }
+
+    async fn txn(&self, request: Request<TxnRequest>) -> Result<Response<TxnResponse>, Status> {
+        let tenant = self.context.tenant_of(&request)?;
+        let request = request.into_inner();
+        self.context.check_quota(&tenant, check::txn_cost(&request)).await?;
+        check::txn(&request, self.context.limits.max_txn_ops)?;
+        match check::txn_path(&request) {
+            TxnPath::ReadSerializable => return self.txn_read_only(&tenant, request).await,
+            TxnPath::ReadLinearizable => {
+                tenant.read_barrier().await?;
+                return self.txn_read_only(&tenant, request).await;
+            }
+            TxnPath::Write => {}
+        }
+        check::size(&request, self.context.limits.max_request_bytes)?;
+        let (header, reply) = write(&tenant, Command::Txn(from_proto::txn(request)?)).await?;
+        let Reply::Txn(reply) = reply else { return Err(mismatched_reply("Txn")) };
+        Ok(self.txn_response(&tenant, to_proto::txn(Some(header), reply)))
+    }
+
+    /// A physical compaction proposes the reclaim steps itself instead of waiting for those of the background: each step
+    /// is bounded, other writes go in between, and the answer comes when nothing is left.
+    async fn compact(&self, request: Request<CompactionRequest>) -> Result<Response<CompactionResponse>, Status> {
+        let tenant = self.context.tenant_of(&request)?;
+        let CompactionRequest { revision, physical } = request.into_inner();
+        let (header, _) = write(&tenant, Command::Compact { revision }).await?;
+        while physical && tenant.reader().state().reclaimed_revision < revision {
+            let (_, reply) = write(&tenant, Command::Reclaim { rows_max: RECLAIM_ROWS_MAX }).await?;
+            let Reply::Reclaim { more } = reply else { return Err(mismatched_reply("Compact")) };
+            if !more {
+                break;
+            }
+        }
+        Ok(Response::new(CompactionResponse { header: Some(header) }))
+    }
+}

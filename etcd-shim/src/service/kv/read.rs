@@ -1,0 +1,94 @@
+//! Reading a range into an answer, within the budget of bytes in flight.
+//!
+//! A single key is read where the request is handled: it costs less than handing it to another thread. Everything else
+//! goes to the reading threads. What does not fit the budget is dropped, and read again when there is room.
+
+use std::ops::ControlFlow;
+
+use tenure_storage::{Engine, KeyRange, RangeRequest, RangeSummary, ReadError, TenantReader};
+
+use crate::cell::Tenant;
+use crate::cell_error::CellError;
+use crate::inflight::{InFlight, Reservation};
+use crate::wire::KvRope;
+
+/// Whether the number of keys in the range is wanted too.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Counting {
+    Exact,
+    Unwanted,
+}
+
+/// A range read, with the bytes reserved for it.
+pub(super) struct Read {
+    pub(super) summary: RangeSummary,
+    pub(super) kvs: KvRope,
+    pub(super) reservation: Reservation,
+}
+
+enum Attempt {
+    Done(Read),
+    /// The answer had reached this many bytes when there was no room for more.
+    NoRoom(Reservation, usize),
+}
+
+/// Reads a range in the state this member has now.
+///
+/// # Errors
+/// What the read refuses, and [`CellError::TimeoutRead`] if there was no room for the answer for too long.
+pub(super) async fn read_range(
+    in_flight: &InFlight,
+    tenant: &Tenant,
+    request: RangeRequest,
+    counting: Counting,
+) -> Result<Read, CellError> {
+    let reservation = in_flight.reservation(tenant.id());
+    let mut attempt = match &request.range {
+        KeyRange::Single(_) => try_read(tenant.reader(), &request, counting, reservation)?,
+        KeyRange::HalfOpen { .. } | KeyRange::From(_) => {
+            try_read_elsewhere(tenant, request.clone(), counting, reservation).await?
+        }
+    };
+    loop {
+        match attempt {
+            Attempt::Done(read) => return Ok(read),
+            Attempt::NoRoom(mut reservation, bytes) => {
+                reservation.wait_for_room(bytes).await?;
+                attempt = try_read_elsewhere(tenant, request.clone(), counting, reservation).await?;
+            }
+        }
+    }
+}
+
+async fn try_read_elsewhere(
+    tenant: &Tenant,
+    request: RangeRequest,
+    counting: Counting,
+    reservation: Reservation,
+) -> Result<Attempt, CellError> {
+    Ok(tenant.read(move |reader| try_read(reader, &request, counting, reservation)).await??)
+}
+
+fn try_read<E: Engine>(
+    reader: &TenantReader<E>,
+    request: &RangeRequest,
+    counting: Counting,
+    mut reservation: Reservation,
+) -> Result<Attempt, ReadError> {
+    let mut kvs = KvRope::default();
+    let mut fits = true;
+    let mut sink = |stored: &[u8]| {
+        kvs.push(stored);
+        fits = reservation.try_reach(kvs.len_bytes());
+        if fits { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
+    };
+    let summary = match counting {
+        Counting::Exact => reader.range(request, &mut sink)?,
+        Counting::Unwanted => reader.range_uncounted(request, &mut sink)?,
+    };
+    if !fits {
+        return Ok(Attempt::NoRoom(reservation, kvs.len_bytes()));
+    }
+    reservation.settle(kvs.len_bytes());
+    Ok(Attempt::Done(Read { summary, kvs, reservation }))
+}

@@ -1,0 +1,153 @@
+//! The gRPC services. Each method does the same five things: find the tenant, check, convert, call, convert.
+//!
+//! A service holds a [`Context`] and no other state. It reaches storage only through the [`Tenant`] its connection belongs
+//! to, so nothing here can name another tenant's data.
+//!
+//! Order within a write (contract 1.0): quota, the request's own check, its size; the rest is decided by `apply`.
+
+pub mod auth;
+pub mod cluster;
+pub mod health;
+pub mod kv;
+pub mod lease;
+pub mod maintenance;
+#[cfg(test)]
+pub(crate) mod testing;
+#[cfg(test)]
+mod tests;
+pub mod watch;
+
+use std::sync::Arc;
+
+use tenure_storage::{AlarmKind, Command, Outcome, Refusal, Reply};
+use tonic::metadata::MetadataMap;
+use tonic::{Request, Response, Status};
+
+use crate::cell::{Cell, Tenant};
+use crate::cell_error::CellError;
+use crate::inflight::{InFlight, Reservation};
+use crate::proto::etcdserverpb::ResponseHeader;
+use crate::tenant::ConnectionIdentity;
+
+/// The etcd release whose behaviour is followed, as `Status` and `/version` name it.
+pub const ETCD_VERSION: &str = "3.7.1";
+
+/// The storage version that goes with it.
+pub const STORAGE_VERSION: &str = "3.7.0";
+
+/// Largest write in bytes, unless `--max-request-bytes` says otherwise: etcd's default.
+pub const MAX_REQUEST_BYTES: usize = 3 << 19;
+
+/// Most operations of a txn, per level, unless `--max-txn-ops` says otherwise: etcd's default.
+pub const MAX_TXN_OPS: usize = 128;
+
+/// `--max-request-bytes` and `--max-txn-ops`.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    pub max_request_bytes: usize,
+    pub max_txn_ops: usize,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Limits { max_request_bytes: MAX_REQUEST_BYTES, max_txn_ops: MAX_TXN_OPS }
+    }
+}
+
+/// How this member presents itself in a member list.
+#[derive(Clone, Debug, Default)]
+pub struct MemberNames {
+    pub name: String,
+    pub peer_urls: Vec<String>,
+    pub client_urls: Vec<String>,
+}
+
+/// What every service needs. Cheap to clone.
+#[derive(Clone)]
+pub struct Context {
+    pub cell: Cell,
+    pub limits: Limits,
+    pub in_flight: InFlight,
+    pub member: Arc<MemberNames>,
+}
+
+impl Context {
+    /// The tenant whose connection this request came in on. Also the place where a request that wants a leader is turned
+    /// away while there is none (contract 3.1), because every method passes here first.
+    ///
+    /// # Errors
+    /// `PermissionDenied` if the connection belongs to no tenant, or to one that does not exist; [`CellError::NoLeader`].
+    pub fn tenant_of<T>(&self, request: &Request<T>) -> Result<Tenant, Status> {
+        let tenant = request
+            .extensions()
+            .get::<ConnectionIdentity>()
+            .and_then(|identity| self.cell.tenant(identity.tenant()))
+            .ok_or_else(|| Status::permission_denied("etcdserver: permission denied"))?;
+        if wants_leader(request.metadata()) && tenant.leader_id() == 0 {
+            return Err(CellError::NoLeader.into());
+        }
+        Ok(tenant)
+    }
+
+    /// Refuses a write whose estimated cost does not fit the tenant's quota, and raises the alarm that stops such writes
+    /// until an operator clears it. `apply` looks again: here is only the sum of the last batch.
+    ///
+    /// # Errors
+    /// [`Refusal::NoSpace`].
+    pub async fn check_quota(&self, tenant: &Tenant, cost_bytes: u64) -> Result<(), CellError> {
+        let Ok(quota_bytes) = u64::try_from(tenant.quota_bytes()) else {
+            return Ok(());
+        };
+        if cost_bytes == 0 || tenant.reader().db_size_bytes().saturating_add(cost_bytes) < quota_bytes {
+            return Ok(());
+        }
+        let member_id = tenant.member_id();
+        let raised = tenant
+            .reader()
+            .state()
+            .alarms
+            .iter()
+            .any(|alarm| alarm.member_id == member_id && alarm.kind == AlarmKind::NOSPACE);
+        if !raised {
+            let alarm = Command::Alarm { activate: true, member_id, kind: AlarmKind::NOSPACE };
+            // The write is refused whether or not the alarm could be raised; the next one raises it again.
+            if let Err(error) = tenant.propose(alarm).await {
+                tracing::warn!(tenant = %tenant.id(), %error, "raise the NOSPACE alarm");
+            }
+        }
+        Err(Refusal::NoSpace.into())
+    }
+}
+
+/// Whether a request asks to be refused, and a stream to be ended, while nobody leads.
+pub fn wants_leader(metadata: &MetadataMap) -> bool {
+    metadata.get("hasleader").is_some_and(|value| value.as_encoded_bytes() == b"true")
+}
+
+/// A complete header.
+pub fn header(tenant: &Tenant, revision: i64) -> ResponseHeader {
+    ResponseHeader {
+        cluster_id: tenant.cluster_id(),
+        member_id: tenant.member_id(),
+        revision,
+        raft_term: tenant.raft_term(),
+    }
+}
+
+/// Proposes a command and waits until it is applied; answers its reply and the header for it.
+///
+/// # Errors
+/// Whatever kept it from being applied, and what `apply` refused.
+pub async fn write(tenant: &Tenant, command: Command) -> Result<(ResponseHeader, Reply), CellError> {
+    let Outcome { revision, result } = tenant.propose(command).await?;
+    Ok((header(tenant, revision), result?))
+}
+
+/// Hands the reservation over to whoever sends the response's body.
+fn with_permit<T>(message: T, reservation: Reservation) -> Response<T> {
+    let mut response = Response::new(message);
+    if let Some(permit) = reservation.into_permit() {
+        response.extensions_mut().insert(permit);
+    }
+    response
+}

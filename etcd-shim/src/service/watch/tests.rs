@@ -1,0 +1,274 @@
+//! Watch streams over a cell, against what etcd 3.7 answered (contract 1.2).
+
+use tenure_storage::limits::WATCH_QUEUE_RESPONSES_MAX;
+use tenure_storage::{Command, DeleteRangeRequest, LeaseId, PutRequest};
+use tokio::sync::mpsc;
+use tokio_stream::StreamExt;
+use tokio_stream::wrappers::UnboundedReceiverStream;
+
+use super::*;
+use crate::proto::etcdserverpb::WatchProgressRequest;
+use crate::service::testing::TestCell;
+
+/// A client's end of a watch stream.
+struct Client {
+    requests: Option<mpsc::UnboundedSender<Result<WatchRequest, Status>>>,
+    responses: Responses<UnboundedReceiverStream<Result<WatchRequest, Status>>>,
+}
+
+impl Client {
+    fn connect(tenant: &Tenant) -> Client {
+        Client::with_options(tenant, PROGRESS_PERIOD_DEFAULT, 2 << 20)
+    }
+
+    fn with_options(tenant: &Tenant, progress_period: Duration, response_bytes_max: usize) -> Client {
+        let (sender, receiver) = mpsc::unbounded_channel();
+        let options = Options { progress_period, response_bytes_max, wants_leader: false };
+        let responses = Responses::new(tenant.clone(), UnboundedReceiverStream::new(receiver), options);
+        Client { requests: Some(sender), responses }
+    }
+
+    fn send(&self, request: RequestUnion) {
+        let request = WatchRequest { request_union: Some(request) };
+        self.requests.as_ref().unwrap().send(Ok(request)).unwrap();
+    }
+
+    fn create(&self, request: WatchCreateRequest) {
+        self.send(RequestUnion::CreateRequest(request));
+    }
+
+    fn cancel(&self, watch_id: i64) {
+        self.send(RequestUnion::CancelRequest(WatchCancelRequest { watch_id }));
+    }
+
+    fn request_progress(&self) {
+        self.send(RequestUnion::ProgressRequest(WatchProgressRequest {}));
+    }
+
+    async fn next(&mut self) -> WatchResponse {
+        self.responses.next().await.unwrap().unwrap()
+    }
+
+    /// Nothing is waiting, and everything sent has been handled: the answer to a cancel of a new watcher comes first.
+    async fn assert_quiet(&mut self) {
+        let id = 1_000_000;
+        self.create(WatchCreateRequest { watch_id: id, ..of("never/") });
+        let created = self.next().await;
+        assert_eq!((created.created, created.watch_id), (true, id), "{created:?}");
+        self.cancel(id);
+        assert_eq!(self.next().await.watch_id, id);
+    }
+}
+
+/// Watches everything that starts with `prefix`, which ends in a slash.
+fn of(prefix: &'static str) -> WatchCreateRequest {
+    let range_end = Bytes::from(prefix.replace('/', "0"));
+    WatchCreateRequest { key: prefix.into(), range_end, ..Default::default() }
+}
+
+async fn put(tenant: &Tenant, key: &str, value: impl Into<Bytes>) -> i64 {
+    let request = PutRequest {
+        key: Bytes::copy_from_slice(key.as_bytes()),
+        value: value.into(),
+        lease: LeaseId::NONE,
+        prev_kv: false,
+        ignore_value: false,
+        ignore_lease: false,
+    };
+    let outcome = tenant.propose(Command::Put(request)).await.unwrap();
+    outcome.result.unwrap();
+    outcome.revision
+}
+
+async fn delete(tenant: &Tenant, key: &'static str) -> i64 {
+    let request = DeleteRangeRequest { range: KeyRange::Single(key.into()), prev_kv: false };
+    tenant.propose(Command::DeleteRange(request)).await.unwrap().revision
+}
+
+fn revision(response: &WatchResponse) -> i64 {
+    response.header.unwrap().revision
+}
+
+#[tokio::test]
+async fn a_watcher_lives_from_create_to_cancel() {
+    let cell = TestCell::open().await;
+    let tenant = cell.tenant("default");
+    let mut client = Client::connect(&tenant);
+    client.create(WatchCreateRequest { prev_kv: true, ..of("a/") });
+    let created = client.next().await;
+    assert_eq!((created.created, created.watch_id, revision(&created)), (true, 0, 1));
+    assert_eq!(created.header.unwrap().cluster_id, tenant.cluster_id());
+
+    put(&tenant, "b/1", "not watched").await;
+    let at = put(&tenant, "a/1", "x").await;
+    let event = client.next().await;
+    assert_eq!((event.watch_id, revision(&event), event.event_count()), (0, at, 1));
+    let at = delete(&tenant, "a/1").await;
+    assert_eq!(revision(&client.next().await), at);
+
+    client.request_progress();
+    let progress = client.next().await;
+    assert_eq!((progress.watch_id, revision(&progress), progress.events.len()), (-1, at, 0));
+
+    client.cancel(0);
+    let canceled = client.next().await;
+    assert_eq!((canceled.canceled, canceled.watch_id, revision(&canceled)), (true, 0, at));
+    assert_eq!(canceled.cancel_reason, "");
+    client.cancel(0);
+    client.request_progress();
+    client.assert_quiet().await;
+}
+
+#[tokio::test]
+async fn tenants_do_not_see_each_other() {
+    let cell = TestCell::open().await;
+    let mut client = Client::connect(&cell.tenant("other"));
+    client.create(of("a/"));
+    client.next().await;
+    put(&cell.tenant("default"), "a/1", "x").await;
+    client.assert_quiet().await;
+}
+
+#[tokio::test]
+async fn refusals_have_etcds_texts() {
+    let cell = TestCell::open().await;
+    let mut client = Client::connect(&cell.tenant("default"));
+    client.create(WatchCreateRequest { watch_id: 3, ..of("a/") });
+    client.next().await;
+    let cases = [
+        (WatchCreateRequest { watch_id: 3, ..of("b/") }, "mvcc: duplicate watch ID provided on the WatchStream"),
+        (WatchCreateRequest { range_end: "a".into(), ..of("b/") }, "mvcc: watcher range is empty"),
+        (
+            WatchCreateRequest { start_revision: -1, watch_id: 3, ..of("b/") },
+            "etcdserver: mvcc: required revision has been compacted",
+        ),
+    ];
+    for (request, reason) in cases {
+        client.create(request);
+        let refused = client.next().await;
+        assert_eq!((refused.created, refused.canceled, refused.watch_id), (true, true, -1));
+        assert_eq!((refused.cancel_reason.as_str(), refused.compact_revision), (reason, 0));
+    }
+    client.requests.as_ref().unwrap().send(Ok(WatchRequest { request_union: None })).unwrap();
+    client.assert_quiet().await;
+}
+
+#[tokio::test]
+async fn an_empty_key_is_the_smallest_one() {
+    let cell = TestCell::open().await;
+    let tenant = cell.tenant("default");
+    let mut client = Client::connect(&tenant);
+    client.create(WatchCreateRequest::default());
+    client.next().await;
+    put(&tenant, "a", "not watched").await;
+    let at = put(&tenant, "\0", "x").await;
+    assert_eq!(revision(&client.next().await), at);
+    client.create(WatchCreateRequest { range_end: "\0".into(), ..Default::default() });
+    client.next().await;
+    let at = put(&tenant, "a", "x").await;
+    let event = client.next().await;
+    assert_eq!((event.watch_id, revision(&event)), (1, at));
+}
+
+#[tokio::test]
+async fn history_that_is_gone_cancels_without_a_revision() {
+    let cell = TestCell::open().await;
+    let tenant = cell.tenant("default");
+    for value in ["1", "2", "3", "4"] {
+        put(&tenant, "a/1", value).await;
+    }
+    tenant.propose(Command::Compact { revision: 4 }).await.unwrap().result.unwrap();
+    let mut client = Client::connect(&tenant);
+    client.create(WatchCreateRequest { start_revision: 3, ..of("a/") });
+    assert!(client.next().await.created);
+    let compacted = client.next().await;
+    assert_eq!((compacted.canceled, compacted.compact_revision, revision(&compacted)), (true, 4, 0));
+    assert_eq!((compacted.watch_id, compacted.cancel_reason.as_str()), (0, ""));
+    client.cancel(0);
+    assert!(client.next().await.canceled, "an ordinary one follows");
+
+    client.create(WatchCreateRequest { start_revision: 4, ..of("a/") });
+    assert!(client.next().await.created);
+    let history = client.next().await;
+    assert_eq!((history.event_count(), revision(&history)), (2, 5));
+}
+
+#[tokio::test]
+async fn a_client_that_half_closes_goes_on_receiving() {
+    let cell = TestCell::open().await;
+    let tenant = cell.tenant("default");
+    let mut client = Client::connect(&tenant);
+    client.create(of("a/"));
+    client.next().await;
+    client.requests = None;
+    let at = put(&tenant, "a/1", "x").await;
+    assert_eq!(revision(&client.next().await), at);
+}
+
+/// Several times what the queue holds: the rest is replayed, in order and without gaps, and what is sent last is live again.
+#[tokio::test]
+async fn a_client_that_does_not_read_catches_up() {
+    let cell = TestCell::open().await;
+    let tenant = cell.tenant("default");
+    let mut client = Client::connect(&tenant);
+    client.create(WatchCreateRequest { prev_kv: true, ..of("a/") });
+    client.next().await;
+    let total = 5 * WATCH_QUEUE_RESPONSES_MAX;
+    for _ in 0..total {
+        put(&tenant, "a/1", "x").await;
+    }
+    let mut seen = 0;
+    let mut batches = 0;
+    while seen < total {
+        seen += client.next().await.event_count();
+        batches += 1;
+    }
+    assert_eq!(seen, total);
+    assert!(batches < total, "some came together");
+    client.assert_quiet().await;
+    let at = put(&tenant, "a/1", "x").await;
+    assert_eq!(revision(&client.next().await), at);
+}
+
+#[tokio::test]
+async fn a_large_response_goes_in_pieces_to_those_who_can_put_them_together() {
+    let cell = TestCell::open().await;
+    let tenant = cell.tenant("default");
+    for _ in 0..10 {
+        put(&tenant, "a/1", vec![b'x'; 1_000]).await;
+    }
+    let limit = 2_500;
+    let mut client = Client::with_options(&tenant, PROGRESS_PERIOD_DEFAULT, limit);
+    client.create(WatchCreateRequest { start_revision: 2, fragment: true, ..of("a/") });
+    assert!(client.next().await.created);
+    let mut events = 0;
+    loop {
+        let piece = client.next().await;
+        assert!(piece.encoded_len() < limit, "{piece:?}");
+        events += piece.event_count();
+        if !piece.fragment {
+            break;
+        }
+    }
+    assert_eq!(events, 10);
+    client.create(WatchCreateRequest { start_revision: 2, ..of("a/") });
+    assert!(client.next().await.created);
+    let whole = client.next().await;
+    assert_eq!((whole.event_count(), whole.fragment), (10, false));
+}
+
+#[tokio::test]
+async fn periodic_progress_goes_to_those_who_asked() {
+    let cell = TestCell::open().await;
+    let tenant = cell.tenant("default");
+    let mut client = Client::with_options(&tenant, PROGRESS_PERIOD_MIN, 2 << 20);
+    client.create(of("a/"));
+    client.create(WatchCreateRequest { progress_notify: true, ..of("b/") });
+    client.next().await;
+    client.next().await;
+    let at = put(&tenant, "c/1", "x").await;
+    for _ in 0..2 {
+        let progress = client.next().await;
+        assert_eq!((progress.watch_id, revision(&progress), progress.events.len()), (1, at, 0));
+    }
+}

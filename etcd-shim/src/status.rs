@@ -1,0 +1,174 @@
+//! Every error to its gRPC code and exact text (contract 2).
+//!
+//! Clients recognise an error by its text, so these strings are as much an interface as the messages are. Every `match`
+//! here is exhaustive: a new failure does not compile until it has a code.
+
+use tenure_storage::Refusal;
+use tonic::{Code, Status};
+
+use crate::cell_error::CellError;
+use crate::check::CheckError;
+
+/// Authentication is not built: what `Authenticate` truthfully answers.
+pub fn auth_not_enabled() -> Status {
+    Status::failed_precondition("etcdserver: authentication is not enabled")
+}
+
+/// A service method that does not exist yet. The README lists them.
+pub fn not_built(method: &str) -> Status {
+    Status::unimplemented(format!("etcdserver: {method} is not implemented"))
+}
+
+/// A bug of ours: the state machine answered a command with another command's reply.
+pub(crate) fn mismatched_reply(command: &str) -> Status {
+    Status::internal(format!("etcdserver: {command} got the reply of another command"))
+}
+
+fn refusal(refusal: &Refusal) -> (Code, &'static str) {
+    match refusal {
+        Refusal::Compacted { compact_revision: _ } => {
+            (Code::OutOfRange, "etcdserver: mvcc: required revision has been compacted")
+        }
+        Refusal::FutureRevision => (Code::OutOfRange, "etcdserver: mvcc: required revision is a future revision"),
+        Refusal::LeaseNotFound(_) => (Code::NotFound, "etcdserver: requested lease not found"),
+        Refusal::LeaseExists(_) => (Code::FailedPrecondition, "etcdserver: lease already exists"),
+        Refusal::KeyNotFound => (Code::InvalidArgument, "etcdserver: key not found"),
+        Refusal::NoSpace => (Code::ResourceExhausted, "etcdserver: mvcc: database space exceeded"),
+        Refusal::Corrupt => (Code::DataLoss, "etcdserver: corrupt cluster"),
+        // No etcd text exists: a tenant is found before its requests are.
+        Refusal::TenantNotFound => (Code::NotFound, "etcdserver: tenant not found"),
+        Refusal::TooManyTenants => (Code::ResourceExhausted, "etcdserver: too many tenants"),
+    }
+}
+
+impl From<CellError> for Status {
+    fn from(error: CellError) -> Status {
+        let (code, text) = match &error {
+            CellError::Refused(refused) => refusal(refused),
+            CellError::NoLeader => (Code::Unavailable, "etcdserver: no leader"),
+            CellError::LeaderChanged => (Code::Unavailable, "etcdserver: leader changed"),
+            CellError::TimeoutWrite => (Code::DeadlineExceeded, "context deadline exceeded"),
+            CellError::TimeoutRead => (Code::Unavailable, "etcdserver: request timed out"),
+            CellError::TooManyRequests => (Code::ResourceExhausted, "etcdserver: too many requests"),
+            CellError::TooLarge => (Code::InvalidArgument, "etcdserver: request is too large"),
+            CellError::Stopped => (Code::Unavailable, "etcdserver: server stopped"),
+            CellError::Fault(fault) => {
+                // The client learns nothing of our disk, and that the member is about to go.
+                tracing::error!(error = %fault, "answer a request");
+                (Code::Unavailable, "etcdserver: server stopped")
+            }
+        };
+        Status::new(code, text)
+    }
+}
+
+impl From<CheckError> for Status {
+    fn from(error: CheckError) -> Status {
+        let code = match error {
+            CheckError::EmptyKey
+            | CheckError::KeyNotFound
+            | CheckError::ValueProvided
+            | CheckError::LeaseProvided
+            | CheckError::TooManyOps
+            | CheckError::DuplicateKey
+            | CheckError::InvalidSortOption
+            | CheckError::RequestTooLarge
+            | CheckError::UnknownAlarmAction => Code::InvalidArgument,
+            CheckError::LeaseTtlTooLarge => Code::OutOfRange,
+            CheckError::StreamSortOrder | CheckError::StreamRevisionFilter => Code::Unimplemented,
+        };
+        Status::new(code, error.to_string())
+    }
+}
+
+/// What tonic refuses before a service sees it, in the words of etcd's gRPC library. Anything else stays as it is.
+///
+/// The gate applies it to the status of an answer; the streaming services apply it to what a client's stream ends with.
+pub fn in_etcds_words(status: Status) -> Status {
+    if status.code() == Code::OutOfRange
+        && let Some((found, limit)) =
+            between(status.message(), TOO_LARGE).zip(between(status.message(), TOO_LARGE_LIMIT))
+    {
+        return Status::resource_exhausted(format!("grpc: received message larger than max ({found} vs. {limit})"));
+    }
+    if status.code() == Code::Unimplemented
+        && let Some(encoding) = between(status.message(), UNKNOWN_ENCODING)
+    {
+        let text = format!("grpc: Decompressor is not installed for grpc-encoding \"{encoding}\"");
+        return Status::unimplemented(text);
+    }
+    status
+}
+
+/// What stands before and behind the parts of tonic's texts.
+const TOO_LARGE: (&str, &str) = ("Error, decoded message length too large: found ", " bytes");
+const TOO_LARGE_LIMIT: (&str, &str) = ("the limit is: ", " bytes");
+const UNKNOWN_ENCODING: (&str, &str) = ("Content is compressed with `", "` which isn't supported");
+
+fn between<'a>(text: &'a str, (before, behind): (&str, &str)) -> Option<&'a str> {
+    Some(text.split_once(before)?.1.split_once(behind)?.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use tenure_storage::LeaseId;
+
+    use super::*;
+
+    #[test]
+    fn errors_have_etcds_code_and_text() {
+        let cases: Vec<(Status, Code, &str)> = vec![
+            (
+                CellError::from(Refusal::Compacted { compact_revision: 7 }).into(),
+                Code::OutOfRange,
+                "etcdserver: mvcc: required revision has been compacted",
+            ),
+            (
+                CellError::from(Refusal::FutureRevision).into(),
+                Code::OutOfRange,
+                "etcdserver: mvcc: required revision is a future revision",
+            ),
+            (
+                CellError::from(Refusal::LeaseNotFound(LeaseId(5))).into(),
+                Code::NotFound,
+                "etcdserver: requested lease not found",
+            ),
+            (CellError::from(Refusal::KeyNotFound).into(), Code::InvalidArgument, "etcdserver: key not found"),
+            (
+                CellError::from(Refusal::NoSpace).into(),
+                Code::ResourceExhausted,
+                "etcdserver: mvcc: database space exceeded",
+            ),
+            (CellError::from(Refusal::Corrupt).into(), Code::DataLoss, "etcdserver: corrupt cluster"),
+            (CellError::TimeoutWrite.into(), Code::DeadlineExceeded, "context deadline exceeded"),
+            (CellError::TimeoutRead.into(), Code::Unavailable, "etcdserver: request timed out"),
+            (CheckError::EmptyKey.into(), Code::InvalidArgument, "etcdserver: key is not provided"),
+            (CheckError::KeyNotFound.into(), Code::InvalidArgument, "etcdserver: key not found"),
+            (CheckError::DuplicateKey.into(), Code::InvalidArgument, "etcdserver: duplicate key given in txn request"),
+            (CheckError::TooManyOps.into(), Code::InvalidArgument, "etcdserver: too many operations in txn request"),
+            (CheckError::RequestTooLarge.into(), Code::InvalidArgument, "etcdserver: request is too large"),
+            (CheckError::LeaseTtlTooLarge.into(), Code::OutOfRange, "etcdserver: too large lease TTL"),
+            (
+                CheckError::StreamSortOrder.into(),
+                Code::Unimplemented,
+                "RangeStream does not support custom sort orders",
+            ),
+        ];
+        for (status, code, text) in cases {
+            assert_eq!((status.code(), status.message()), (code, text));
+        }
+    }
+
+    #[test]
+    fn tonics_texts_become_etcds() {
+        let large = "Error, decoded message length too large: found 2097172 bytes, the limit is: 2097152 bytes";
+        let large = in_etcds_words(Status::out_of_range(large));
+        let expected = "grpc: received message larger than max (2097172 vs. 2097152)";
+        assert_eq!((large.code(), large.message()), (Code::ResourceExhausted, expected));
+        let zstd = in_etcds_words(Status::unimplemented("Content is compressed with `zstd` which isn't supported"));
+        let expected = "grpc: Decompressor is not installed for grpc-encoding \"zstd\"";
+        assert_eq!((zstd.code(), zstd.message()), (Code::Unimplemented, expected));
+        let ours: Status = CellError::from(Refusal::FutureRevision).into();
+        assert_eq!(in_etcds_words(ours.clone()).message(), ours.message());
+    }
+}

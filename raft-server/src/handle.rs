@@ -1,0 +1,221 @@
+//! What the layers above see of a member.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use bytes::Bytes;
+use tokio::sync::{oneshot, watch};
+
+use crate::error::{ProposeError, ReadError};
+use crate::lanes::PushError;
+use crate::metrics::Metrics;
+use crate::node::Event;
+use crate::proposals::Proposal;
+use crate::shared::{Leadership, Shared};
+use crate::transport::Message;
+
+/// A member, seen from outside. Cheap to clone; outlives the member, and then refuses everything.
+pub struct Handle<R> {
+    shared: Arc<Shared<R>>,
+    limits: Limits,
+}
+
+/// The part of the configuration that proposers meet.
+#[derive(Clone, Copy)]
+pub(crate) struct Limits {
+    pub(crate) command_bytes_max: usize,
+    pub(crate) batch_bytes_max: usize,
+    pub(crate) read_waiters_max: u64,
+}
+
+/// A member's state, each field right for some moment; see [`Handle::status`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Status {
+    pub id: u64,
+    pub term: u64,
+    /// 0: nobody that this member knows of.
+    pub leader_id: u64,
+    pub is_leader: bool,
+    /// Highest index known to be on a quorum of disks.
+    pub commit_index: u64,
+    /// Highest index whose effects are in this member's state.
+    pub applied_index: u64,
+    /// Highest index in the state that is known to survive power loss; the log has the rest.
+    pub durable_index: u64,
+    /// Highest index in this member's log, committed or not.
+    pub last_index: u64,
+    /// Commands waiting for a batch or for their reply.
+    pub proposals_pending: u64,
+    /// How many vote.
+    pub voters: u64,
+}
+
+impl<R> Clone for Handle<R> {
+    fn clone(&self) -> Self {
+        Handle { shared: Arc::clone(&self.shared), limits: self.limits }
+    }
+}
+
+impl<R: Send + 'static> Handle<R> {
+    pub(crate) fn new(shared: Arc<Shared<R>>, limits: Limits) -> Self {
+        Handle { shared, limits }
+    }
+
+    /// This member's id.
+    pub fn id(&self) -> u64 {
+        self.shared.id
+    }
+
+    /// Resolves once the command is committed (durable on a quorum) and applied here, with the state machine's reply.
+    /// Commands of one lane that are proposed one after the other are applied in that order.
+    ///
+    /// Dropping the future does not take the command back.
+    ///
+    /// # Errors
+    /// Each variant says whether the command may still take effect and what to do.
+    pub async fn propose(&self, lane: u32, command: Bytes) -> Result<R, ProposeError> {
+        // The receiver fails only if the member died with the command on its way.
+        self.enqueue(lane, command)?.await.unwrap_or(Err(ProposeError::Dropped))
+    }
+
+    /// As [`Handle::propose`], for threads without an async runtime.
+    ///
+    /// # Errors
+    /// As [`Handle::propose`].
+    ///
+    /// # Panics
+    /// If called from within an async runtime.
+    pub fn propose_blocking(&self, lane: u32, command: Bytes) -> Result<R, ProposeError> {
+        self.enqueue(lane, command)?.blocking_recv().unwrap_or(Err(ProposeError::Dropped))
+    }
+
+    fn enqueue(&self, lane: u32, command: Bytes) -> Result<oneshot::Receiver<Result<R, ProposeError>>, ProposeError> {
+        let refused = |error| {
+            self.shared.metrics.proposals_failed.fetch_add(1, Ordering::Relaxed);
+            Err(error)
+        };
+        if command.len() > self.limits.command_bytes_max {
+            return refused(ProposeError::TooLarge);
+        }
+        if self.shared.stopping() {
+            return refused(ProposeError::Stopped);
+        }
+        // Raft's thread decides; this only spares the way there.
+        if !self.shared.status.is_leader.load(Ordering::Acquire) {
+            let leader = self.shared.status.leader_id.load(Ordering::Acquire);
+            return refused(ProposeError::NotLeader { leader: (leader != 0).then_some(leader) });
+        }
+        let (reply, receiver) = oneshot::channel();
+        let bytes = command.len();
+        let ring = {
+            let mut queue = self.shared.queue.lock();
+            let before = queue.lanes.bytes();
+            if let Err(full) = queue.lanes.push(lane, bytes, Proposal { command, reply }) {
+                drop(queue);
+                return refused(match full {
+                    PushError::Full => ProposeError::QueueFull,
+                    PushError::Closed => ProposeError::Stopped,
+                });
+            }
+            self.shared.metrics.proposals_pending.fetch_add(1, Ordering::Relaxed);
+            let batch_full = (before..queue.lanes.bytes()).contains(&self.limits.batch_bytes_max);
+            !std::mem::replace(&mut queue.rung, true) || batch_full
+        };
+        if ring {
+            // If the queue is full, raft's thread is awake and looks at the lanes after every event.
+            let _ = self.shared.events.try_send(Event::Proposals);
+        }
+        Ok(receiver)
+    }
+
+    /// A point from which a local read is linearizable: when this resolves, every write acknowledged anywhere before the
+    /// call is applied here. Gives an applied index at or after that point.
+    ///
+    /// One ReadIndex round serves all who wait. A leader that is the only voter needs none: it answers from memory.
+    ///
+    /// # Errors
+    /// See [`ReadError`]; nothing was changed, so a retry is always safe.
+    pub async fn read_barrier(&self) -> Result<u64, ReadError> {
+        match self.read_point_now() {
+            Some(applied_index) => Ok(applied_index),
+            None => self.wait_for_round().await,
+        }
+    }
+
+    /// The read point, if this member needs no round to know it; see [`Handle::read_barrier`].
+    pub fn read_point_now(&self) -> Option<u64> {
+        let status = &self.shared.status;
+        // In this order: the index may only be read once it is known to be enough.
+        status.reads_freely.load(Ordering::Acquire).then(|| status.applied_index.load(Ordering::Acquire))
+    }
+
+    async fn wait_for_round(&self) -> Result<u64, ReadError> {
+        if self.shared.stopping() {
+            return Err(ReadError::Stopped);
+        }
+        let waiters = &self.shared.read_waiters;
+        let _seat = Seat(waiters);
+        if waiters.fetch_add(1, Ordering::Relaxed) >= self.limits.read_waiters_max {
+            return Err(ReadError::QueueFull);
+        }
+        let (sender, receiver) = oneshot::channel();
+        self.shared.events.try_send(Event::Read(sender)).map_err(|error| match error {
+            crossbeam_channel::TrySendError::Full(_) => ReadError::QueueFull,
+            crossbeam_channel::TrySendError::Disconnected(_) => ReadError::Stopped,
+        })?;
+        receiver.await.unwrap_or(Err(ReadError::Stopped))
+    }
+
+    /// From atomics: never blocks, never waits for raft's thread.
+    pub fn status(&self) -> Status {
+        let cells = &self.shared.status;
+        Status {
+            id: self.shared.id,
+            term: cells.term.load(Ordering::Acquire),
+            leader_id: cells.leader_id.load(Ordering::Acquire),
+            is_leader: cells.is_leader.load(Ordering::Acquire),
+            commit_index: cells.commit_index.load(Ordering::Acquire),
+            applied_index: cells.applied_index.load(Ordering::Acquire),
+            durable_index: cells.durable_index.load(Ordering::Acquire),
+            last_index: cells.last_index.load(Ordering::Acquire),
+            proposals_pending: self.shared.metrics.proposals_pending(),
+            voters: cells.voters.load(Ordering::Acquire),
+        }
+    }
+
+    /// Ids of the voters, ascending.
+    pub fn voters(&self) -> Arc<[u64]> {
+        Arc::clone(&self.shared.members.read())
+    }
+
+    /// Follows who leads, for instance to run a leader's timers. Sees the newest state, not every one in between.
+    pub fn leadership(&self) -> watch::Receiver<Leadership> {
+        self.shared.leadership.subscribe()
+    }
+
+    pub fn metrics(&self) -> &Metrics {
+        &self.shared.metrics
+    }
+
+    /// Hands over a message from a peer. Drops it at the bound of the event queue; raft repeats it.
+    pub fn deliver(&self, message: Message) {
+        if self.shared.events.try_send(Event::Message(Box::new(message))).is_err() {
+            self.shared.metrics.messages_dropped.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// Asks the member to stop; its [`JoinGuard`](crate::JoinGuard) waits for it. Commands on their way are answered
+    /// with `Dropped`, waiting ones with `Stopped`.
+    pub fn request_stop(&self) {
+        self.shared.request_stop();
+    }
+}
+
+/// A reader's place among `read_waiters_max`, taken before and given back when its future ends or is dropped.
+struct Seat<'a>(&'a std::sync::atomic::AtomicU64);
+
+impl Drop for Seat<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}

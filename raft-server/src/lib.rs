@@ -1,0 +1,63 @@
+//! Replication: one raft group's member. Knows bytes and indexes, not keys and values.
+//!
+//! A member takes commands, has them written by a quorum, and gives them in one order to the same [`StateMachine`] on
+//! every member. What a command means is the state machine's business; who may propose, the layers' above.
+//!
+//! Life of a write. [`Handle::propose`] puts the command in its lane's queue (`lanes`). Raft's thread (`node`) takes
+//! a fair batch of many lanes, frames it as one entry (`frame`) and proposes it. The log thread (`writer`) writes and
+//! syncs it (`log`) while the next batch fills and peers get their copy ([`transport`]). When a quorum has it, the apply
+//! thread (`apply`) hands it to the state machine and answers who waited (`proposals`).
+//!
+//! Life of a read. [`Handle::read_barrier`] waits until all that was acknowledged before is applied here (`read_index`);
+//! the caller then reads the state itself.
+//!
+//! ```text
+//!  propose ─▶ lanes ─▶ raft thread ──writes──▶ log thread ──▶ disk
+//!                       │  ▲  ▲                    │
+//!              commit   │  │  └────persisted───────┘
+//!             watermark ▼  └─applied── apply thread ─▶ state machine, replies
+//! ```
+//!
+//! What must hold:
+//! - A reply is given only for an entry that is durable on a quorum and applied here.
+//! - Raft's thread waits for no other thread; the others may wait for it. So there is no cycle of waits.
+//! - Every queue has a bound, given where it is; overload of one lane refuses that lane.
+//! - The log holds whatever the state would lose: it is truncated only up to [`StateMachine::durable_index`].
+//! - A fault or a panic on any thread ends the member ([`Config::fault_handler`]): it never carries on with less.
+//! - Only this crate names `raft`.
+//!
+//! Left out for now: snapshots (a member that needs entries from before the log's beginning waits for ever), change of
+//! members through the handle (committed changes are applied and recorded), the network transport, leadership transfer.
+
+// A test that unwraps says what it expects.
+#![cfg_attr(test, allow(clippy::unwrap_used, clippy::cast_possible_truncation))]
+
+mod apply;
+mod config;
+mod error;
+mod frame;
+mod handle;
+mod lanes;
+mod log;
+mod logger;
+mod metrics;
+mod node;
+mod proposals;
+mod read_index;
+mod ready;
+mod server;
+mod shared;
+#[cfg(test)]
+mod tests;
+pub mod transport;
+mod writer;
+
+pub use crate::apply::{CommittedEntry, StateMachine};
+pub use crate::config::{Config, FaultHandler};
+pub use crate::error::{MemberFault, ProposeError, ReadError, StartError};
+pub use crate::handle::{Handle, Status};
+pub use crate::log::{Appended, BOOTSTRAP_INDEX, Conf, EngineLog, LogStore, LogWrite, MemoryLog, Position, Recovered};
+pub use crate::metrics::{DurationHistogram, HistogramSnapshot, Metrics};
+pub use crate::server::{JoinGuard, start, start_on};
+pub use crate::shared::Leadership;
+pub use crate::transport::{NoPeers, Transport};

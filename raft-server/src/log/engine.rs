@@ -1,0 +1,218 @@
+//! The log on disk: one group in a `raft-engine`.
+//!
+//! raft-engine appends checksummed batches to files of a fixed size, keeps the place of every entry in memory, and gives a
+//! file back once no entry in it is wanted; emptied files are used again, so that a sync need not wait for the file system
+//! to allocate. Sync failures panic inside it, which ends the member like any fault.
+//!
+//! Recovery. A batch that a crash cut off ends the newest file, and recovery cuts it away; a broken batch anywhere
+//! else is a [`Fault`]. It cannot tell a torn tail from bit rot in the newest file: entries after the rot would be lost
+//! on this member. What contradicts the rest is found: the state ahead of the log, a commit index after its end.
+//!
+//! Records, beside the entries (names and layouts are persisted):
+//!
+//! | key | value |
+//! |---|---|
+//! | `id` | layout version u8, member id u64 le |
+//! | `hs` | raft's HardState (protobuf) |
+//! | `cf` | index u64 le, then raft's ConfState (protobuf) |
+//! | `tr` | index u64 le, term u64 le: everything up to here is gone |
+
+use std::path::Path;
+use std::time::Instant;
+
+use parking_lot::Mutex;
+use protobuf::Message as _;
+use raft::eraftpb::{ConfState, Entry, HardState};
+use raft_engine::{Command, Config, Engine, LogBatch, MessageExt, ReadableSize, RecoveryMode};
+use tenure_storage::Fault;
+
+use super::{Appended, Conf, LogStore, LogWrite, Position, Recovered};
+
+/// The only group in the engine.
+const GROUP: u64 = 1;
+const LAYOUT_VERSION: u8 = 1;
+
+const IDENTITY_KEY: &[u8] = b"id";
+const HARD_STATE_KEY: &[u8] = b"hs";
+const CONF_KEY: &[u8] = b"cf";
+const TRUNCATED_KEY: &[u8] = b"tr";
+
+/// Files are given back whole, so several make up what the log keeps before it is truncated.
+const FILES_PER_FLUSH: u64 = 4;
+const FILE_BYTES_MIN: u64 = 64 << 10;
+const FILE_BYTES_MAX: u64 = 64 << 20;
+
+/// See the module's essay.
+pub struct EngineLog {
+    engine: Engine,
+    /// Kept between writes for its buffer.
+    batch: Mutex<LogBatch>,
+}
+
+struct EntryIndex;
+
+impl MessageExt for EntryIndex {
+    type Entry = Entry;
+
+    fn index(entry: &Entry) -> u64 {
+        entry.index
+    }
+}
+
+impl EngineLog {
+    /// Opens or creates the log in `dir`, and cuts off a torn tail. `flush_bytes` is how much the log holds before it is
+    /// truncated; files are a fraction of it.
+    ///
+    /// # Errors
+    /// [`Fault::Corrupt`] for a broken batch before the tail; [`Fault::Engine`], for instance, if another process
+    /// holds the directory.
+    pub fn open(dir: &Path, flush_bytes: u64) -> Result<Self, Fault> {
+        let Some(dir) = dir.to_str() else {
+            return Err(Fault::Engine(format!("the log's path is not UTF-8: {}", dir.display())));
+        };
+        let config = Config {
+            dir: dir.to_owned(),
+            recovery_mode: RecoveryMode::TolerateTailCorruption,
+            // Measured: compression costs more CPU than the bytes it saves (decision 0002).
+            batch_compression_threshold: ReadableSize(0),
+            target_file_size: ReadableSize((flush_bytes / FILES_PER_FLUSH).clamp(FILE_BYTES_MIN, FILE_BYTES_MAX)),
+            purge_threshold: ReadableSize(flush_bytes.max(FILE_BYTES_MIN)),
+            recovery_threads: 2,
+            enable_log_recycle: true,
+            ..Config::default()
+        };
+        let engine = Engine::open(config).map_err(fault)?;
+        Ok(EngineLog { engine, batch: Mutex::new(LogBatch::default()) })
+    }
+
+    fn record(&self, key: &[u8]) -> Option<Vec<u8>> {
+        self.engine.get(GROUP, key)
+    }
+
+    #[cfg(test)]
+    pub(super) fn put_layout_version_for_test(&self, version: u8) {
+        let mut batch = LogBatch::default();
+        let identity = [&[version][..], &1u64.to_le_bytes()].concat();
+        batch.put(GROUP, IDENTITY_KEY.to_vec(), identity).expect("not a reserved key");
+        self.write(&mut batch).expect("write");
+    }
+
+    fn write(&self, batch: &mut LogBatch) -> Result<Appended, Fault> {
+        let _ = raft_engine::take_perf_context();
+        let start = Instant::now();
+        let bytes = self.engine.write(batch, true).map_err(fault)? as u64;
+        let whole = start.elapsed();
+        let context = raft_engine::take_perf_context();
+        let sync = context.log_sync_duration;
+        Ok(Appended { bytes, write: whole.saturating_sub(sync), sync })
+    }
+}
+
+impl LogStore for EngineLog {
+    fn recover(&self) -> Result<Recovered, Fault> {
+        let Some(identity) = self.record(IDENTITY_KEY) else {
+            return Ok(Recovered::default());
+        };
+        let (version, id) = identity.split_first().ok_or_else(|| corrupt(IDENTITY_KEY))?;
+        if *version != LAYOUT_VERSION {
+            return Err(Fault::Engine(format!("log layout version {version} is not known to this release")));
+        }
+        let member_id = Some(take_u64(id, IDENTITY_KEY)?.0);
+        let hard_state = match self.record(HARD_STATE_KEY) {
+            Some(bytes) => HardState::parse_from_bytes(&bytes).map_err(|_| corrupt(HARD_STATE_KEY))?,
+            None => return Err(corrupt(HARD_STATE_KEY)),
+        };
+        let conf = self.record(CONF_KEY).ok_or_else(|| corrupt(CONF_KEY))?;
+        let (index, state) = take_u64(&conf, CONF_KEY)?;
+        let state = ConfState::parse_from_bytes(state).map_err(|_| corrupt(CONF_KEY))?;
+        let truncated = self.record(TRUNCATED_KEY).ok_or_else(|| corrupt(TRUNCATED_KEY))?;
+        let (truncated_index, term) = take_u64(&truncated, TRUNCATED_KEY)?;
+        let truncated = Position { index: truncated_index, term: take_u64(term, TRUNCATED_KEY)?.0 };
+        let last_index = match (self.engine.first_index(GROUP), self.engine.last_index(GROUP)) {
+            (Some(first), Some(last)) if first <= truncated.index + 1 => last.max(truncated.index),
+            (None, None) => truncated.index,
+            _ => return Err(corrupt(b"first index")),
+        };
+        Ok(Recovered { member_id, hard_state, conf: Conf { index, state }, truncated, last_index })
+    }
+
+    fn bootstrap(&self, member_id: u64, at: Position, conf: &Conf) -> Result<(), Fault> {
+        let mut identity = vec![LAYOUT_VERSION];
+        identity.extend_from_slice(&member_id.to_le_bytes());
+        let mut batch = LogBatch::default();
+        batch.put(GROUP, IDENTITY_KEY.to_vec(), identity).map_err(fault)?;
+        put_truncated(&mut batch, at)?;
+        put_conf(&mut batch, conf)?;
+        let hard_state = HardState { term: at.term, commit: at.index, ..HardState::default() };
+        put_hard_state(&mut batch, &hard_state)?;
+        self.write(&mut batch).map(|_| ())
+    }
+
+    fn append(&self, write: &LogWrite) -> Result<Appended, Fault> {
+        let mut batch = self.batch.lock();
+        batch.add_entries::<EntryIndex>(GROUP, &write.entries).map_err(fault)?;
+        if let Some(hard_state) = &write.hard_state {
+            put_hard_state(&mut batch, hard_state)?;
+        }
+        if let Some(conf) = &write.conf {
+            put_conf(&mut batch, conf)?;
+        }
+        self.write(&mut batch)
+    }
+
+    fn entries(&self, low: u64, high: u64, bytes_max: u64) -> Result<Vec<Entry>, Fault> {
+        let mut entries = Vec::new();
+        let bytes_max = usize::try_from(bytes_max).unwrap_or(usize::MAX);
+        self.engine.fetch_entries_to::<EntryIndex>(GROUP, low, high, Some(bytes_max), &mut entries).map_err(fault)?;
+        if entries.is_empty() {
+            return Err(Fault::Corrupt { what: "raft log entry", key: low.to_be_bytes().to_vec() });
+        }
+        Ok(entries)
+    }
+
+    fn truncate(&self, through: Position) -> Result<(), Fault> {
+        let mut batch = LogBatch::default();
+        put_truncated(&mut batch, through)?;
+        batch.add_command(GROUP, Command::Compact { index: through.index + 1 });
+        // Synced: files are deleted next, and a log that had forgotten why they are gone would look corrupt.
+        self.write(&mut batch)?;
+        self.engine.purge_expired_files().map_err(fault)?;
+        Ok(())
+    }
+
+    fn disk_bytes(&self) -> u64 {
+        self.engine.get_used_size() as u64
+    }
+}
+
+fn put_hard_state(batch: &mut LogBatch, hard_state: &HardState) -> Result<(), Fault> {
+    batch.put_message(GROUP, HARD_STATE_KEY.to_vec(), hard_state).map_err(fault)
+}
+
+fn put_conf(batch: &mut LogBatch, conf: &Conf) -> Result<(), Fault> {
+    let mut value = conf.index.to_le_bytes().to_vec();
+    conf.state.write_to_vec(&mut value).map_err(|error| Fault::Engine(error.to_string()))?;
+    batch.put(GROUP, CONF_KEY.to_vec(), value).map_err(fault)
+}
+
+fn put_truncated(batch: &mut LogBatch, at: Position) -> Result<(), Fault> {
+    let value = [at.index.to_le_bytes(), at.term.to_le_bytes()].concat();
+    batch.put(GROUP, TRUNCATED_KEY.to_vec(), value).map_err(fault)
+}
+
+fn take_u64<'a>(bytes: &'a [u8], key: &[u8]) -> Result<(u64, &'a [u8]), Fault> {
+    let (number, rest) = bytes.split_first_chunk().ok_or_else(|| corrupt(key))?;
+    Ok((u64::from_le_bytes(*number), rest))
+}
+
+fn corrupt(key: &[u8]) -> Fault {
+    Fault::Corrupt { what: "raft log record", key: key.to_vec() }
+}
+
+fn fault(error: raft_engine::Error) -> Fault {
+    if let raft_engine::Error::Io(error) = error {
+        Fault::Io(error)
+    } else {
+        Fault::Engine(format!("raft log: {error}"))
+    }
+}

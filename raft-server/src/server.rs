@@ -1,0 +1,303 @@
+//! Starting a member, and what happens when one of its threads cannot go on.
+
+use std::hash::{BuildHasher, Hasher};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use parking_lot::{Mutex, RwLock};
+use raft::RawNode;
+use raft::eraftpb::ConfState;
+use tenure_storage::Fault;
+use tokio::sync::watch;
+
+use crate::apply::{Applier, ApplySignal, Progress, StateMachine};
+use crate::config::{Config, FaultHandler};
+use crate::error::{MemberFault, StartError};
+use crate::handle::{Handle, Limits};
+use crate::lanes::Lanes;
+use crate::log::{BOOTSTRAP_INDEX, Conf, EngineLog, Log, LogStore, LogWrite, Position, RaftStorage, Recovered};
+use crate::logger;
+use crate::metrics::Metrics;
+use crate::node::{Event, Node};
+use crate::proposals::Waiting;
+use crate::read_index::ReadRounds;
+use crate::shared::{Leadership, ProposalQueue, Shared, StatusCells};
+use crate::transport::Transport;
+use crate::writer::{self, WriteQueue};
+
+/// Starts a member on the log in `config.data_dir`. Returns once the log is read; leading, and applying what the state
+/// lacks, follow on the member's threads. [`Handle::read_barrier`] resolves when it serves.
+///
+/// # Errors
+/// See [`StartError`]. Nothing runs then.
+pub fn start<S: StateMachine>(
+    config: Config,
+    state_machine: S,
+    transport: impl Transport + 'static,
+) -> Result<(Handle<S::Reply>, JoinGuard), StartError> {
+    config.validate()?;
+    std::fs::create_dir_all(&config.data_dir).map_err(Fault::Io)?;
+    let log = EngineLog::open(&config.data_dir, config.log_bytes_flush)?;
+    start_on(config, state_machine, Arc::new(log), transport)
+}
+
+/// As [`start`], on a log of the caller's; `config.data_dir` is not used.
+///
+/// # Errors
+/// As [`start`].
+pub fn start_on<S: StateMachine>(
+    config: Config,
+    state_machine: S,
+    store: Arc<dyn LogStore>,
+    transport: impl Transport + 'static,
+) -> Result<(Handle<S::Reply>, JoinGuard), StartError> {
+    config.validate()?;
+    let durable = state_machine.durable_index()?;
+    let (recovered, applied) = recover(&config, &*store, state_machine.applied_index())?;
+    assert!(durable <= applied, "durable is not ahead of applied");
+    let conf = recovered.conf.clone();
+    let log = Arc::new(Log::new(store, recovered, config.log_cache_bytes_max, config.log_bytes_flush / 16));
+    let raw = RawNode::new(&raft_config(&config, applied), RaftStorage(Arc::clone(&log)), &logger::to_tracing())
+        .map_err(|error| StartError::Raft(error.to_string()))?;
+
+    let (event_sender, events) = crossbeam_channel::bounded(config.event_queue_max);
+    let lanes = Lanes::new(config.lane_queue_bytes_max, config.queue_bytes_max);
+    let shared = Arc::new(Shared {
+        id: config.id,
+        queue: Mutex::new(ProposalQueue { lanes, rung: false }),
+        waiting: Waiting::new(),
+        read_waiters: AtomicU64::new(0),
+        status: StatusCells {
+            applied_index: AtomicU64::new(applied),
+            durable_index: AtomicU64::new(durable),
+            ..StatusCells::default()
+        },
+        members: RwLock::new(Arc::from(Vec::new())),
+        leadership: watch::Sender::new(Leadership::default()),
+        metrics: Metrics::default(),
+        events: event_sender,
+        stopping: AtomicBool::new(false),
+        faulted: AtomicBool::new(false),
+    });
+    let writes = Arc::new(WriteQueue::default());
+    let apply = Arc::new(ApplySignal::default());
+    let limits = Limits {
+        command_bytes_max: config.command_bytes_max,
+        batch_bytes_max: config.batch_bytes_max,
+        read_waiters_max: config.read_waiters_max as u64,
+    };
+    let mut node = Node {
+        raw,
+        shared: Arc::clone(&shared),
+        log: Arc::clone(&log),
+        writes: Arc::clone(&writes),
+        apply: Arc::clone(&apply),
+        transport: Box::new(transport),
+        reads: ReadRounds::new(config.id, random_u64(), config.read_timeout_ticks),
+        events,
+        next_tick: Instant::now() + Duration::from_millis(config.tick_ms),
+        unpersisted: Default::default(),
+        outbox: Default::default(),
+        unsaved: LogWrite::default(),
+        conf: Conf::default(),
+        read_floor: None,
+        config: config.clone(),
+    };
+    node.set_conf(conf);
+    let applier = Applier {
+        state_machine,
+        log: Arc::clone(&log),
+        shared: Arc::clone(&shared),
+        signal: Arc::clone(&apply),
+        apply_bytes_max: config.apply_bytes_max as u64,
+        log_bytes_flush: config.log_bytes_flush,
+        flush_on_stop: config.flush_on_stop,
+    };
+
+    let supervisor = Supervisor {
+        shared: Arc::clone(&shared),
+        writes: Arc::clone(&writes),
+        apply,
+        handler: config.fault_handler.clone().unwrap_or_else(|| Arc::new(abort)),
+    };
+    let mut guard = JoinGuard { stop: None, threads: Vec::new() };
+    let stop = Arc::clone(&supervisor.shared);
+    guard.stop = Some(Box::new(move || stop.request_stop()));
+    let events = shared.events.clone();
+    guard.threads.push(supervisor.spawn("raft-apply", move || {
+        applier.run(|progress| {
+            let event = match progress {
+                Progress::Applied => Event::Applied,
+                Progress::Durable => Event::Durable,
+            };
+            // Raft's thread never waits for this one. It is gone only when the member stops.
+            let _ = events.send(event);
+        })
+    })?);
+    let (thread_shared, events) = (Arc::clone(&shared), shared.events.clone());
+    guard.threads.push(supervisor.spawn("raft-log", move || {
+        writer::run(&writes, &log, &thread_shared.metrics, |number| {
+            let _ = events.send(Event::Persisted(number));
+        })
+    })?);
+    // Last: it is the one that ends the others.
+    let end = supervisor.clone();
+    guard.threads.push(supervisor.spawn("raft", move || {
+        let result = node.run();
+        end.stop_others();
+        result
+    })?);
+    Ok((Handle::new(shared, limits), guard))
+}
+
+/// What the log and the state say, brought together: what raft starts from, and which index is applied.
+fn recover(config: &Config, store: &dyn LogStore, state_applied: u64) -> Result<(Recovered, u64), StartError> {
+    let mut recovered = store.recover()?;
+    if recovered.member_id.is_none() {
+        let mut state = ConfState::default();
+        state.voters.clone_from(&config.initial_voters);
+        let at = Position { index: BOOTSTRAP_INDEX, term: 1 };
+        store.bootstrap(config.id, at, &Conf { index: BOOTSTRAP_INDEX, state })?;
+        recovered = store.recover()?;
+    }
+    let found = recovered.member_id.expect("bootstrapped");
+    if found != config.id {
+        return Err(StartError::OtherMember { found, expected: config.id });
+    }
+    // There is no entry before it, so the empty state has applied it.
+    let applied = state_applied.max(BOOTSTRAP_INDEX);
+    let first = recovered.truncated.index + 1;
+    if applied + 1 < first {
+        return Err(StartError::StateBehindLog { applied, first });
+    }
+    if applied > recovered.last_index {
+        return Err(StartError::LogBehindState { applied, last: recovered.last_index });
+    }
+    if recovered.hard_state.commit > recovered.last_index {
+        return Err(StartError::Fault(Fault::Corrupt { what: "commit index beyond the raft log", key: Vec::new() }));
+    }
+    // The commit index is saved with the next write, so it may lag behind the state; what is applied was committed.
+    recovered.hard_state.commit = recovered.hard_state.commit.max(applied);
+    Ok((recovered, applied))
+}
+
+fn raft_config(config: &Config, applied: u64) -> raft::Config {
+    raft::Config {
+        id: config.id,
+        election_tick: config.election_timeout_ticks,
+        heartbeat_tick: config.heartbeat_timeout_ticks,
+        applied,
+        max_size_per_msg: config.message_bytes_max,
+        max_inflight_msgs: config.inflight_messages_max,
+        max_committed_size_per_ready: config.apply_bytes_max as u64,
+        pre_vote: true,
+        check_quorum: true,
+        ..raft::Config::default()
+    }
+}
+
+/// From the standard library's hash seeds: enough to tell two lives of a member apart.
+fn random_u64() -> u64 {
+    std::hash::RandomState::new().build_hasher().finish()
+}
+
+/// Starts threads and ends all of them when one fails.
+struct Supervisor<R> {
+    shared: Arc<Shared<R>>,
+    writes: Arc<WriteQueue>,
+    apply: Arc<ApplySignal>,
+    handler: FaultHandler,
+}
+
+impl<R> Clone for Supervisor<R> {
+    fn clone(&self) -> Self {
+        Supervisor {
+            shared: Arc::clone(&self.shared),
+            writes: Arc::clone(&self.writes),
+            apply: Arc::clone(&self.apply),
+            handler: Arc::clone(&self.handler),
+        }
+    }
+}
+
+impl<R: Send + 'static> Supervisor<R> {
+    fn spawn(
+        &self,
+        name: &'static str,
+        run: impl FnOnce() -> Result<(), Fault> + Send + 'static,
+    ) -> Result<JoinHandle<()>, StartError> {
+        let supervisor = self.clone();
+        let body = move || {
+            let cause = match catch_unwind(AssertUnwindSafe(run)) {
+                Ok(Ok(())) => return,
+                Ok(Err(fault)) => fault.to_string(),
+                Err(panic) => panic_message(&*panic),
+            };
+            supervisor.fail(&MemberFault { thread: name, cause });
+        };
+        std::thread::Builder::new().name(name.to_owned()).spawn(body).map_err(|error| {
+            self.stop_others();
+            StartError::Thread(error)
+        })
+    }
+
+    fn fail(&self, fault: &MemberFault) {
+        // One fault is enough: the others follow from it.
+        if !self.shared.faulted.swap(true, Ordering::AcqRel) {
+            (self.handler)(fault);
+        }
+        self.shared.request_stop();
+        self.stop_others();
+    }
+
+    /// The log thread writes what it was given, the apply thread finishes its round; nobody waits any longer.
+    fn stop_others(&self) {
+        self.shared.stopping.store(true, Ordering::Release);
+        self.writes.stop();
+        self.apply.stop();
+        self.shared.close();
+    }
+}
+
+fn abort(fault: &MemberFault) {
+    tracing::error!(thread = fault.thread, cause = fault.cause, "stop the member: it cannot keep its promises");
+    std::process::abort();
+}
+
+fn panic_message(panic: &(dyn std::any::Any + Send)) -> String {
+    let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
+    text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_else(|| "panic without a message".to_owned())
+}
+
+/// Ends the member when dropped, and waits until its threads are gone: after that the log and the state are released.
+pub struct JoinGuard {
+    stop: Option<Box<dyn FnOnce() + Send>>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl JoinGuard {
+    /// Stops the member and waits for it.
+    pub fn stop(self) {
+        drop(self);
+    }
+
+    /// Waits until the member stops by itself: a handle's `request_stop`, or a fault whose handler returned.
+    pub fn wait(mut self) {
+        self.stop = None;
+    }
+}
+
+impl Drop for JoinGuard {
+    fn drop(&mut self) {
+        if let Some(stop) = self.stop.take() {
+            stop();
+        }
+        for thread in self.threads.drain(..) {
+            // A panic was caught inside; this fails only if the fault handler panicked.
+            let _ = thread.join();
+        }
+    }
+}

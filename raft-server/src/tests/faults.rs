@@ -1,0 +1,86 @@
+//! A member that cannot keep its promises stops, says why once, and leaves nobody waiting.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use raft::eraftpb::Entry;
+
+use super::*;
+use crate::{Appended, Conf, LogStore, LogWrite, MemoryLog, Position, ProposeError, Recovered, start_on};
+
+/// A log whose disk fails when told to.
+#[derive(Default)]
+struct FailingLog {
+    log: MemoryLog,
+    broken: AtomicBool,
+}
+
+impl LogStore for FailingLog {
+    fn recover(&self) -> Result<Recovered, Fault> {
+        self.log.recover()
+    }
+
+    fn bootstrap(&self, member_id: u64, at: Position, conf: &Conf) -> Result<(), Fault> {
+        self.log.bootstrap(member_id, at, conf)
+    }
+
+    fn append(&self, write: &LogWrite) -> Result<Appended, Fault> {
+        if self.broken.load(Ordering::Relaxed) {
+            return Err(Fault::Io(std::io::Error::other("disk is gone")));
+        }
+        self.log.append(write)
+    }
+
+    fn entries(&self, low: u64, high: u64, bytes_max: u64) -> Result<Vec<Entry>, Fault> {
+        self.log.entries(low, high, bytes_max)
+    }
+
+    fn truncate(&self, through: Position) -> Result<(), Fault> {
+        self.log.truncate(through)
+    }
+
+    fn disk_bytes(&self) -> u64 {
+        self.log.disk_bytes()
+    }
+}
+
+/// Starts a member whose faults are collected, proposes `command`, and gives the faults once the member is gone.
+async fn faults_after(command: &'static [u8], spoil: fn(&FailingLog)) -> Vec<MemberFault> {
+    let faults = Shared::<Vec<MemberFault>>::default();
+    let collected = Arc::clone(&faults);
+    let handler = move |fault: &MemberFault| collected.lock().push(fault.clone());
+    let config = Config { fault_handler: Some(Arc::new(handler)), ..config(1, Path::new("unused")) };
+    let log = Arc::new(FailingLog::default());
+    let probe = Probe::default();
+    let (handle, guard) = start_on(config, probe.boot(), log.clone(), NoPeers).unwrap();
+    wait_for_leadership(&handle).await;
+    patiently(handle.propose(1, Bytes::from_static(b"fine"))).await.unwrap();
+    spoil(&log);
+    let unanswered = patiently(handle.propose(1, Bytes::from_static(command))).await;
+    assert_eq!(unanswered, Err(ProposeError::Dropped), "nobody knows whether it took effect");
+    guard.wait();
+    assert_eq!(patiently(handle.propose(1, Bytes::new())).await, Err(ProposeError::Stopped));
+    assert_eq!(probe.commands(), [&b"fine"[..]]);
+    let faults = faults.lock();
+    faults.clone()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_fault_of_the_state_machine_stops_the_member() {
+    let faults = faults_after(b"fault", |_| {}).await;
+    assert_eq!(faults.len(), 1);
+    assert_eq!((faults[0].thread, faults[0].cause.contains("asked for")), ("raft-apply", true));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_panic_of_the_state_machine_stops_the_member() {
+    let faults = faults_after(b"panic", |_| {}).await;
+    assert_eq!(faults.len(), 1);
+    assert_eq!((faults[0].thread, &faults[0].cause[..]), ("raft-apply", "asked for"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_failing_disk_stops_the_member() {
+    let faults = faults_after(b"lost", |log| log.broken.store(true, Ordering::Relaxed)).await;
+    assert_eq!(faults.len(), 1);
+    assert_eq!((faults[0].thread, faults[0].cause.contains("disk is gone")), ("raft-log", true));
+}

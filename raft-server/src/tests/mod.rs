@@ -1,0 +1,148 @@
+//! A whole member, and groups of them, through the public interface. What one file can show alone is tested there.
+//!
+//! Nothing here sleeps: tests wait for replies, for read points and for changes of leadership.
+
+mod cluster;
+mod faults;
+mod recovery;
+mod single;
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use parking_lot::Mutex;
+use tenure_storage::Fault;
+
+use crate::{CommittedEntry, Config, Handle, JoinGuard, MemberFault, NoPeers, StateMachine, start};
+
+/// A member that hangs fails its test after this.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// What a [`Recorder`] holds: every command, in order.
+#[derive(Clone, Debug, Default, PartialEq)]
+struct Records {
+    applied_index: u64,
+    commands: Vec<Bytes>,
+}
+
+/// Remembers every command. Has a memory, lost with it, and a disk, which a test keeps over a crash.
+struct Recorder {
+    memory: Shared<Records>,
+    disk: Shared<Records>,
+    /// Held by a test to stop the state machine.
+    gate: Arc<tokio::sync::Mutex<()>>,
+    /// Commands per `apply`, to see batches.
+    entry_sizes: Shared<Vec<usize>>,
+    flushes: Shared<u64>,
+}
+
+type Shared<T> = Arc<Mutex<T>>;
+
+/// What a test keeps of a [`Recorder`] that a member owns.
+#[derive(Clone, Default)]
+struct Probe {
+    memory: Shared<Records>,
+    disk: Shared<Records>,
+    gate: Arc<tokio::sync::Mutex<()>>,
+    entry_sizes: Shared<Vec<usize>>,
+    flushes: Shared<u64>,
+}
+
+impl Probe {
+    /// The state machine as it comes up with what is on `disk`.
+    fn boot(&self) -> Recorder {
+        *self.memory.lock() = self.disk.lock().clone();
+        Recorder {
+            memory: Arc::clone(&self.memory),
+            disk: Arc::clone(&self.disk),
+            gate: Arc::clone(&self.gate),
+            entry_sizes: Arc::clone(&self.entry_sizes),
+            flushes: Arc::clone(&self.flushes),
+        }
+    }
+
+    fn commands(&self) -> Vec<Bytes> {
+        self.memory.lock().commands.clone()
+    }
+
+    /// Stops `apply` until the guard goes.
+    async fn close_gate(&self) -> tokio::sync::OwnedMutexGuard<()> {
+        Arc::clone(&self.gate).lock_owned().await
+    }
+}
+
+impl StateMachine for Recorder {
+    /// How many commands there are now: the place of the one that is answered, from 1.
+    type Reply = usize;
+
+    fn applied_index(&self) -> u64 {
+        self.memory.lock().applied_index
+    }
+
+    fn apply(&mut self, entries: Vec<CommittedEntry>) -> Result<Vec<Vec<usize>>, Fault> {
+        drop(self.gate.blocking_lock());
+        let mut memory = self.memory.lock();
+        let mut replies = Vec::new();
+        for entry in entries {
+            let expected = memory.applied_index.max(crate::BOOTSTRAP_INDEX) + 1;
+            assert_eq!(entry.index, expected, "each entry once, in order");
+            memory.applied_index = entry.index;
+            if !entry.commands.is_empty() {
+                self.entry_sizes.lock().push(entry.commands.len());
+            }
+            let mut entry_replies = Vec::new();
+            for command in entry.commands {
+                match &command[..] {
+                    b"fault" => return Err(Fault::Engine("asked for".to_owned())),
+                    b"panic" => panic!("asked for"),
+                    _ => memory.commands.push(command),
+                }
+                entry_replies.push(memory.commands.len());
+            }
+            replies.push(entry_replies);
+        }
+        Ok(replies)
+    }
+
+    fn durable_index(&self) -> Result<u64, Fault> {
+        Ok(self.disk.lock().applied_index)
+    }
+
+    fn flush(&mut self) -> Result<u64, Fault> {
+        let memory = self.memory.lock().clone();
+        *self.flushes.lock() += 1;
+        *self.disk.lock() = memory.clone();
+        Ok(memory.applied_index)
+    }
+}
+
+/// Small times, and a crash at stop: what was not flushed is gone.
+fn config(id: u64, dir: &Path) -> Config {
+    Config {
+        tick_ms: 5,
+        flush_on_stop: false,
+        fault_handler: Some(Arc::new(|fault: &MemberFault| panic!("unexpected fault: {fault:?}"))),
+        ..Config::new(id, dir)
+    }
+}
+
+async fn start_single(config: Config, probe: &Probe) -> (Handle<usize>, JoinGuard) {
+    let (handle, guard) = start(config, probe.boot(), NoPeers).expect("start");
+    wait_for_leadership(&handle).await;
+    (handle, guard)
+}
+
+async fn wait_for_leadership<R: Send + 'static>(handle: &Handle<R>) {
+    let mut leadership = handle.leadership();
+    patiently(leadership.wait_for(|now| now.is_leader)).await.expect("the member lives");
+}
+
+async fn patiently<T>(future: impl Future<Output = T>) -> T {
+    tokio::time::timeout(PATIENCE, future).await.expect("in time")
+}
+
+fn numbered(numbers: std::ops::Range<usize>) -> Vec<Bytes> {
+    numbers.map(|number| Bytes::from(format!("command {number}"))).collect()
+}

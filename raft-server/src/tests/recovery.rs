@@ -1,0 +1,172 @@
+//! What is left after a crash: every acknowledged command, once, in order.
+
+use super::*;
+use crate::{EngineLog, LogStore, MemoryLog, StartError, start_on};
+
+/// What a kill -9 at this moment leaves of the log: its files as they are, without the clean end that a stop writes.
+fn copy_files(from: &Path, to: &Path) {
+    for file in std::fs::read_dir(from).unwrap() {
+        let file = file.unwrap();
+        std::fs::copy(file.path(), to.join(file.file_name())).unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_acknowledged_command_survives_any_number_of_crashes() {
+    let dir = tempfile::tempdir().unwrap();
+    let probe = Probe::default();
+    let mut acknowledged = Vec::new();
+    for life in 0..5 {
+        let (handle, guard) = start_single(config(1, dir.path()), &probe).await;
+        for command in numbered(life * 30..(life + 1) * 30) {
+            patiently(handle.propose(1, command.clone())).await.unwrap();
+            acknowledged.push(command);
+        }
+        if life == 2 {
+            // From here on, a part of the state is durable and must not be applied again.
+            *probe.disk.lock() = probe.memory.lock().clone();
+        }
+        guard.stop();
+    }
+    let (handle, _guard) = start_single(config(1, dir.path()), &probe).await;
+    patiently(handle.read_barrier()).await.unwrap();
+    assert_eq!(probe.commands(), acknowledged);
+}
+
+// The files are copied while the member writes, so the copy ends anywhere, often in the middle of a batch.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_kill_at_any_moment_loses_nothing_acknowledged() {
+    let dir = tempfile::tempdir().unwrap();
+    let probe = Probe::default();
+    let small_files = |dir: &Path| Config { log_bytes_flush: 64 << 10, ..config(1, dir) };
+    let (handle, guard) = start_single(small_files(dir.path()), &probe).await;
+    let writer = tokio::spawn({
+        let handle = handle.clone();
+        async move {
+            let mut number = 0;
+            while handle.propose(number % 3, Bytes::from(vec![number as u8; 2000])).await.is_ok() {
+                number += 1;
+            }
+        }
+    });
+    for _ in 0..10 {
+        patiently(handle.propose(9, Bytes::from_static(b"mark"))).await.unwrap();
+        // State first: the log may be truncated up to what the state had durably at that moment, not further.
+        let image = Probe::default();
+        let (acknowledged, copy) = {
+            let before = probe.commands();
+            let disk_guard = probe.disk.lock();
+            *image.disk.lock() = disk_guard.clone();
+            let copy = tempfile::tempdir().unwrap();
+            copy_files(dir.path(), copy.path());
+            (before, copy)
+        };
+        let (revived, _guard) = start_single(small_files(copy.path()), &image).await;
+        patiently(revived.read_barrier()).await.unwrap();
+        let found = image.commands();
+        assert!(found.len() >= acknowledged.len(), "{} of {}", found.len(), acknowledged.len());
+        assert_eq!(found[..acknowledged.len()], acknowledged[..]);
+    }
+    guard.stop();
+    patiently(writer).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_log_is_truncated_to_what_is_flushed_and_no_further() {
+    let dir = tempfile::tempdir().unwrap();
+    let probe = Probe::default();
+    let config = Config { log_bytes_flush: 64 << 10, ..config(1, dir.path()) };
+    let (handle, guard) = start_single(config.clone(), &probe).await;
+    for number in 0..600 {
+        patiently(handle.propose(1, Bytes::from(vec![number as u8; 1000]))).await.unwrap();
+    }
+    let flushes = *probe.flushes.lock();
+    assert!((3..=30).contains(&flushes), "{flushes} flushes for 600 KiB");
+    let durable = handle.status().durable_index;
+    guard.stop();
+
+    let log = EngineLog::open(dir.path(), config.log_bytes_flush).unwrap();
+    let recovered = log.recover().unwrap();
+    assert!(recovered.truncated.index > 100, "truncated to {}", recovered.truncated.index);
+    assert!(recovered.truncated.index <= durable, "no further than durable");
+    let disk_bytes = log.disk_bytes();
+    assert!(disk_bytes <= 4 * (64 << 10), "{disk_bytes} bytes kept");
+    drop(log);
+
+    let (handle, guard) = start_single(config.clone(), &probe).await;
+    patiently(handle.read_barrier()).await.unwrap();
+    assert_eq!(probe.commands().len(), 600);
+    guard.stop();
+
+    // The state is lost, and the log no longer has what it would need.
+    let lost = start(config, Probe::default().boot(), NoPeers);
+    assert!(matches!(lost, Err(StartError::StateBehindLog { applied: 1, .. })), "{:?}", lost.err());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_state_ahead_of_its_log_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let probe = Probe::default();
+    let (handle, guard) = start_single(config(1, dir.path()), &probe).await;
+    for command in numbered(0..10) {
+        patiently(handle.propose(1, command)).await.unwrap();
+    }
+    guard.stop();
+    *probe.disk.lock() = probe.memory.lock().clone();
+    let empty = tempfile::tempdir().unwrap();
+    let refused = start(config(1, empty.path()), probe.boot(), NoPeers);
+    assert!(matches!(refused, Err(StartError::LogBehindState { .. })), "{:?}", refused.err());
+}
+
+// A clean stop leaves nothing to replay.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_clean_stop_flushes() {
+    let dir = tempfile::tempdir().unwrap();
+    let probe = Probe::default();
+    let (handle, guard) = start_single(Config { flush_on_stop: true, ..config(1, dir.path()) }, &probe).await;
+    for command in numbered(0..10) {
+        patiently(handle.propose(1, command)).await.unwrap();
+    }
+    guard.stop();
+    assert_eq!(probe.disk.lock().commands, numbered(0..10));
+}
+
+// The log's newest part is all that memory holds: with a cache of nothing the same replay comes from disk.
+#[tokio::test(flavor = "multi_thread")]
+async fn entries_outside_the_cache_are_read_from_disk() {
+    let dir = tempfile::tempdir().unwrap();
+    let probe = Probe::default();
+    let config = Config { log_cache_bytes_max: 0, apply_bytes_max: 500, ..config(1, dir.path()) };
+    for life in 0..2 {
+        let (handle, guard) = start_single(config.clone(), &probe).await;
+        let tasks: Vec<_> = numbered(life * 100..(life + 1) * 100)
+            .into_iter()
+            .map(|command| {
+                let handle = handle.clone();
+                tokio::spawn(async move { handle.propose(1, command).await })
+            })
+            .collect();
+        for task in tasks {
+            patiently(task).await.unwrap().unwrap();
+        }
+        guard.stop();
+    }
+    let (handle, _guard) = start_single(config, &probe).await;
+    patiently(handle.read_barrier()).await.unwrap();
+    assert_eq!(probe.commands().len(), 200);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_memory_log_serves_a_member_too() {
+    let log = Arc::new(MemoryLog::default());
+    let probe = Probe::default();
+    for life in 0..3 {
+        let config = config(1, Path::new("unused"));
+        let (handle, _guard) = start_on(config, probe.boot(), log.clone(), NoPeers).unwrap();
+        wait_for_leadership(&handle).await;
+        for command in numbered(life * 10..(life + 1) * 10) {
+            patiently(handle.propose(1, command)).await.unwrap();
+        }
+    }
+    assert_eq!(probe.commands(), numbered(0..30));
+}

@@ -1,0 +1,102 @@
+//! The log thread: writes and syncs what raft wants durable, while raft's thread fills the next batch.
+//!
+//! Everything that queued up during one sync goes into the next as a single write, so there are never more syncs than the
+//! disk can do. The queue never blocks raft's thread. Bound: proposals stop at `inflight_batches_max`, and entries from
+//! peers are dropped on arrival while [`WriteQueue::bytes`] is over `append_queue_bytes_max`.
+
+use std::sync::Arc;
+
+use parking_lot::{Condvar, Mutex};
+use tenure_storage::Fault;
+
+use crate::log::{Log, LogWrite, Position, entry_bytes};
+use crate::metrics::Metrics;
+
+/// What raft's thread asks of the log thread.
+#[derive(Default)]
+pub(crate) struct WriteQueue {
+    state: Mutex<Queued>,
+    bell: Condvar,
+}
+
+#[derive(Default)]
+struct Queued {
+    write: LogWrite,
+    write_bytes: usize,
+    /// The newest `Ready` contained in `write`; 0: none.
+    ready_number: u64,
+    truncate: Option<Position>,
+    stopping: bool,
+}
+
+impl WriteQueue {
+    /// Queues what the `Ready` of this number wants durable.
+    pub(crate) fn push(&self, ready_number: u64, write: LogWrite) {
+        let mut queued = self.state.lock();
+        queued.write_bytes += write.entries.iter().map(entry_bytes).sum::<usize>();
+        queued.write.merge(write);
+        queued.ready_number = ready_number;
+        self.bell.notify_one();
+    }
+
+    /// Queues forgetting the entries up to `through`, after the writes queued before it; a later call replaces it.
+    pub(crate) fn push_truncate(&self, through: Position) {
+        self.state.lock().truncate = Some(through);
+        self.bell.notify_one();
+    }
+
+    /// Bytes of entries that wait.
+    pub(crate) fn bytes(&self) -> usize {
+        self.state.lock().write_bytes
+    }
+
+    /// Lets the log thread end once the queue is empty.
+    pub(crate) fn stop(&self) {
+        self.state.lock().stopping = true;
+        self.bell.notify_one();
+    }
+
+    /// Waits for work and takes all of it. `None`: stopped and nothing left.
+    fn take(&self) -> Option<Queued> {
+        let mut queued = self.state.lock();
+        loop {
+            if queued.ready_number != 0 || queued.truncate.is_some() {
+                let stopping = queued.stopping;
+                return Some(std::mem::replace(&mut *queued, Queued { stopping, ..Queued::default() }));
+            }
+            if queued.stopping {
+                return None;
+            }
+            self.bell.wait(&mut queued);
+        }
+    }
+}
+
+/// Runs until the queue is stopped. `persisted` is told the number of each `Ready` that is durable.
+///
+/// # Errors
+/// The log's; the member must stop.
+pub(crate) fn run(
+    queue: &WriteQueue,
+    log: &Arc<Log>,
+    metrics: &Metrics,
+    mut persisted: impl FnMut(u64),
+) -> Result<(), Fault> {
+    use std::sync::atomic::Ordering::Relaxed;
+    while let Some(work) = queue.take() {
+        if work.ready_number != 0 {
+            let done = log.store().append(&work.write)?;
+            metrics.wal_fsync_duration.observe(done.sync);
+            metrics.wal_write_duration.observe(done.write);
+            metrics.wal_write_bytes.fetch_add(done.bytes, Relaxed);
+            if let Some(last) = work.write.entries.last() {
+                log.mark_persisted(Position { index: last.index, term: last.term });
+            }
+            persisted(work.ready_number);
+        }
+        if let Some(through) = work.truncate {
+            log.store().truncate(through)?;
+        }
+    }
+    Ok(())
+}

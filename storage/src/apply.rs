@@ -1,0 +1,386 @@
+//! The only writer of replicated state.
+//!
+//! `apply` takes committed raft entries in order and turns them into one engine batch that also holds the new applied
+//! index: after a crash the state is that of some index, and the log goes on from there. What a command does depends on
+//! the command and the state alone: no clock, no randomness, no order of a hash map. A refusal is a result like any
+//! other; a fault ends the member.
+//!
+//! Life of a batch: decode each envelope, run it on an [`Overlay`] of the engine, write the rows of the tenants it touched
+//! and the cell's row, hand the batch to the engine; only then publish counters, events and lease changes, and return
+//! the outcomes. So nobody sees a revision that the engine does not have.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use bytes::Bytes;
+
+use crate::command::{Command, Envelope};
+use crate::engine::{Cursor, Engine, Family, Reader};
+use crate::error::{Fault, Refusal};
+use crate::key::meta::{self, CellRow, TenantRow};
+use crate::limits::TENANTS_MAX;
+use crate::mvcc::overlay::Overlay;
+use crate::mvcc::write::{Step, Writer, accept};
+use crate::mvcc::{compact, txn};
+use crate::reply::{Outcome, Reply};
+use crate::store::{Shared, Store, Tenant, db_size_bytes};
+use crate::types::{Alarm, AlarmKind, LeaseId, TenantId};
+use crate::watch::Event;
+
+/// Bytes a tenant may hold unless [`Command::Configure`] says otherwise: etcd's default.
+pub const QUOTA_BYTES_DEFAULT: i64 = 2 << 30;
+
+/// Told of replicated facts on the apply thread, after they are in the engine and before the replies go out. Must not
+/// block: every tenant waits.
+pub trait Observer: Send + Sync {
+    fn lease_granted(&self, tenant: TenantId, id: LeaseId, ttl_seconds: i64);
+    fn lease_revoked(&self, tenant: TenantId, id: LeaseId);
+    /// A compaction left rows to reclaim; also called at open for one that did not finish.
+    fn reclaim_pending(&self, tenant: TenantId);
+}
+
+/// An observer for those who do not care.
+pub struct NoObserver;
+
+impl Observer for NoObserver {
+    fn lease_granted(&self, _: TenantId, _: LeaseId, _: i64) {}
+    fn lease_revoked(&self, _: TenantId, _: LeaseId) {}
+    fn reclaim_pending(&self, _: TenantId) {}
+}
+
+/// See the module's essay.
+pub struct StateMachine<E: Engine> {
+    store: Store<E>,
+    observer: Arc<dyn Observer>,
+    cell: CellRow,
+    /// Every tenant's row, as the engine has it.
+    rows: BTreeMap<TenantId, TenantRow>,
+    names: BTreeMap<String, TenantId>,
+}
+
+/// What becomes visible once the batch is in the engine.
+enum Notice {
+    TenantCreated(TenantId),
+    Revision { tenant: TenantId, revision: i64, events: Vec<Event> },
+    LeaseGranted { tenant: TenantId, id: LeaseId, ttl_seconds: i64 },
+    LeaseRevoked { tenant: TenantId, id: LeaseId },
+    ReclaimPending(TenantId),
+}
+
+/// One batch while it is applied.
+struct Pending<R> {
+    overlay: Overlay<R>,
+    dirty: BTreeSet<TenantId>,
+    notices: Vec<Notice>,
+}
+
+impl<E: Engine> StateMachine<E> {
+    /// Loads the registry of tenants from the engine; an empty engine is an empty cell.
+    ///
+    /// # Errors
+    /// [`Fault`] if the engine cannot be read or holds what this version did not write.
+    pub fn open(engine: Arc<E>, observer: Arc<dyn Observer>) -> Result<Self, Fault> {
+        let view = engine.view();
+        let cell = match view.get(Family::Meta, &meta::cell_key())? {
+            Some(stored) => CellRow::decode(stored)?,
+            None => CellRow { applied_index: 0, next_tenant: 1, quota_bytes: QUOTA_BYTES_DEFAULT },
+        };
+        let shared = Arc::new(Shared::new(cell.quota_bytes));
+        let mut rows = BTreeMap::new();
+        let mut names = BTreeMap::new();
+        let bounds = meta::all_bounds();
+        let mut cursor = view.cursor(Family::Meta, &bounds.lower, &bounds.upper)?;
+        while let Some((key, value)) = cursor.entry() {
+            if let Some(id) = meta::decode_tenant_key(key) {
+                let row = TenantRow::decode(Bytes::copy_from_slice(value))?;
+                shared.add(Tenant::new(id, &row));
+                names.insert(row.name.clone(), id);
+                rows.insert(id, row);
+            }
+            cursor.advance()?;
+        }
+        drop(cursor);
+        drop(view);
+        for (id, row) in &rows {
+            assert!(id.0 < cell.next_tenant, "tenant ids are never reused");
+            if row.reclaimed_revision < row.compact_revision {
+                observer.reclaim_pending(*id);
+            }
+        }
+        Ok(StateMachine { store: Store { engine, shared }, observer, cell, rows, names })
+    }
+
+    /// The read side.
+    pub fn store(&self) -> Store<E> {
+        self.store.clone()
+    }
+
+    /// Highest raft index whose commands are in the state.
+    pub fn applied_index(&self) -> u64 {
+        self.cell.applied_index
+    }
+
+    /// Applies entries (raft index, encoded [`Envelope`]s) in order, all or nothing. `outcomes[i][j]` answers command j of
+    /// entry i. On return the state is visible to readers, not durable.
+    ///
+    /// # Errors
+    /// After any [`Fault`] the state machine must not be used again: memory and engine may disagree.
+    ///
+    /// # Panics
+    /// If an index does not follow the applied one.
+    pub fn apply(&mut self, entries: Vec<(u64, Vec<Bytes>)>) -> Result<Vec<Vec<Outcome>>, Fault> {
+        let engine = Arc::clone(&self.store.engine);
+        let mut pending = Pending { overlay: Overlay::new(engine.view()), dirty: BTreeSet::new(), notices: Vec::new() };
+        let mut outcomes = Vec::with_capacity(entries.len());
+        for (index, commands) in entries {
+            assert!(index > self.cell.applied_index, "entry {index} after {} is applied once", self.cell.applied_index);
+            self.cell.applied_index = index;
+            let mut of_entry = Vec::with_capacity(commands.len());
+            for command in commands {
+                of_entry.push(self.apply_one(&mut pending, Envelope::decode(command)?)?);
+            }
+            outcomes.push(of_entry);
+        }
+        self.write(pending)?;
+        Ok(outcomes)
+    }
+
+    fn write<R: Reader>(&mut self, pending: Pending<R>) -> Result<(), Fault> {
+        let Pending { overlay, dirty, notices } = pending;
+        let mut batch = overlay.into_batch();
+        for tenant in &dirty {
+            batch.put(Family::Meta, meta::tenant_key(*tenant), self.rows[tenant].encode());
+        }
+        batch.put(Family::Meta, meta::cell_key(), self.cell.encode());
+        self.store.engine.write(&batch)?;
+        self.publish(&dirty, notices);
+        Ok(())
+    }
+
+    /// Shows the world what the engine now has: counters first, so that whoever is woken by an event reads them new.
+    fn publish(&self, dirty: &BTreeSet<TenantId>, notices: Vec<Notice>) {
+        let shared = &self.store.shared;
+        shared.quota_bytes.store(self.cell.quota_bytes, Ordering::Relaxed);
+        for tenant in dirty {
+            match shared.tenant(*tenant) {
+                Some(known) => known.publish(&self.rows[tenant]),
+                None => tracing::debug!(%tenant, "tenant appears with its creation"),
+            }
+        }
+        for notice in notices {
+            match notice {
+                Notice::TenantCreated(tenant) => {
+                    // Events of the same batch follow as notices of their own and count up from here.
+                    shared.add(Tenant::new(tenant, &TenantRow::new(self.rows[&tenant].name.clone())));
+                    if let Some(known) = shared.tenant(tenant) {
+                        known.publish(&self.rows[&tenant]);
+                    }
+                }
+                Notice::Revision { tenant, revision, events } => {
+                    if let Some(known) = shared.tenant(tenant) {
+                        known.hub.publish(revision, &events);
+                    }
+                }
+                Notice::LeaseGranted { tenant, id, ttl_seconds } => {
+                    self.observer.lease_granted(tenant, id, ttl_seconds)
+                }
+                Notice::LeaseRevoked { tenant, id } => self.observer.lease_revoked(tenant, id),
+                Notice::ReclaimPending(tenant) => self.observer.reclaim_pending(tenant),
+            }
+        }
+    }
+
+    fn apply_one<R: Reader>(&mut self, pending: &mut Pending<R>, envelope: Envelope) -> Result<Outcome, Fault> {
+        let Envelope { tenant, member_id, command } = envelope;
+        match command {
+            Command::CreateTenant { name } => Ok(self.create_tenant(pending, name)),
+            Command::Configure { quota_bytes } => {
+                self.cell.quota_bytes = quota_bytes;
+                Ok(Outcome { revision: 0, result: Ok(Reply::Configure) })
+            }
+            Command::Put(_)
+            | Command::DeleteRange(_)
+            | Command::Txn(_)
+            | Command::Compact { .. }
+            | Command::Reclaim { .. }
+            | Command::LeaseGrant { .. }
+            | Command::LeaseRevoke { .. }
+            | Command::Alarm { .. } => {
+                let Some(row) = self.rows.get_mut(&tenant) else {
+                    return Ok(Outcome { revision: 0, result: Err(Refusal::TenantNotFound) });
+                };
+                let capture_prev = self.store.shared.tenant(tenant).is_some_and(|known| known.hub.wants_prev_kv());
+                pending.dirty.insert(tenant);
+                let quota = Quota { limit_bytes: self.cell.quota_bytes, member_id };
+                let mut turn = Turn { pending, tenant, row, quota, capture_prev };
+                let result = turn.run(command)?;
+                Ok(Outcome { revision: turn.row.revision, result })
+            }
+        }
+    }
+
+    fn create_tenant<R: Reader>(&mut self, pending: &mut Pending<R>, name: String) -> Outcome {
+        if let Some(id) = self.names.get(&name) {
+            return Outcome { revision: 0, result: Ok(Reply::CreateTenant { id: *id }) };
+        }
+        if self.rows.len() >= TENANTS_MAX {
+            return Outcome { revision: 0, result: Err(Refusal::TooManyTenants) };
+        }
+        let id = TenantId(self.cell.next_tenant);
+        self.cell.next_tenant += 1;
+        self.names.insert(name.clone(), id);
+        self.rows.insert(id, TenantRow::new(name));
+        pending.dirty.insert(id);
+        pending.notices.push(Notice::TenantCreated(id));
+        Outcome { revision: 0, result: Ok(Reply::CreateTenant { id }) }
+    }
+
+    /// Highest applied index that a crash right now would leave.
+    ///
+    /// # Errors
+    /// As [`StateMachine::apply`].
+    pub fn durable_index(&self) -> Result<u64, Fault> {
+        match self.store.engine.durable_get(Family::Meta, &meta::cell_key())? {
+            Some(stored) => Ok(CellRow::decode(stored)?.applied_index),
+            None => Ok(0),
+        }
+    }
+
+    /// Makes everything applied durable; answers the index up to which it is.
+    ///
+    /// # Errors
+    /// As [`StateMachine::apply`].
+    pub fn flush(&mut self) -> Result<u64, Fault> {
+        self.store.engine.flush()?;
+        Ok(self.cell.applied_index)
+    }
+}
+
+/// The limit a command is held to.
+#[derive(Clone, Copy)]
+struct Quota {
+    /// Negative = none.
+    limit_bytes: i64,
+    /// Under whose id the alarm is raised.
+    member_id: u64,
+}
+
+/// One command of one tenant.
+struct Turn<'a, R> {
+    pending: &'a mut Pending<R>,
+    tenant: TenantId,
+    row: &'a mut TenantRow,
+    quota: Quota,
+    capture_prev: bool,
+}
+
+impl<R: Reader> Turn<'_, R> {
+    /// Checks in the contract's order: CORRUPT, NOSPACE, then the command's own conditions.
+    fn run(&mut self, command: Command) -> Step<Reply> {
+        if let Err(refusal) = self.check_alarms(&command) {
+            return Ok(Err(refusal));
+        }
+        match command {
+            Command::Put(put) => self.change(|writer| {
+                accept!(writer.check_put(&put));
+                Ok(writer.put(&put)?.map(|prev_kv| Reply::Put { prev_kv }))
+            }),
+            Command::DeleteRange(delete) => self.change(|writer| {
+                let (deleted, prev_kvs) = writer.delete_range(&delete)?;
+                Ok(Ok(Reply::DeleteRange { deleted, prev_kvs }))
+            }),
+            Command::Txn(request) => self.change(|writer| Ok(txn::txn(writer, &request)?.map(Reply::Txn))),
+            Command::LeaseGrant { id, ttl_seconds } => {
+                accept!(self.change(|writer| writer.grant(id, ttl_seconds)));
+                self.pending.notices.push(Notice::LeaseGranted { tenant: self.tenant, id, ttl_seconds });
+                Ok(Ok(Reply::LeaseGrant { id, ttl_seconds }))
+            }
+            Command::LeaseRevoke { id } => {
+                accept!(self.change(|writer| writer.revoke(id)));
+                self.pending.notices.push(Notice::LeaseRevoked { tenant: self.tenant, id });
+                Ok(Ok(Reply::LeaseRevoke))
+            }
+            Command::Compact { revision } => Ok(self.compact(revision)),
+            Command::Reclaim { rows_max } => {
+                let more = compact::reclaim(&mut self.pending.overlay, self.tenant, self.row, rows_max)?;
+                Ok(Ok(Reply::Reclaim { more }))
+            }
+            Command::Alarm { activate, member_id, kind } => Ok(Ok(self.alarm(activate, Alarm { member_id, kind }))),
+            Command::CreateTenant { .. } | Command::Configure { .. } => unreachable!("commands of the cell"),
+        }
+    }
+
+    /// Runs what may change keys, and announces the revision it took.
+    fn change<T>(&mut self, run: impl FnOnce(&mut Writer<'_, R>) -> Step<T>) -> Step<T> {
+        let mut writer = Writer::new(&mut self.pending.overlay, self.tenant, self.row, self.capture_prev);
+        let reply = accept!(run(&mut writer));
+        let events = writer.finish();
+        if !events.is_empty() {
+            let revision = self.row.revision;
+            self.pending.notices.push(Notice::Revision { tenant: self.tenant, revision, events });
+        }
+        Ok(Ok(reply))
+    }
+
+    fn check_alarms(&mut self, command: &Command) -> Result<(), Refusal> {
+        let (changes_keys, cost_bytes) = match command {
+            Command::Put(put) => (true, txn::put_cost(put.key.len(), put.value.len())),
+            Command::Txn(request) => (true, txn::quota_cost(request)),
+            Command::LeaseGrant { .. } => (true, LEASE_COST_BYTES),
+            Command::DeleteRange(_) | Command::Compact { .. } | Command::LeaseRevoke { .. } => (true, 0),
+            Command::Reclaim { .. }
+            | Command::Alarm { .. }
+            | Command::CreateTenant { .. }
+            | Command::Configure { .. } => (false, 0),
+        };
+        let active = |kind| self.row.alarms.iter().any(|alarm| alarm.kind == kind);
+        if changes_keys && active(AlarmKind::CORRUPT) {
+            return Err(Refusal::Corrupt);
+        }
+        if cost_bytes == 0 {
+            return Ok(());
+        }
+        if active(AlarmKind::NOSPACE) {
+            return Err(Refusal::NoSpace);
+        }
+        if exceeds_quota(self.quota.limit_bytes, db_size_bytes(&self.row.usage), cost_bytes) {
+            self.alarm(true, Alarm { member_id: self.quota.member_id, kind: AlarmKind::NOSPACE });
+            return Err(Refusal::NoSpace);
+        }
+        Ok(())
+    }
+
+    fn compact(&mut self, revision: i64) -> Result<Reply, Refusal> {
+        if revision <= self.row.compact_revision {
+            return Err(Refusal::Compacted { compact_revision: self.row.compact_revision });
+        }
+        if revision > self.row.revision {
+            return Err(Refusal::FutureRevision);
+        }
+        self.row.compact_revision = revision;
+        self.pending.notices.push(Notice::ReclaimPending(self.tenant));
+        Ok(Reply::Compact)
+    }
+
+    /// Answers the alarms affected: the one set (also if it was set before), or the one cleared.
+    fn alarm(&mut self, activate: bool, alarm: Alarm) -> Reply {
+        match (self.row.alarms.binary_search(&alarm), activate) {
+            (Err(position), true) => self.row.alarms.insert(position, alarm),
+            (Ok(position), false) => {
+                self.row.alarms.remove(position);
+            }
+            (Ok(_), true) => {}
+            (Err(_), false) => return Reply::Alarm { alarms: Vec::new() },
+        }
+        Reply::Alarm { alarms: vec![alarm] }
+    }
+}
+
+/// What a lease counts against the quota: etcd's estimate.
+pub const LEASE_COST_BYTES: u64 = 64;
+
+/// Whether a write of this cost trips the quota (contract 4, NOSPACE); a negative limit never does.
+pub fn exceeds_quota(limit_bytes: i64, size_bytes: u64, cost_bytes: u64) -> bool {
+    u64::try_from(limit_bytes).is_ok_and(|limit| cost_bytes > 0 && size_bytes.saturating_add(cost_bytes) >= limit)
+}

@@ -1,0 +1,381 @@
+//! What goes into the raft log: one [`Envelope`] is one client's write, addressed to one tenant.
+//!
+//! The bytes carry a version. A member reads every version it knows and refuses others by name, so an old member
+//! stops instead of guessing. Decoding trusts nothing: a length is checked before it is believed, nesting is bounded.
+//! Byte strings of a decoded command share the entry's buffer, nothing is copied.
+
+use bytes::Bytes;
+
+use crate::codec::{Reader, Writer};
+use crate::error::Fault;
+use crate::limits::TXN_DEPTH_MAX;
+use crate::types::{
+    AlarmKind, Compare, CompareResult, CompareTarget, DeleteRangeRequest, KeyRange, LeaseId, PutRequest, RangeRequest,
+    SortOrder, SortTarget, TenantId, TxnOp, TxnRequest,
+};
+
+/// First byte of every encoded envelope.
+const COMMAND_VERSION: u8 = 1;
+
+/// A command with its addressee.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Envelope {
+    pub tenant: TenantId,
+    /// The member that proposed it: a quota it trips raises the alarm under this id, as in etcd.
+    pub member_id: u64,
+    pub command: Command,
+}
+
+/// Everything that can change replicated state.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Command {
+    /// Makes the tenant exist; naming one that exists answers its id. The envelope's tenant is ignored.
+    CreateTenant {
+        name: String,
+    },
+    /// Sets what all tenants of the cell share. The envelope's tenant is ignored.
+    Configure {
+        quota_bytes: i64,
+    },
+    Put(PutRequest),
+    DeleteRange(DeleteRangeRequest),
+    Txn(TxnRequest),
+    /// Moves the compact revision; what it frees goes in [`Command::Reclaim`] steps.
+    Compact {
+        revision: i64,
+    },
+    /// Drops what the compact revision made unreachable, visiting at most this many rows of history.
+    Reclaim {
+        rows_max: u32,
+    },
+    /// `ttl_seconds` is the effective one: the edge has raised it to the minimum.
+    LeaseGrant {
+        id: LeaseId,
+        ttl_seconds: i64,
+    },
+    LeaseRevoke {
+        id: LeaseId,
+    },
+    /// Sets (idempotent) or clears one alarm.
+    Alarm {
+        activate: bool,
+        member_id: u64,
+        kind: AlarmKind,
+    },
+}
+
+impl Envelope {
+    /// The bytes proposed to raft.
+    pub fn encode(&self) -> Bytes {
+        let mut w = Writer::with_capacity(64);
+        w.u8(COMMAND_VERSION);
+        w.varint(u64::from(self.tenant.0));
+        w.varint(self.member_id);
+        encode_command(&mut w, &self.command);
+        w.finish()
+    }
+
+    /// Reads what [`Envelope::encode`] wrote, and nothing else.
+    ///
+    /// # Errors
+    /// [`Fault::Corrupt`] on any other bytes: in a committed entry that means this member cannot go on.
+    pub fn decode(bytes: Bytes) -> Result<Envelope, Fault> {
+        let mut r = Reader::new(bytes, "command");
+        match r.u8()? {
+            COMMAND_VERSION => {}
+            _ => return Err(r.corrupt("command version")),
+        }
+        let tenant = TenantId(r.varint_u32()?);
+        let member_id = r.varint()?;
+        let command = decode_command(&mut r)?;
+        r.end()?;
+        Ok(Envelope { tenant, member_id, command })
+    }
+}
+
+fn encode_command(w: &mut Writer, command: &Command) {
+    match command {
+        Command::CreateTenant { name } => {
+            w.u8(1);
+            w.bytes(name.as_bytes());
+        }
+        Command::Configure { quota_bytes } => {
+            w.u8(2);
+            w.i64(*quota_bytes);
+        }
+        Command::Put(put) => {
+            w.u8(3);
+            encode_put(w, put);
+        }
+        Command::DeleteRange(delete) => {
+            w.u8(4);
+            encode_delete(w, delete);
+        }
+        Command::Txn(txn) => {
+            w.u8(5);
+            encode_txn(w, txn);
+        }
+        Command::Compact { revision } => {
+            w.u8(6);
+            w.i64(*revision);
+        }
+        Command::Reclaim { rows_max } => {
+            w.u8(7);
+            w.varint(u64::from(*rows_max));
+        }
+        Command::LeaseGrant { id, ttl_seconds } => {
+            w.u8(8);
+            w.i64(id.0);
+            w.i64(*ttl_seconds);
+        }
+        Command::LeaseRevoke { id } => {
+            w.u8(9);
+            w.i64(id.0);
+        }
+        Command::Alarm { activate, member_id, kind } => {
+            w.u8(10);
+            w.u8(u8::from(*activate));
+            w.varint(*member_id);
+            w.i64(i64::from(kind.0));
+        }
+    }
+}
+
+fn decode_command(r: &mut Reader) -> Result<Command, Fault> {
+    Ok(match r.u8()? {
+        1 => Command::CreateTenant { name: r.string()? },
+        2 => Command::Configure { quota_bytes: r.i64()? },
+        3 => Command::Put(decode_put(r)?),
+        4 => Command::DeleteRange(decode_delete(r)?),
+        5 => Command::Txn(decode_txn(r, 0)?),
+        6 => Command::Compact { revision: r.i64()? },
+        7 => Command::Reclaim { rows_max: r.varint_u32()? },
+        8 => Command::LeaseGrant { id: LeaseId(r.i64()?), ttl_seconds: r.i64()? },
+        9 => Command::LeaseRevoke { id: LeaseId(r.i64()?) },
+        10 => Command::Alarm {
+            activate: r.bool()?,
+            member_id: r.varint()?,
+            kind: AlarmKind(r.i64()?.try_into().map_err(|_| r.corrupt("alarm kind"))?),
+        },
+        _ => return Err(r.corrupt("command kind")),
+    })
+}
+
+fn encode_put(w: &mut Writer, put: &PutRequest) {
+    w.u8(u8::from(put.prev_kv) | u8::from(put.ignore_value) << 1 | u8::from(put.ignore_lease) << 2);
+    w.i64(put.lease.0);
+    w.bytes(&put.key);
+    w.bytes(&put.value);
+}
+
+fn decode_put(r: &mut Reader) -> Result<PutRequest, Fault> {
+    let flags = r.u8()?;
+    if flags > 7 {
+        return Err(r.corrupt("put flags"));
+    }
+    Ok(PutRequest {
+        prev_kv: flags & 1 != 0,
+        ignore_value: flags & 2 != 0,
+        ignore_lease: flags & 4 != 0,
+        lease: LeaseId(r.i64()?),
+        key: r.bytes()?,
+        value: r.bytes()?,
+    })
+}
+
+fn encode_delete(w: &mut Writer, delete: &DeleteRangeRequest) {
+    w.u8(u8::from(delete.prev_kv));
+    encode_range(w, &delete.range);
+}
+
+fn decode_delete(r: &mut Reader) -> Result<DeleteRangeRequest, Fault> {
+    Ok(DeleteRangeRequest { prev_kv: r.bool()?, range: decode_range(r)? })
+}
+
+fn encode_range(w: &mut Writer, range: &KeyRange) {
+    match range {
+        KeyRange::Single(key) => {
+            w.u8(0);
+            w.bytes(key);
+        }
+        KeyRange::HalfOpen { start, end } => {
+            w.u8(1);
+            w.bytes(start);
+            w.bytes(end);
+        }
+        KeyRange::From(start) => {
+            w.u8(2);
+            w.bytes(start);
+        }
+    }
+}
+
+fn decode_range(r: &mut Reader) -> Result<KeyRange, Fault> {
+    Ok(match r.u8()? {
+        0 => KeyRange::Single(r.bytes()?),
+        1 => KeyRange::HalfOpen { start: r.bytes()?, end: r.bytes()? },
+        2 => KeyRange::From(r.bytes()?),
+        _ => return Err(r.corrupt("key range kind")),
+    })
+}
+
+fn encode_txn(w: &mut Writer, txn: &TxnRequest) {
+    w.varint(txn.compares.len() as u64);
+    for compare in &txn.compares {
+        encode_compare(w, compare);
+    }
+    for ops in [&txn.success, &txn.failure] {
+        w.varint(ops.len() as u64);
+        for op in ops {
+            encode_op(w, op);
+        }
+    }
+}
+
+fn decode_txn(r: &mut Reader, depth: usize) -> Result<TxnRequest, Fault> {
+    if depth > TXN_DEPTH_MAX {
+        return Err(r.corrupt("txn depth"));
+    }
+    let compares = r.list(decode_compare)?;
+    let success = r.list(|r| decode_op(r, depth))?;
+    let failure = r.list(|r| decode_op(r, depth))?;
+    Ok(TxnRequest { compares, success, failure })
+}
+
+fn encode_op(w: &mut Writer, op: &TxnOp) {
+    match op {
+        TxnOp::Range(range) => {
+            w.u8(0);
+            encode_range_request(w, range);
+        }
+        TxnOp::Put(put) => {
+            w.u8(1);
+            encode_put(w, put);
+        }
+        TxnOp::DeleteRange(delete) => {
+            w.u8(2);
+            encode_delete(w, delete);
+        }
+        TxnOp::Txn(txn) => {
+            w.u8(3);
+            encode_txn(w, txn);
+        }
+    }
+}
+
+fn decode_op(r: &mut Reader, depth: usize) -> Result<TxnOp, Fault> {
+    Ok(match r.u8()? {
+        0 => TxnOp::Range(decode_range_request(r)?),
+        1 => TxnOp::Put(decode_put(r)?),
+        2 => TxnOp::DeleteRange(decode_delete(r)?),
+        3 => TxnOp::Txn(decode_txn(r, depth + 1)?),
+        _ => return Err(r.corrupt("txn op kind")),
+    })
+}
+
+fn encode_range_request(w: &mut Writer, range: &RangeRequest) {
+    encode_range(w, &range.range);
+    w.u8(u8::from(range.keys_only) | u8::from(range.count_only) << 1 | u8::from(range.revision.is_some()) << 2);
+    w.i64(range.revision.unwrap_or(0));
+    w.varint(range.limit);
+    w.u8(match range.order {
+        SortOrder::None => 0,
+        SortOrder::Ascend => 1,
+        SortOrder::Descend => 2,
+    });
+    w.u8(match range.target {
+        SortTarget::Key => 0,
+        SortTarget::Version => 1,
+        SortTarget::Create => 2,
+        SortTarget::Mod => 3,
+        SortTarget::Value => 4,
+    });
+    w.i64(range.min_mod_revision);
+    w.i64(range.max_mod_revision);
+    w.i64(range.min_create_revision);
+    w.i64(range.max_create_revision);
+}
+
+fn decode_range_request(r: &mut Reader) -> Result<RangeRequest, Fault> {
+    let range = decode_range(r)?;
+    let flags = r.u8()?;
+    if flags > 7 {
+        return Err(r.corrupt("range flags"));
+    }
+    let revision = r.i64()?;
+    Ok(RangeRequest {
+        range,
+        keys_only: flags & 1 != 0,
+        count_only: flags & 2 != 0,
+        revision: (flags & 4 != 0).then_some(revision),
+        limit: r.varint()?,
+        order: match r.u8()? {
+            0 => SortOrder::None,
+            1 => SortOrder::Ascend,
+            2 => SortOrder::Descend,
+            _ => return Err(r.corrupt("sort order")),
+        },
+        target: match r.u8()? {
+            0 => SortTarget::Key,
+            1 => SortTarget::Version,
+            2 => SortTarget::Create,
+            3 => SortTarget::Mod,
+            4 => SortTarget::Value,
+            _ => return Err(r.corrupt("sort target")),
+        },
+        min_mod_revision: r.i64()?,
+        max_mod_revision: r.i64()?,
+        min_create_revision: r.i64()?,
+        max_create_revision: r.i64()?,
+    })
+}
+
+fn encode_compare(w: &mut Writer, compare: &Compare) {
+    encode_range(w, &compare.range);
+    w.u8(match compare.result {
+        CompareResult::Equal => 0,
+        CompareResult::Greater => 1,
+        CompareResult::Less => 2,
+        CompareResult::NotEqual => 3,
+        CompareResult::Unknown => 4,
+    });
+    match &compare.target {
+        CompareTarget::Version(given) => encode_operand(w, 0, *given),
+        CompareTarget::Create(given) => encode_operand(w, 1, *given),
+        CompareTarget::Mod(given) => encode_operand(w, 2, *given),
+        CompareTarget::Value(given) => {
+            w.u8(3);
+            w.bytes(given);
+        }
+        CompareTarget::Lease(given) => encode_operand(w, 4, *given),
+        CompareTarget::Unknown => w.u8(5),
+    }
+}
+
+fn encode_operand(w: &mut Writer, kind: u8, given: i64) {
+    w.u8(kind);
+    w.i64(given);
+}
+
+fn decode_compare(r: &mut Reader) -> Result<Compare, Fault> {
+    Ok(Compare {
+        range: decode_range(r)?,
+        result: match r.u8()? {
+            0 => CompareResult::Equal,
+            1 => CompareResult::Greater,
+            2 => CompareResult::Less,
+            3 => CompareResult::NotEqual,
+            4 => CompareResult::Unknown,
+            _ => return Err(r.corrupt("compare result")),
+        },
+        target: match r.u8()? {
+            0 => CompareTarget::Version(r.i64()?),
+            1 => CompareTarget::Create(r.i64()?),
+            2 => CompareTarget::Mod(r.i64()?),
+            3 => CompareTarget::Value(r.bytes()?),
+            4 => CompareTarget::Lease(r.i64()?),
+            5 => CompareTarget::Unknown,
+            _ => return Err(r.corrupt("compare target")),
+        },
+    })
+}

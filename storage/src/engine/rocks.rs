@@ -1,0 +1,224 @@
+//! The production engine, and the only file that names rocksdb.
+//!
+//! No write-ahead log: the raft log is replayed instead. So a flush must move all families together (`atomic_flush`),
+//! else a crash could leave half a batch. Old bytes are compressed with lz4 and, at the bottom, zstd.
+
+use std::path::Path;
+
+use bytes::Bytes;
+use rocksdb::{
+    BlockBasedOptions, BottommostLevelCompaction, Cache, ColumnFamily, ColumnFamilyDescriptor, CompactOptions, DB,
+    DBCompressionType, DBRawIterator, FlushOptions, Options, ReadOptions, ReadTier, Snapshot, WriteBatch, WriteOptions,
+};
+
+use super::{Batch, Cursor, Engine, Family, Reader};
+use crate::error::Fault;
+
+/// Memory and threads of one engine.
+#[derive(Clone, Debug)]
+pub struct RocksOptions {
+    /// Uncompressed blocks kept in memory, indexes and filters included. Default 128 MiB.
+    pub block_cache_bytes: usize,
+    /// Writes kept in memory, all families together, before they are flushed. Default 64 MiB.
+    pub write_buffer_bytes: usize,
+    /// Threads for flushes and engine compactions. Default 2.
+    pub background_threads: i32,
+}
+
+impl Default for RocksOptions {
+    fn default() -> Self {
+        RocksOptions { block_cache_bytes: 128 << 20, write_buffer_bytes: 64 << 20, background_threads: 2 }
+    }
+}
+
+/// See the module's essay.
+pub struct RocksEngine {
+    db: DB,
+    no_wal: WriteOptions,
+}
+
+impl RocksEngine {
+    /// Opens or creates the database in `dir`.
+    ///
+    /// # Errors
+    /// [`Fault::Engine`] in RocksDB's words, for instance when another process holds the directory.
+    pub fn open(dir: &Path, options: &RocksOptions) -> Result<Self, Fault> {
+        let cache = Cache::new_lru_cache(options.block_cache_bytes);
+        let families = Family::ALL.map(|family| {
+            ColumnFamilyDescriptor::new(family.name(), family_options(family, &cache, options.write_buffer_bytes))
+        });
+        let db = DB::open_cf_descriptors(&database_options(options), dir, families).map_err(fault)?;
+        let mut no_wal = WriteOptions::default();
+        no_wal.disable_wal(true);
+        Ok(RocksEngine { db, no_wal })
+    }
+
+    fn handle(&self, family: Family) -> &ColumnFamily {
+        self.db.cf_handle(family.name()).expect("every family was created at open")
+    }
+}
+
+fn database_options(options: &RocksOptions) -> Options {
+    let mut db = Options::default();
+    db.create_if_missing(true);
+    db.create_missing_column_families(true);
+    db.set_atomic_flush(true);
+    db.set_db_write_buffer_size(options.write_buffer_bytes);
+    db.set_max_background_jobs(options.background_threads);
+    db.set_max_open_files(512);
+    db.set_keep_log_file_num(2);
+    db.set_max_total_wal_size(1 << 20);
+    db
+}
+
+fn family_options(family: Family, cache: &Cache, write_buffer_bytes: usize) -> Options {
+    let mut table = BlockBasedOptions::default();
+    table.set_block_cache(cache);
+    table.set_cache_index_and_filter_blocks(true);
+    table.set_pin_l0_filter_and_index_blocks_in_cache(true);
+    table.set_format_version(6);
+    table.set_block_size(16 << 10);
+    // Point look-ups happen by full key in every family but kv, which is only scanned.
+    if family != Family::Kv {
+        table.set_bloom_filter(10.0, false);
+        table.set_optimize_filters_for_memory(true);
+    }
+    let mut cf = Options::default();
+    cf.set_block_based_table_factory(&table);
+    cf.set_compression_type(DBCompressionType::Lz4);
+    cf.set_bottommost_compression_type(DBCompressionType::Zstd);
+    cf.set_write_buffer_size(write_buffer_bytes / 2);
+    cf.set_level_compaction_dynamic_level_bytes(true);
+    cf
+}
+
+fn fault(error: rocksdb::Error) -> Fault {
+    Fault::Engine(error.into_string())
+}
+
+impl Engine for RocksEngine {
+    type View<'a> = RocksView<'a>;
+
+    fn view(&self) -> RocksView<'_> {
+        RocksView { engine: self, snapshot: self.db.snapshot() }
+    }
+
+    fn write(&self, batch: &Batch) -> Result<(), Fault> {
+        let mut writes = WriteBatch::default();
+        for family in Family::ALL {
+            let handle = self.handle(family);
+            for (key, value) in batch.changes(family) {
+                match value {
+                    Some(value) => writes.put_cf(handle, key, value),
+                    None => writes.delete_cf(handle, key),
+                }
+            }
+        }
+        self.db.write_opt(writes, &self.no_wal).map_err(fault)
+    }
+
+    fn flush(&self) -> Result<(), Fault> {
+        let mut wait = FlushOptions::default();
+        wait.set_wait(true);
+        let handles = Family::ALL.map(|family| self.handle(family));
+        self.db.flush_cfs_opt(&handles, &wait).map_err(fault)
+    }
+
+    fn durable_get(&self, family: Family, key: &[u8]) -> Result<Option<Bytes>, Fault> {
+        let mut persisted = ReadOptions::default();
+        persisted.set_read_tier(ReadTier::Persisted);
+        let value = self.db.get_pinned_cf_opt(self.handle(family), key, &persisted).map_err(fault)?;
+        Ok(value.map(|value| Bytes::copy_from_slice(&value)))
+    }
+
+    fn compact(&self) -> Result<(), Fault> {
+        self.flush()?;
+        let mut whole = CompactOptions::default();
+        whole.set_exclusive_manual_compaction(false);
+        whole.set_bottommost_level_compaction(BottommostLevelCompaction::ForceOptimized);
+        for family in Family::ALL {
+            self.db.compact_range_cf_opt(self.handle(family), None::<&[u8]>, None::<&[u8]>, &whole);
+        }
+        Ok(())
+    }
+
+    fn disk_bytes(&self) -> u64 {
+        let size =
+            |family| self.db.property_int_value_cf(self.handle(family), rocksdb::properties::TOTAL_SST_FILES_SIZE);
+        Family::ALL.into_iter().filter_map(|family| size(family).ok().flatten()).sum()
+    }
+}
+
+/// A RocksDB snapshot with the engine it belongs to.
+pub struct RocksView<'a> {
+    engine: &'a RocksEngine,
+    snapshot: Snapshot<'a>,
+}
+
+impl RocksView<'_> {
+    fn read_options(&self) -> ReadOptions {
+        let mut options = ReadOptions::default();
+        options.set_snapshot(&self.snapshot);
+        options
+    }
+}
+
+impl Reader for RocksView<'_> {
+    type Cursor<'c>
+        = RocksCursor<'c>
+    where
+        Self: 'c;
+
+    fn get(&self, family: Family, key: &[u8]) -> Result<Option<Bytes>, Fault> {
+        let handle = self.engine.handle(family);
+        let value = self.engine.db.get_pinned_cf_opt(handle, key, &self.read_options()).map_err(fault)?;
+        Ok(value.map(|value| Bytes::copy_from_slice(&value)))
+    }
+
+    fn cursor(&self, family: Family, lower: &[u8], upper: &[u8]) -> Result<RocksCursor<'_>, Fault> {
+        // RocksDB takes reversed bounds for a mistake of the caller's; here they are an empty range.
+        let upper = upper.max(lower);
+        let mut options = self.read_options();
+        options.set_iterate_upper_bound(upper);
+        let mut iterator = self.engine.db.raw_iterator_cf_opt(self.engine.handle(family), options);
+        iterator.seek(lower);
+        let mut cursor = RocksCursor { iterator, valid: false };
+        cursor.settle()?;
+        Ok(cursor)
+    }
+}
+
+pub struct RocksCursor<'a> {
+    iterator: DBRawIterator<'a>,
+    valid: bool,
+}
+
+impl RocksCursor<'_> {
+    fn settle(&mut self) -> Result<(), Fault> {
+        self.valid = self.iterator.valid();
+        if self.valid { Ok(()) } else { self.iterator.status().map_err(fault) }
+    }
+}
+
+impl Cursor for RocksCursor<'_> {
+    fn entry(&self) -> Option<(&[u8], &[u8])> {
+        if self.valid { self.iterator.item() } else { None }
+    }
+
+    fn advance(&mut self) -> Result<(), Fault> {
+        if self.valid {
+            self.iterator.next();
+            self.settle()?;
+        }
+        Ok(())
+    }
+
+    fn seek(&mut self, key: &[u8]) -> Result<(), Fault> {
+        if self.valid {
+            assert!(self.iterator.key().is_some_and(|current| current <= key), "a cursor moves forward only");
+            self.iterator.seek(key);
+            self.settle()?;
+        }
+        Ok(())
+    }
+}

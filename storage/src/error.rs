@@ -1,0 +1,62 @@
+//! Two kinds of failure that must never be mixed.
+//!
+//! A [`Refusal`] is an answer: the command and the replicated state decide it alone, so every member refuses alike and
+//! the command counts as applied. A [`Fault`] is this member's own trouble (disk, corruption): a member that carried on
+//! after one would diverge from its peers, so whoever drives `apply` stops the process.
+
+use crate::types::LeaseId;
+
+/// Why a command was refused, or a read could not be answered. Nothing was changed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Refusal {
+    /// The revision lies below the compacted one; a client lists again at a newer revision.
+    #[error("required revision has been compacted")]
+    Compacted { compact_revision: i64 },
+    /// The revision has not happened yet.
+    #[error("required revision is a future revision")]
+    FutureRevision,
+    /// A put, keep-alive or revoke named a lease that does not exist (any more).
+    #[error("requested lease {0} not found")]
+    LeaseNotFound(LeaseId),
+    /// A grant asked for an id that is taken.
+    #[error("lease {0} already exists")]
+    LeaseExists(LeaseId),
+    /// `ignore_value` or `ignore_lease` on a key that does not exist.
+    #[error("key not found")]
+    KeyNotFound,
+    /// The tenant's quota is used up, or its NOSPACE alarm is active. Deletes, compaction and revokes still work.
+    #[error("database space exceeded")]
+    NoSpace,
+    /// The tenant's CORRUPT alarm is active: no writes until an operator has looked.
+    #[error("corrupt cluster")]
+    Corrupt,
+    /// No tenant has this id or name.
+    #[error("tenant not found")]
+    TenantNotFound,
+    /// The cell holds as many tenants as it may.
+    #[error("too many tenants")]
+    TooManyTenants,
+}
+
+/// What only this member suffers. Never a command's result; the member stops.
+#[derive(Debug, thiserror::Error)]
+pub enum Fault {
+    /// The operating system refused a read or write.
+    #[error("input/output: {0}")]
+    Io(#[from] std::io::Error),
+    /// The storage engine failed; its own words.
+    #[error("storage engine: {0}")]
+    Engine(String),
+    /// Bytes read back are not what was written.
+    #[error("corrupt {what} at {key:02x?}")]
+    Corrupt { what: &'static str, key: Vec<u8> },
+}
+
+/// A read either answers, refuses (client's doing) or faults (ours).
+#[derive(Debug, thiserror::Error)]
+pub enum ReadError {
+    #[error(transparent)]
+    Refused(#[from] Refusal),
+    #[error(transparent)]
+    Fault(#[from] Fault),
+}

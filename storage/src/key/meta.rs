@@ -1,0 +1,160 @@
+//! Family meta: one row per tenant with everything that is counted or named, and one row for the cell.
+
+use bytes::Bytes;
+
+use super::{Bounds, CELL, PREFIX_LEN, prefix};
+use crate::codec::{Reader, Writer};
+use crate::error::Fault;
+use crate::types::{Alarm, AlarmKind, Revision, TenantId, Usage};
+
+const TAG_TENANT: u8 = 1;
+const TAG_CELL: u8 = 2;
+const ROW_VERSION: u8 = 1;
+
+/// A tenant's row: the registry entry and all its counters.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct TenantRow {
+    pub(crate) name: String,
+    /// etcd's current revision; an empty store is at 1.
+    pub(crate) revision: i64,
+    /// Reads below it are refused; -1 before the first compaction.
+    pub(crate) compact_revision: i64,
+    /// The compact revision up to which space has been given back; never above `compact_revision`.
+    pub(crate) reclaimed_revision: i64,
+    /// Where the next reclaim step starts.
+    pub(crate) reclaim_cursor: Revision,
+    pub(crate) usage: Usage,
+    /// Sorted, without duplicates.
+    pub(crate) alarms: Vec<Alarm>,
+}
+
+impl TenantRow {
+    pub(crate) fn new(name: String) -> Self {
+        TenantRow {
+            name,
+            revision: 1,
+            compact_revision: -1,
+            reclaimed_revision: -1,
+            reclaim_cursor: Revision { main: 0, sub: 0 },
+            usage: Usage::default(),
+            alarms: Vec::new(),
+        }
+    }
+
+    /// What must hold of every row, asserted before it is written and after it was read.
+    pub(crate) fn is_sound(&self) -> bool {
+        self.revision >= 1
+            && -1 <= self.reclaimed_revision
+            && self.reclaimed_revision <= self.compact_revision
+            && self.compact_revision <= self.revision
+            && self.usage.live_keys <= self.usage.versions
+            && self.usage.live_bytes <= self.usage.total_bytes
+            && self.alarms.is_sorted()
+    }
+
+    pub(crate) fn encode(&self) -> Bytes {
+        assert!(self.is_sound(), "tenant row before writing: {self:?}");
+        let mut w = Writer::with_capacity(64);
+        w.u8(ROW_VERSION);
+        w.bytes(self.name.as_bytes());
+        w.i64(self.revision);
+        w.i64(self.compact_revision);
+        w.i64(self.reclaimed_revision);
+        w.i64(self.reclaim_cursor.main);
+        w.varint(u64::from(self.reclaim_cursor.sub));
+        for counter in [
+            self.usage.live_keys,
+            self.usage.live_bytes,
+            self.usage.total_bytes,
+            self.usage.versions,
+            self.usage.leases,
+        ] {
+            w.varint(counter);
+        }
+        w.varint(self.alarms.len() as u64);
+        for alarm in &self.alarms {
+            w.varint(alarm.member_id);
+            w.i64(i64::from(alarm.kind.0));
+        }
+        w.finish()
+    }
+
+    pub(crate) fn decode(stored: Bytes) -> Result<TenantRow, Fault> {
+        let mut r = Reader::new(stored, "tenant row");
+        if r.u8()? != ROW_VERSION {
+            return Err(r.corrupt("tenant row version"));
+        }
+        let row = TenantRow {
+            name: r.string()?,
+            revision: r.i64()?,
+            compact_revision: r.i64()?,
+            reclaimed_revision: r.i64()?,
+            reclaim_cursor: Revision { main: r.i64()?, sub: r.varint_u32()? },
+            usage: Usage {
+                live_keys: r.varint()?,
+                live_bytes: r.varint()?,
+                total_bytes: r.varint()?,
+                versions: r.varint()?,
+                leases: r.varint()?,
+            },
+            alarms: r.list(|r| {
+                let member_id = r.varint()?;
+                let kind = r.i64()?.try_into().map_err(|_| r.corrupt("alarm kind"))?;
+                Ok(Alarm { member_id, kind: AlarmKind(kind) })
+            })?,
+        };
+        r.end()?;
+        if row.is_sound() { Ok(row) } else { Err(r.corrupt("tenant row")) }
+    }
+}
+
+pub(crate) fn tenant_key(tenant: TenantId) -> Vec<u8> {
+    prefix(tenant, TAG_TENANT, 0)
+}
+
+/// All rows of the family; the caller keeps those for which [`decode_tenant_key`] answers.
+pub(crate) fn all_bounds() -> Bounds {
+    Bounds { lower: Vec::new(), upper: vec![0xff; PREFIX_LEN + 1] }
+}
+
+pub(crate) fn decode_tenant_key(key: &[u8]) -> Option<TenantId> {
+    match key.split_at_checked(4)? {
+        (tenant, [TAG_TENANT]) => Some(TenantId(u32::from_be_bytes(tenant.try_into().ok()?))),
+        _ => None,
+    }
+}
+
+/// The cell's own row.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct CellRow {
+    /// Every command up to this raft index is in the state, none behind it.
+    pub(crate) applied_index: u64,
+    pub(crate) next_tenant: u32,
+    /// Bytes a tenant may hold; negative = no quota.
+    pub(crate) quota_bytes: i64,
+}
+
+pub(crate) fn cell_key() -> Vec<u8> {
+    prefix(CELL, TAG_CELL, 0)
+}
+
+impl CellRow {
+    pub(crate) fn encode(&self) -> Bytes {
+        let mut w = Writer::with_capacity(24);
+        w.u8(ROW_VERSION);
+        w.varint(self.applied_index);
+        w.varint(u64::from(self.next_tenant));
+        w.i64(self.quota_bytes);
+        w.finish()
+    }
+
+    pub(crate) fn decode(stored: Bytes) -> Result<CellRow, Fault> {
+        let mut r = Reader::new(stored, "cell row");
+        if r.u8()? != ROW_VERSION {
+            return Err(r.corrupt("cell row version"));
+        }
+        let row = CellRow { applied_index: r.varint()?, next_tenant: r.varint_u32()?, quota_bytes: r.i64()? };
+        r.end()?;
+        Ok(row)
+    }
+}

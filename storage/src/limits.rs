@@ -1,0 +1,41 @@
+//! Every bound of this crate, with its unit and its reason.
+
+/// Deepest nesting of txns that is encoded. The edge refuses more; etcd itself stops at protobuf's own recursion limit.
+pub const TXN_DEPTH_MAX: usize = 64;
+
+/// Rows of history one reclaim step visits. Small enough that a step is a few milliseconds of apply time.
+pub const RECLAIM_ROWS_MAX: u32 = 1_000;
+
+/// Responses waiting in one watch stream. At the bound its watchers turn unsynced and replay from the engine later, so
+/// a slow client costs this much and not its lag. etcd's own number.
+pub const WATCH_QUEUE_RESPONSES_MAX: usize = 128;
+
+/// Bytes of events waiting in one watch stream; the same consequence. One response may exceed it alone.
+pub const WATCH_QUEUE_BYTES_MAX: usize = 4 << 20;
+
+/// Distinct revisions in one replayed watch response: etcd's own number.
+pub const WATCH_REPLAY_REVISIONS_MAX: usize = 1_000;
+
+/// Bytes of events in one replayed watch response; a response ends behind the revision that passes it.
+pub const WATCH_REPLAY_BYTES_MAX: usize = 2 << 20;
+
+/// Rows of history one replay step reads before it gives the thread back.
+pub const WATCH_REPLAY_ROWS_MAX: usize = 20_000;
+
+/// Watchers of one tenant, over all its streams. At the bound a create is refused; nothing else changes.
+pub const WATCHERS_PER_TENANT_MAX: usize = 1_000_000;
+
+/// Tenants of one cell.
+pub const TENANTS_MAX: usize = 100_000;
+
+/// Longest tenant name in bytes: a DNS label, so that a name can be part of a host name.
+pub const TENANT_NAME_BYTES_MAX: usize = 63;
+
+/// What a version costs beside its key and value: its rows in three families. Counted so that a tenant cannot fill the
+/// disk with tiny keys under a quota that sees none of their overhead.
+pub const VERSION_OVERHEAD_BYTES: u64 = 64;
+
+/// What an empty tenant reports as its size, so that tools which divide by it work.
+pub const EMPTY_TENANT_BYTES: u64 = 20 << 10;
+
+const _: () = assert!(WATCH_REPLAY_BYTES_MAX <= WATCH_QUEUE_BYTES_MAX, "a replayed response fits the queue");

@@ -1,0 +1,242 @@
+//! Changes not yet written, read together with what is.
+//!
+//! One overlay lives as long as one apply batch: many commands of many tenants. It keeps changes sorted, which is also the
+//! order in which the engine takes them fastest.
+
+use std::collections::BTreeMap;
+use std::ops::Bound;
+
+use bytes::Bytes;
+
+use crate::engine::{Batch, Cursor, Family, Reader};
+use crate::error::Fault;
+
+/// A reader and the changes on top of it.
+pub(crate) struct Overlay<R> {
+    base: R,
+    batch: Batch,
+    /// What each changed key held before, while a txn that may have to be taken back runs.
+    journal: Option<Vec<Undo>>,
+}
+
+struct Undo {
+    family: Family,
+    key: Vec<u8>,
+    /// `None`: the batch did not mention the key.
+    before: Option<Option<Bytes>>,
+}
+
+impl<R: Reader> Overlay<R> {
+    pub(crate) fn new(base: R) -> Self {
+        Overlay { base, batch: Batch::default(), journal: None }
+    }
+
+    pub(crate) fn put(&mut self, family: Family, key: Vec<u8>, value: Bytes) {
+        self.remember(family, &key);
+        self.batch.put(family, key, value);
+    }
+
+    pub(crate) fn delete(&mut self, family: Family, key: Vec<u8>) {
+        self.remember(family, &key);
+        self.batch.delete(family, key);
+    }
+
+    fn remember(&mut self, family: Family, key: &[u8]) {
+        if let Some(journal) = &mut self.journal {
+            let before = self.batch.changes(family).get(key).cloned();
+            journal.push(Undo { family, key: key.to_vec(), before });
+        }
+    }
+
+    /// From here on, changes can be taken back by [`Overlay::roll_back`].
+    pub(crate) fn begin(&mut self) {
+        assert!(self.journal.is_none(), "one undo journal at a time");
+        self.journal = Some(Vec::new());
+    }
+
+    /// Keeps the changes since [`Overlay::begin`].
+    pub(crate) fn keep(&mut self) {
+        self.journal = None;
+    }
+
+    /// Takes back the changes since [`Overlay::begin`].
+    pub(crate) fn roll_back(&mut self) {
+        for undo in self.journal.take().into_iter().flatten().rev() {
+            self.batch.restore(undo.family, undo.key, undo.before);
+        }
+    }
+
+    pub(crate) fn into_batch(self) -> Batch {
+        self.batch
+    }
+}
+
+impl<R: Reader> Reader for Overlay<R> {
+    type Cursor<'a>
+        = OverlayCursor<'a, R::Cursor<'a>>
+    where
+        Self: 'a;
+
+    fn get(&self, family: Family, key: &[u8]) -> Result<Option<Bytes>, Fault> {
+        match self.batch.changes(family).get(key) {
+            Some(change) => Ok(change.clone()),
+            None => self.base.get(family, key),
+        }
+    }
+
+    fn cursor(&self, family: Family, lower: &[u8], upper: &[u8]) -> Result<Self::Cursor<'_>, Fault> {
+        let base = self.base.cursor(family, lower, upper)?;
+        let mut cursor =
+            OverlayCursor { base, changes: self.batch.changes(family), change: None, upper: upper.to_vec() };
+        cursor.stand_on_change(Bound::Included(lower));
+        cursor.skip_hidden()?;
+        Ok(cursor)
+    }
+}
+
+/// The smaller of two positions, where a change hides the entry below it.
+pub(crate) struct OverlayCursor<'a, C> {
+    base: C,
+    changes: &'a BTreeMap<Vec<u8>, Option<Bytes>>,
+    change: Option<(&'a [u8], Option<&'a [u8]>)>,
+    upper: Vec<u8>,
+}
+
+impl<C: Cursor> OverlayCursor<'_, C> {
+    fn stand_on_change(&mut self, from: Bound<&[u8]>) {
+        let mut rest = self.changes.range::<[u8], _>((from, Bound::Unbounded));
+        let next = rest.next().filter(|(key, _)| **key < self.upper);
+        self.change = next.map(|(key, value)| (&key[..], value.as_deref()));
+    }
+
+    /// Moves on until the current entry is visible: not a delete, and no base entry hidden below a change.
+    fn skip_hidden(&mut self) -> Result<(), Fault> {
+        while let Some((key, value)) = self.change {
+            match self.base.entry() {
+                Some((below, _)) if below < key => return Ok(()),
+                Some((below, _)) if below == key => self.base.advance()?,
+                Some(_) | None if value.is_some() => return Ok(()),
+                Some(_) | None => self.stand_on_change(Bound::Excluded(key)),
+            }
+        }
+        Ok(())
+    }
+
+    fn stands_on_change(&self) -> bool {
+        match (self.change, self.base.entry()) {
+            (Some((key, _)), Some((below, _))) => key < below,
+            (Some(_), None) => true,
+            (None, _) => false,
+        }
+    }
+}
+
+impl<C: Cursor> Cursor for OverlayCursor<'_, C> {
+    fn entry(&self) -> Option<(&[u8], &[u8])> {
+        if self.stands_on_change() {
+            self.change.and_then(|(key, value)| Some((key, value?)))
+        } else {
+            self.base.entry()
+        }
+    }
+
+    fn advance(&mut self) -> Result<(), Fault> {
+        if let Some((key, _)) = self.change.filter(|_| self.stands_on_change()) {
+            self.stand_on_change(Bound::Excluded(key));
+        } else {
+            self.base.advance()?;
+        }
+        self.skip_hidden()
+    }
+
+    fn seek(&mut self, to: &[u8]) -> Result<(), Fault> {
+        if self.base.entry().is_some_and(|(key, _)| key < to) {
+            self.base.seek(to)?;
+        }
+        if self.change.is_some_and(|(key, _)| key < to) {
+            self.stand_on_change(Bound::Included(to));
+        }
+        self.skip_hidden()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::engine::{Engine, MemoryEngine};
+
+    proptest! {
+        /// The overlay over an engine reads as the engine with the changes written.
+        #[test]
+        fn reads_as_if_written(
+            base in prop::collection::btree_map(0u8..20, any::<u8>(), 0..12),
+            changes in prop::collection::vec((0u8..20, prop::option::of(any::<u8>())), 0..12),
+            bounds in (0u8..21, 0u8..21), seeks in prop::collection::vec(any::<bool>(), 0..8),
+        ) {
+            let (layered, flat) = (MemoryEngine::new(), MemoryEngine::new());
+            let mut batch = Batch::default();
+            for (key, value) in &base {
+                batch.put(Family::Kv, vec![*key], Bytes::copy_from_slice(&[*value]));
+            }
+            layered.write(&batch).unwrap();
+            flat.write(&batch).unwrap();
+            let mut overlay = Overlay::new(layered.view());
+            let mut batch = Batch::default();
+            for (key, value) in &changes {
+                match value {
+                    Some(value) => {
+                        overlay.put(Family::Kv, vec![*key], Bytes::copy_from_slice(&[*value]));
+                        batch.put(Family::Kv, vec![*key], Bytes::copy_from_slice(&[*value]));
+                    }
+                    None => {
+                        overlay.delete(Family::Kv, vec![*key]);
+                        batch.delete(Family::Kv, vec![*key]);
+                    }
+                }
+            }
+            flat.write(&batch).unwrap();
+            let view = flat.view();
+            let mut a = overlay.cursor(Family::Kv, &[bounds.0], &[bounds.1]).unwrap();
+            let mut b = view.cursor(Family::Kv, &[bounds.0], &[bounds.1]).unwrap();
+            prop_assert_eq!(a.entry(), b.entry());
+            for seek in seeks.into_iter().chain(std::iter::repeat_n(false, 20)) {
+                match b.entry().map(|(key, _)| key[0]) {
+                    Some(key) if seek => {
+                        a.seek(&[key + 2]).unwrap();
+                        b.seek(&[key + 2]).unwrap();
+                    }
+                    _ => {
+                        a.advance().unwrap();
+                        b.advance().unwrap();
+                    }
+                }
+                prop_assert_eq!(a.entry(), b.entry());
+            }
+        }
+
+        #[test]
+        fn roll_back_restores_the_batch(
+            before in prop::collection::vec((0u8..6, prop::option::of(any::<u8>())), 0..8),
+            after in prop::collection::vec((0u8..6, prop::option::of(any::<u8>())), 0..8),
+        ) {
+            let engine = MemoryEngine::new();
+            let mut overlay = Overlay::new(engine.view());
+            let run = |overlay: &mut Overlay<_>, changes: &[(u8, Option<u8>)]| {
+                for (key, value) in changes {
+                    match value {
+                        Some(value) => overlay.put(Family::Rev, vec![*key], Bytes::copy_from_slice(&[*value])),
+                        None => overlay.delete(Family::Rev, vec![*key]),
+                    }
+                }
+            };
+            run(&mut overlay, &before);
+            let expected = overlay.batch.changes(Family::Rev).clone();
+            overlay.begin();
+            run(&mut overlay, &after);
+            overlay.roll_back();
+            prop_assert_eq!(overlay.batch.changes(Family::Rev), &expected);
+        }
+    }
+}

@@ -1,0 +1,281 @@
+//! Puts and deletes of one command: all of one main revision, numbered by sub-revision in the order they run.
+
+use std::ops::ControlFlow;
+
+use bytes::Bytes;
+
+use super::overlay::Overlay;
+use super::read;
+use crate::engine::{Cursor, Family, Reader};
+use crate::error::{Fault, Refusal};
+use crate::key::head::Head;
+use crate::key::meta::TenantRow;
+use crate::key::{head, lease, rev, version};
+use crate::key_value::{self, KeyValue};
+use crate::limits::VERSION_OVERHEAD_BYTES;
+use crate::types::{DeleteRangeRequest, KeyRange, LeaseId, PutRequest, Revision, TenantId};
+use crate::watch::{Event, EventKind};
+
+/// Either half may end a step: a refusal is the command's answer, a fault ends the member.
+pub(crate) type Step<T> = Result<Result<T, Refusal>, Fault>;
+
+/// Passes a refusal on, as `?` does a fault.
+macro_rules! accept {
+    ($step:expr) => {
+        match $step? {
+            Ok(value) => value,
+            Err(refusal) => return Ok(Err(refusal)),
+        }
+    };
+}
+pub(crate) use accept;
+
+/// One command's changes to one tenant, while they are made.
+pub(crate) struct Writer<'a, R> {
+    pub(crate) overlay: &'a mut Overlay<R>,
+    pub(crate) tenant: TenantId,
+    pub(crate) row: &'a mut TenantRow,
+    /// Whether some watcher will want to see what events replaced.
+    pub(crate) capture_prev: bool,
+    /// Changes made so far, in sub-revision order.
+    pub(crate) events: Vec<Event>,
+    next_sub: u32,
+}
+
+impl<'a, R: Reader> Writer<'a, R> {
+    pub(crate) fn new(
+        overlay: &'a mut Overlay<R>,
+        tenant: TenantId,
+        row: &'a mut TenantRow,
+        capture_prev: bool,
+    ) -> Self {
+        Writer { overlay, tenant, row, capture_prev, events: Vec::new(), next_sub: 0 }
+    }
+
+    /// The revision this command's changes get.
+    pub(crate) fn main(&self) -> i64 {
+        self.row.revision + 1
+    }
+
+    /// The tenant's revision as a header inside this command shows it now.
+    pub(crate) fn revision_so_far(&self) -> i64 {
+        self.row.revision + i64::from(self.next_sub > 0)
+    }
+
+    /// Takes the revision, if anything changed. Ends the command.
+    pub(crate) fn finish(self) -> Vec<Event> {
+        assert_eq!(self.events.len(), self.next_sub as usize, "every change is an event");
+        if self.next_sub > 0 {
+            self.row.revision += 1;
+        }
+        self.events
+    }
+
+    /// Drops the record of changes that the overlay has taken back.
+    pub(crate) fn forget(&mut self) {
+        self.events.clear();
+        self.next_sub = 0;
+    }
+
+    fn take_sub(&mut self) -> Revision {
+        let at = Revision { main: self.main(), sub: self.next_sub };
+        self.next_sub += 1;
+        at
+    }
+
+    /// Whether the lease may be named by a put.
+    pub(crate) fn lease_exists(&self, id: LeaseId) -> Result<bool, Fault> {
+        Ok(self.overlay.get(Family::Lease, &lease::grant_key(self.tenant, id))?.is_some())
+    }
+
+    /// What a put needs to be there, in the contract's order: its lease, then its key.
+    pub(crate) fn check_put(&self, put: &PutRequest) -> Step<()> {
+        if put.lease != LeaseId::NONE && !self.lease_exists(put.lease)? {
+            return Ok(Err(Refusal::LeaseNotFound(put.lease)));
+        }
+        if (put.ignore_value || put.ignore_lease) && self.live(&put.key)?.is_none() {
+            return Ok(Err(Refusal::KeyNotFound));
+        }
+        Ok(Ok(()))
+    }
+
+    fn live(&self, key: &[u8]) -> Result<Option<Head>, Fault> {
+        Ok(read::newest(self.overlay, self.tenant, key)?.filter(|newest| !newest.tombstone))
+    }
+
+    /// Writes one version. The lease was checked before; the key is checked here, because an earlier operation of the
+    /// same txn may have deleted it.
+    pub(crate) fn put(&mut self, put: &PutRequest) -> Step<Option<Bytes>> {
+        let newest = read::newest(self.overlay, self.tenant, &put.key)?;
+        let live = newest.filter(|newest| !newest.tombstone);
+        if live.is_none() && (put.ignore_value || put.ignore_lease) {
+            return Ok(Err(Refusal::KeyNotFound));
+        }
+        let wants_old = put.prev_kv || put.ignore_value || self.capture_prev;
+        let old = match live {
+            Some(live) if wants_old => Some(read::stored(self.overlay, self.tenant, &put.key, live.at)?),
+            Some(_) | None => None,
+        };
+        let value = match &old {
+            Some(old) if put.ignore_value => old.slice_ref(KeyValue::decode(old)?.value),
+            Some(_) | None => put.value.clone(),
+        };
+        let lease = if put.ignore_lease { live.map_or(LeaseId::NONE, |live| live.lease) } else { put.lease };
+
+        let at = self.take_sub();
+        let kv = KeyValue {
+            key: &put.key,
+            create_revision: live.map_or(at.main, |live| live.create_revision),
+            mod_revision: at.main,
+            version: live.map_or(1, |live| live.version + 1),
+            value: &value,
+            lease: lease.0,
+        };
+        let stored = kv.encode();
+        let head = Head {
+            at,
+            tombstone: false,
+            create_revision: kv.create_revision,
+            version: kv.version,
+            lease,
+            size_bytes: (put.key.len() + stored.len()) as u64 + VERSION_OVERHEAD_BYTES,
+        };
+        self.write_version(&put.key, newest, head, stored.clone());
+        self.move_lease(&put.key, live.map_or(LeaseId::NONE, |live| live.lease), lease);
+
+        let prev_kv = self.event_prev(&put.key, live, old.as_ref(), at)?;
+        self.events.push(Event { kind: EventKind::Put, key: put.key.clone(), kv: stored, prev_kv });
+        Ok(Ok(old.filter(|_| put.prev_kv)))
+    }
+
+    /// Deletes every key of the range; answers how many, and what they were if asked.
+    pub(crate) fn delete_range(&mut self, delete: &DeleteRangeRequest) -> Result<(u64, Vec<Bytes>), Fault> {
+        let mut doomed = Vec::new();
+        read::live_heads(self.overlay, self.tenant, &delete.range, &mut |key, newest| {
+            doomed.push((Bytes::copy_from_slice(key), newest));
+            Ok(ControlFlow::Continue(()))
+        })?;
+        let mut prev_kvs = Vec::new();
+        for (key, newest) in &doomed {
+            let old = self.delete(key, *newest, delete.prev_kv)?;
+            prev_kvs.extend(old.filter(|_| delete.prev_kv));
+        }
+        Ok((doomed.len() as u64, prev_kvs))
+    }
+
+    /// Deletes one key that exists. Answers its last version if `want_old` or a watcher wants it.
+    fn delete(&mut self, key: &Bytes, live: Head, want_old: bool) -> Result<Option<Bytes>, Fault> {
+        assert!(!live.tombstone, "only what exists is deleted");
+        let old = match want_old || self.capture_prev {
+            true => Some(read::stored(self.overlay, self.tenant, key, live.at)?),
+            false => None,
+        };
+        let at = self.take_sub();
+        let head = Head {
+            at,
+            tombstone: true,
+            create_revision: 0,
+            version: 0,
+            lease: LeaseId::NONE,
+            size_bytes: key.len() as u64 + VERSION_OVERHEAD_BYTES,
+        };
+        self.write_version(key, Some(live), head, Bytes::new());
+        self.move_lease(key, live.lease, LeaseId::NONE);
+        let prev_kv = self.event_prev(key, Some(live), old.as_ref(), at)?;
+        let kv = key_value::encode_tombstone_event(key, at.main);
+        self.events.push(Event { kind: EventKind::Delete, key: key.clone(), kv, prev_kv });
+        Ok(old)
+    }
+
+    /// The three rows of a version, and what they count.
+    fn write_version(&mut self, key: &Bytes, newest: Option<Head>, head: Head, stored: Bytes) {
+        assert!(newest.is_none_or(|newest| newest.at < head.at), "history only grows");
+        let row = rev::Row {
+            tombstone: head.tombstone,
+            previous: newest.map(|newest| newest.at),
+            size_bytes: head.size_bytes,
+            user_key: key.clone(),
+        };
+        self.overlay.put(Family::Kv, version::encode(self.tenant, key, head.at, head.tombstone), stored);
+        self.overlay.put(Family::Head, head::encode_key(self.tenant, key), head.encode());
+        self.overlay.put(Family::Rev, rev::encode_key(self.tenant, head.at), row.encode());
+
+        let usage = &mut self.row.usage;
+        usage.versions += 1;
+        usage.total_bytes += head.size_bytes;
+        if let Some(live) = newest.filter(|newest| !newest.tombstone) {
+            usage.live_keys -= 1;
+            usage.live_bytes -= live.size_bytes;
+        }
+        if !head.tombstone {
+            usage.live_keys += 1;
+            usage.live_bytes += head.size_bytes;
+        }
+    }
+
+    fn move_lease(&mut self, key: &[u8], from: LeaseId, to: LeaseId) {
+        if from == to {
+            return;
+        }
+        if from != LeaseId::NONE {
+            self.overlay.delete(Family::Lease, lease::attached_key(self.tenant, from, key));
+        }
+        if to != LeaseId::NONE {
+            self.overlay.put(Family::Lease, lease::attached_key(self.tenant, to, key), Bytes::new());
+        }
+    }
+
+    /// What the event's `prev_kv` shows: the key as it was before this revision (contract 1.2, Events). Inside one
+    /// revision that is not always the version just replaced.
+    fn event_prev(
+        &self,
+        key: &[u8],
+        live: Option<Head>,
+        old: Option<&Bytes>,
+        at: Revision,
+    ) -> Result<Option<Bytes>, Fault> {
+        match live {
+            _ if !self.capture_prev => Ok(None),
+            Some(live) if live.at.main == at.main => read::get(self.overlay, self.tenant, key, at.main - 1),
+            Some(_) => Ok(old.cloned()),
+            None => Ok(None),
+        }
+    }
+
+    /// Makes a lease exist.
+    pub(crate) fn grant(&mut self, id: LeaseId, ttl_seconds: i64) -> Step<()> {
+        if self.lease_exists(id)? {
+            return Ok(Err(Refusal::LeaseExists(id)));
+        }
+        self.overlay.put(Family::Lease, lease::grant_key(self.tenant, id), lease::encode_ttl(ttl_seconds));
+        self.row.usage.leases += 1;
+        Ok(Ok(()))
+    }
+
+    /// Removes a lease and, in the same revision, its keys in ascending order.
+    pub(crate) fn revoke(&mut self, id: LeaseId) -> Step<()> {
+        if !self.lease_exists(id)? {
+            return Ok(Err(Refusal::LeaseNotFound(id)));
+        }
+        for key in attached_keys(self.overlay, self.tenant, id)? {
+            let delete = DeleteRangeRequest { range: KeyRange::Single(key), prev_kv: false };
+            let (deleted, _) = self.delete_range(&delete)?;
+            assert_eq!(deleted, 1, "an attached key exists");
+        }
+        self.overlay.delete(Family::Lease, lease::grant_key(self.tenant, id));
+        self.row.usage.leases -= 1;
+        Ok(Ok(()))
+    }
+}
+
+/// The keys attached to a lease, in key order.
+pub(crate) fn attached_keys<R: Reader>(reader: &R, tenant: TenantId, id: LeaseId) -> Result<Vec<Bytes>, Fault> {
+    let bounds = lease::attached_bounds(tenant, id);
+    let mut cursor = reader.cursor(Family::Lease, &bounds.lower, &bounds.upper)?;
+    let mut keys = Vec::new();
+    while let Some((row, _)) = cursor.entry() {
+        keys.push(Bytes::copy_from_slice(lease::attached_user_key(row)));
+        cursor.advance()?;
+    }
+    Ok(keys)
+}

@@ -1,0 +1,401 @@
+//! The read side: what any thread may ask while `apply` goes on.
+//!
+//! Every call takes one point-in-time view of the engine and finds the tenant's revision and compact revision in that same
+//! view, so an answer never mixes two states. What `apply` has published in memory ([`TenantReader::state`]) is a hint for
+//! headers, quotas and metrics, at most one batch behind the engine.
+
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicI64, Ordering};
+
+use bytes::Bytes;
+use parking_lot::{Mutex, RwLock};
+
+use crate::engine::{Cursor, Engine, Family, Reader};
+use crate::error::{Fault, ReadError, Refusal};
+use crate::key::meta::TenantRow;
+use crate::key::{lease, meta};
+use crate::limits::EMPTY_TENANT_BYTES;
+use crate::mvcc::read::{Count, Found, Sink};
+use crate::mvcc::{hash, read, txn, write};
+use crate::types::{Alarm, KeyRange, LeaseId, RangeRequest, TenantId, TxnReply, TxnRequest, Usage};
+use crate::watch::{Hub, WatchStream};
+
+/// Pages whose remaining count is remembered, over all tenants. The oldest goes; its next page counts again.
+const PAGE_COUNTS_MAX: usize = 4_096;
+
+/// One tenant as all threads see it.
+pub(crate) struct Tenant {
+    pub(crate) id: TenantId,
+    pub(crate) name: String,
+    pub(crate) hub: Hub,
+    published: Mutex<TenantState>,
+}
+
+/// A tenant's counters after the last published batch.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TenantState {
+    pub revision: i64,
+    /// -1 = never compacted.
+    pub compact_revision: i64,
+    /// Up to which compact revision space has been given back.
+    pub reclaimed_revision: i64,
+    pub usage: Usage,
+    /// Sorted by member, then kind.
+    pub alarms: Vec<Alarm>,
+}
+
+impl TenantState {
+    fn of(row: &TenantRow) -> Self {
+        TenantState {
+            revision: row.revision,
+            compact_revision: row.compact_revision,
+            reclaimed_revision: row.reclaimed_revision,
+            usage: row.usage,
+            alarms: row.alarms.clone(),
+        }
+    }
+
+    /// What counts against the quota, in bytes: every version kept, with its overhead.
+    pub fn db_size_bytes(&self) -> u64 {
+        db_size_bytes(&self.usage)
+    }
+
+    /// Of these, what the newest versions of existing keys take.
+    pub fn db_in_use_bytes(&self) -> u64 {
+        EMPTY_TENANT_BYTES + self.usage.live_bytes
+    }
+}
+
+pub(crate) fn db_size_bytes(usage: &Usage) -> u64 {
+    EMPTY_TENANT_BYTES + usage.total_bytes
+}
+
+impl Tenant {
+    pub(crate) fn new(id: TenantId, row: &TenantRow) -> Self {
+        Tenant { id, name: row.name.clone(), hub: Hub::new(row.revision), published: Mutex::new(TenantState::of(row)) }
+    }
+
+    pub(crate) fn publish(&self, row: &TenantRow) {
+        *self.published.lock() = TenantState::of(row);
+    }
+}
+
+/// What all threads share.
+pub(crate) struct Shared {
+    tenants: RwLock<Tenants>,
+    pub(crate) quota_bytes: AtomicI64,
+    page_counts: Mutex<PageCounts>,
+}
+
+#[derive(Default)]
+struct Tenants {
+    by_id: BTreeMap<TenantId, Arc<Tenant>>,
+    by_name: HashMap<String, TenantId>,
+}
+
+impl Shared {
+    pub(crate) fn new(quota_bytes: i64) -> Self {
+        Shared { tenants: RwLock::default(), quota_bytes: AtomicI64::new(quota_bytes), page_counts: Mutex::default() }
+    }
+
+    pub(crate) fn add(&self, tenant: Tenant) {
+        let mut tenants = self.tenants.write();
+        tenants.by_name.insert(tenant.name.clone(), tenant.id);
+        tenants.by_id.insert(tenant.id, Arc::new(tenant));
+    }
+
+    pub(crate) fn tenant(&self, id: TenantId) -> Option<Arc<Tenant>> {
+        self.tenants.read().by_id.get(&id).cloned()
+    }
+}
+
+/// The state of all tenants, for reading. Cheap to clone.
+pub struct Store<E> {
+    pub(crate) engine: Arc<E>,
+    pub(crate) shared: Arc<Shared>,
+}
+
+impl<E> Clone for Store<E> {
+    fn clone(&self) -> Self {
+        Store { engine: Arc::clone(&self.engine), shared: Arc::clone(&self.shared) }
+    }
+}
+
+impl<E: Engine> Store<E> {
+    /// The tenant of that name, if it exists.
+    pub fn tenant_id(&self, name: &str) -> Option<TenantId> {
+        self.shared.tenants.read().by_name.get(name).copied()
+    }
+
+    /// All tenants, in the order they were created.
+    pub fn tenants(&self) -> Vec<(TenantId, String)> {
+        self.shared.tenants.read().by_id.values().map(|tenant| (tenant.id, tenant.name.clone())).collect()
+    }
+
+    /// The read side of one tenant; `None` if there is no such tenant.
+    pub fn reader(&self, tenant: TenantId) -> Option<TenantReader<E>> {
+        Some(TenantReader { store: self.clone(), tenant: self.shared.tenant(tenant)? })
+    }
+
+    /// Bytes a tenant may hold before writes are refused; negative = no quota.
+    pub fn quota_bytes(&self) -> i64 {
+        self.shared.quota_bytes.load(Ordering::Relaxed)
+    }
+
+    /// Rewrites the files without what was deleted. Long; blocks no reader or writer. Not for an async thread.
+    ///
+    /// # Errors
+    /// Any [`Fault`] ends this member.
+    pub fn compact_engine(&self) -> Result<(), Fault> {
+        self.engine.compact()
+    }
+
+    /// Bytes of the state's files on disk, all tenants together.
+    pub fn engine_bytes(&self) -> u64 {
+        self.engine.disk_bytes()
+    }
+}
+
+/// What a range read says beside its keys.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct RangeSummary {
+    /// The tenant's revision at the moment of the read: what the header shows, also of a read in the past.
+    pub revision: i64,
+    /// The revision that was read: pin further pages to it.
+    pub read_revision: i64,
+    /// Keys in the range, whatever limit and filters say.
+    pub count: u64,
+    pub more: bool,
+    /// Where a range in key order goes on when the limit cut it.
+    pub rest: Option<KeyRange>,
+}
+
+/// Answer of [`TenantReader::hash_kv`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HashKv {
+    pub hash: u32,
+    pub compact_revision: i64,
+    pub hash_revision: i64,
+    /// The tenant's revision, for the header.
+    pub revision: i64,
+}
+
+/// One tenant's read side. Every method may touch the disk, unless it says otherwise.
+pub struct TenantReader<E> {
+    store: Store<E>,
+    tenant: Arc<Tenant>,
+}
+
+impl<E> Clone for TenantReader<E> {
+    fn clone(&self) -> Self {
+        TenantReader { store: self.store.clone(), tenant: Arc::clone(&self.tenant) }
+    }
+}
+
+impl<E: Engine> TenantReader<E> {
+    pub fn id(&self) -> TenantId {
+        self.tenant.id
+    }
+
+    pub fn name(&self) -> &str {
+        &self.tenant.name
+    }
+
+    /// Counters after the last published batch. In memory.
+    pub fn state(&self) -> TenantState {
+        self.tenant.published.lock().clone()
+    }
+
+    /// The revision after the last published batch. In memory; cheaper than [`TenantReader::state`].
+    pub fn revision(&self) -> i64 {
+        self.tenant.published.lock().revision
+    }
+
+    /// Bytes counted against the quota after the last published batch. In memory.
+    pub fn db_size_bytes(&self) -> u64 {
+        self.tenant.published.lock().db_size_bytes()
+    }
+
+    /// Open watch streams and watchers. In memory.
+    pub fn watch_counts(&self) -> (usize, usize) {
+        self.tenant.hub.counts()
+    }
+
+    /// Reads a range, handing every key's stored bytes to `sink` in result order (stripped, if `keys_only`).
+    ///
+    /// # Errors
+    /// [`Refusal::FutureRevision`] and [`Refusal::Compacted`] before anything was handed out.
+    pub fn range(&self, request: &RangeRequest, sink: &mut Sink<'_>) -> Result<RangeSummary, ReadError> {
+        self.range_with(request, true, sink)
+    }
+
+    /// As [`TenantReader::range`] for callers who do not need `count`; it then is the number of keys handed out.
+    ///
+    /// # Errors
+    /// As [`TenantReader::range`].
+    pub fn range_uncounted(&self, request: &RangeRequest, sink: &mut Sink<'_>) -> Result<RangeSummary, ReadError> {
+        self.range_with(request, false, sink)
+    }
+
+    fn range_with(
+        &self,
+        request: &RangeRequest,
+        count_wanted: bool,
+        sink: &mut Sink<'_>,
+    ) -> Result<RangeSummary, ReadError> {
+        let view = self.store.engine.view();
+        let row = tenant_row(&view, self.tenant.id)?;
+        let at = request.revision.unwrap_or(row.revision);
+        check_readable(at, &row)?;
+        let page = PageKey::of(self.tenant.id, at, &request.range);
+        let count = match count_wanted {
+            false => Count::Unwanted,
+            true => self.store.shared.page_counts.lock().get(&page).map_or(Count::Exact, Count::Known),
+        };
+        let found = read::range(&view, self.tenant.id, at, request, count, sink)?;
+        if count_wanted {
+            self.remember_rest(at, request, &found);
+        }
+        let Found { count, more, rest } = found;
+        Ok(RangeSummary { revision: row.revision, read_revision: at, count, more, rest })
+    }
+
+    /// kube-apiserver pages with a limit and wants the exact count of the rest on every page: counting once per chain
+    /// of pages, instead of once per page, keeps paging linear.
+    fn remember_rest(&self, at: i64, request: &RangeRequest, found: &Found) {
+        if let Some(rest) = &found.rest {
+            let left = found.count - request.limit;
+            self.store.shared.page_counts.lock().insert(PageKey::of(self.tenant.id, at, rest), left);
+        }
+    }
+
+    /// Runs a txn that [`is_read_only`](crate::is_read_only) at one point in time. Answers the revision for the header.
+    ///
+    /// # Errors
+    /// As [`TenantReader::range`], for the ranges of the branch that runs.
+    ///
+    /// # Panics
+    /// If the txn holds anything but ranges.
+    pub fn txn_read_only(&self, request: &TxnRequest) -> Result<(i64, TxnReply), ReadError> {
+        let view = self.store.engine.view();
+        let row = tenant_row(&view, self.tenant.id)?;
+        let reply = txn::read_only(&view, self.tenant.id, request, row.revision, row.compact_revision)??;
+        Ok((row.revision, reply))
+    }
+
+    /// Hashes history up to `revision` (0 = now; negative = nothing) so that members can be compared. Reads everything.
+    ///
+    /// # Errors
+    /// [`Refusal::FutureRevision`], [`Refusal::Compacted`].
+    pub fn hash_kv(&self, revision: i64) -> Result<HashKv, ReadError> {
+        let view = self.store.engine.view();
+        let row = tenant_row(&view, self.tenant.id)?;
+        let hash_revision = if revision == 0 { row.revision } else { revision };
+        if hash_revision > row.revision {
+            return Err(Refusal::FutureRevision.into());
+        }
+        if revision > 0 && revision < row.compact_revision {
+            return Err(Refusal::Compacted { compact_revision: row.compact_revision }.into());
+        }
+        let hash = hash::hash(&view, self.tenant.id, hash_revision, row.compact_revision)?;
+        Ok(HashKv { hash, compact_revision: row.compact_revision, hash_revision, revision: row.revision })
+    }
+
+    /// All leases with their granted TTL in seconds.
+    ///
+    /// # Errors
+    /// Any [`Fault`] ends this member.
+    pub fn leases(&self) -> Result<Vec<(LeaseId, i64)>, Fault> {
+        let view = self.store.engine.view();
+        let bounds = lease::grant_bounds(self.tenant.id);
+        let mut cursor = view.cursor(Family::Lease, &bounds.lower, &bounds.upper)?;
+        let mut leases = Vec::new();
+        while let Some((key, value)) = cursor.entry() {
+            leases.push((lease::decode_grant_key(key)?, lease::decode_ttl(Bytes::copy_from_slice(value))?));
+            cursor.advance()?;
+        }
+        Ok(leases)
+    }
+
+    /// The granted TTL of a lease in seconds; `None` if it does not exist.
+    ///
+    /// # Errors
+    /// As [`TenantReader::leases`].
+    pub fn lease(&self, id: LeaseId) -> Result<Option<i64>, Fault> {
+        let stored = self.store.engine.view().get(Family::Lease, &lease::grant_key(self.tenant.id, id))?;
+        stored.map(lease::decode_ttl).transpose()
+    }
+
+    /// The keys attached to a lease, ascending.
+    ///
+    /// # Errors
+    /// As [`TenantReader::leases`].
+    pub fn lease_keys(&self, id: LeaseId) -> Result<Vec<Bytes>, Fault> {
+        write::attached_keys(&self.store.engine.view(), self.tenant.id, id)
+    }
+
+    /// Opens one client's watch stream. `waker` is called, from any thread, when [`WatchStream::pop`] may have something or
+    /// a replay step is due; it must only signal.
+    pub fn watch_stream(&self, waker: Arc<dyn Fn() + Send + Sync>) -> WatchStream<E> {
+        WatchStream::open(Arc::clone(&self.store.engine), Arc::clone(&self.tenant), waker)
+    }
+}
+
+/// Whether a top-level read may look at `at`: the future is checked first, as in etcd.
+fn check_readable(at: i64, row: &TenantRow) -> Result<(), Refusal> {
+    if at > row.revision {
+        return Err(Refusal::FutureRevision);
+    }
+    if at < row.compact_revision {
+        return Err(Refusal::Compacted { compact_revision: row.compact_revision });
+    }
+    Ok(())
+}
+
+/// The tenant's row in this view.
+pub(crate) fn tenant_row<R: Reader>(reader: &R, tenant: TenantId) -> Result<TenantRow, Fault> {
+    let key = meta::tenant_key(tenant);
+    match reader.get(Family::Meta, &key)? {
+        Some(stored) => TenantRow::decode(stored),
+        None => Err(Fault::Corrupt { what: "missing tenant row", key }),
+    }
+}
+
+/// A page of a chain: the same range read at the same revision has the same count, for ever.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+struct PageKey {
+    tenant: TenantId,
+    at: i64,
+    range: KeyRange,
+}
+
+impl PageKey {
+    fn of(tenant: TenantId, at: i64, range: &KeyRange) -> Self {
+        PageKey { tenant, at, range: range.clone() }
+    }
+}
+
+/// Counts that will be asked for again; oldest out first.
+#[derive(Default)]
+struct PageCounts {
+    counts: HashMap<PageKey, u64>,
+    age: VecDeque<PageKey>,
+}
+
+impl PageCounts {
+    fn get(&self, page: &PageKey) -> Option<u64> {
+        self.counts.get(page).copied()
+    }
+
+    fn insert(&mut self, page: PageKey, count: u64) {
+        if self.counts.insert(page.clone(), count).is_none() {
+            self.age.push_back(page);
+        }
+        if self.age.len() > PAGE_COUNTS_MAX
+            && let Some(oldest) = self.age.pop_front()
+        {
+            self.counts.remove(&oldest);
+        }
+    }
+}

@@ -1,0 +1,434 @@
+//! One tenant's watchers. See the module's essay for what must hold.
+//!
+//! One lock guards all of it: registration, publication and the end of each replay step must see the same revision. Engine
+//! reads happen outside the lock. The queues have locks of their own, taken inside, so that a client being
+//! served never holds up publication.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use parking_lot::Mutex;
+
+use super::index::{GroupId, RangeIndex};
+use super::{CreateRefusal, Event, EventBatch, EventKind, WatchMessage, WatchSpec};
+use crate::limits::{WATCH_QUEUE_BYTES_MAX, WATCH_QUEUE_RESPONSES_MAX, WATCHERS_PER_TENANT_MAX};
+use crate::types::KeyRange;
+
+/// Called when a stream has something to do. Runs on the apply thread: it must only signal.
+pub(super) type Waker = Arc<dyn Fn() + Send + Sync>;
+
+pub(super) type StreamId = u64;
+
+/// See the module's essay.
+pub(crate) struct Hub {
+    state: Mutex<State>,
+    /// Watchers that want `prev_kv`: while there are none, `apply` need not read old values.
+    prev_kv_watchers: AtomicUsize,
+}
+
+struct State {
+    /// Everything up to here has been handed to synced watchers.
+    revision: i64,
+    streams: HashMap<StreamId, Stream>,
+    next_stream: StreamId,
+    groups: Vec<Option<Group>>,
+    free_groups: Vec<GroupId>,
+    by_key: HashMap<GroupKey, GroupId>,
+    index: RangeIndex,
+    watchers: usize,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(super) struct GroupKey {
+    pub(super) range: KeyRange,
+    pub(super) prev_kv: bool,
+    pub(super) no_put: bool,
+    pub(super) no_delete: bool,
+}
+
+impl GroupKey {
+    pub(super) fn wants(&self, kind: EventKind) -> bool {
+        match kind {
+            EventKind::Put => !self.no_put,
+            EventKind::Delete => !self.no_delete,
+        }
+    }
+}
+
+struct Group {
+    key: GroupKey,
+    members: BTreeSet<(StreamId, i64)>,
+}
+
+struct Stream {
+    queue: Arc<Queue>,
+    watchers: BTreeMap<i64, Watcher>,
+    /// Next id to hand out; ids handed out are never reused by the server.
+    next_id: i64,
+}
+
+struct Watcher {
+    group: GroupId,
+    /// As the client gave it.
+    start_revision: i64,
+    /// Events below it have been sent or are not wanted.
+    next: i64,
+    phase: Phase,
+    progress_notify: bool,
+    fragment: bool,
+    /// Whether events went out since the last tick: they are progress enough.
+    sent_since_tick: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    Synced,
+    Unsynced,
+    /// Told that its history is gone; waits for the client to cancel it.
+    Compacted,
+}
+
+/// Messages on their way to one client.
+pub(super) struct Queue {
+    waiting: Mutex<Waiting>,
+    /// Watchers of the stream that need replay.
+    pub(super) unsynced: AtomicUsize,
+    waker: Waker,
+}
+
+#[derive(Default)]
+struct Waiting {
+    messages: VecDeque<WatchMessage>,
+    bytes: usize,
+}
+
+impl Queue {
+    pub(super) fn pop(&self) -> Option<WatchMessage> {
+        let mut waiting = self.waiting.lock();
+        let message = waiting.messages.pop_front()?;
+        waiting.bytes -= message.size_bytes();
+        Some(message)
+    }
+
+    /// At the bound no further events are taken, and the stream reads no further requests.
+    pub(super) fn is_full(&self) -> bool {
+        let waiting = self.waiting.lock();
+        waiting.messages.len() >= WATCH_QUEUE_RESPONSES_MAX || waiting.bytes >= WATCH_QUEUE_BYTES_MAX
+    }
+
+    fn push(&self, message: WatchMessage) {
+        let mut waiting = self.waiting.lock();
+        waiting.bytes += message.size_bytes();
+        waiting.messages.push_back(message);
+        drop(waiting);
+        (self.waker)();
+    }
+}
+
+/// What one replay step has to read.
+pub(super) struct ReplayPlan {
+    pub(super) watch_id: i64,
+    pub(super) key: GroupKey,
+    pub(super) next: i64,
+}
+
+/// What one replay step has read.
+pub(super) enum Replayed {
+    /// Events from `next` on, with nothing left out up to and including `reached`.
+    Events { events: Vec<Event>, reached: i64, revision: i64 },
+    /// `next` lies below the compact revision.
+    Compacted { compact_revision: i64 },
+}
+
+impl Hub {
+    pub(crate) fn new(revision: i64) -> Self {
+        let state = State {
+            revision,
+            streams: HashMap::new(),
+            next_stream: 0,
+            groups: Vec::new(),
+            free_groups: Vec::new(),
+            by_key: HashMap::new(),
+            index: RangeIndex::default(),
+            watchers: 0,
+        };
+        Hub { state: Mutex::new(state), prev_kv_watchers: AtomicUsize::new(0) }
+    }
+
+    /// Whether events should carry what they replaced.
+    pub(crate) fn wants_prev_kv(&self) -> bool {
+        self.prev_kv_watchers.load(Ordering::Relaxed) > 0
+    }
+
+    /// Streams and watchers now open.
+    pub(crate) fn counts(&self) -> (usize, usize) {
+        let state = self.state.lock();
+        (state.streams.len(), state.watchers)
+    }
+
+    /// Hands one applied revision to its watchers. Revisions come in order, without gaps.
+    pub(crate) fn publish(&self, revision: i64, events: &[Event]) {
+        let mut state = self.state.lock();
+        assert_eq!(revision, state.revision + 1, "revisions are published in order");
+        state.revision = revision;
+        if state.watchers > 0 {
+            state.deliver(revision, events);
+        }
+    }
+
+    pub(super) fn open_stream(&self, waker: Waker) -> (StreamId, Arc<Queue>) {
+        let queue = Arc::new(Queue { waiting: Mutex::default(), unsynced: AtomicUsize::new(0), waker });
+        let mut state = self.state.lock();
+        let id = state.next_stream;
+        state.next_stream += 1;
+        state.streams.insert(id, Stream { queue: Arc::clone(&queue), watchers: BTreeMap::new(), next_id: 0 });
+        (id, queue)
+    }
+
+    pub(super) fn close_stream(&self, id: StreamId) {
+        let mut state = self.state.lock();
+        let Some(stream) = state.streams.remove(&id) else { return };
+        for (watch_id, watcher) in stream.watchers {
+            state.leave_group(watcher.group, id, watch_id, &self.prev_kv_watchers);
+        }
+    }
+
+    pub(super) fn create(&self, id: StreamId, spec: WatchSpec) {
+        self.state.lock().create(id, spec, &self.prev_kv_watchers);
+    }
+
+    pub(super) fn cancel(&self, id: StreamId, watch_id: i64) {
+        let mut state = self.state.lock();
+        let revision = state.revision;
+        let Some(stream) = state.streams.get_mut(&id) else { return };
+        let Some(watcher) = stream.watchers.remove(&watch_id) else { return };
+        if watcher.phase == Phase::Unsynced {
+            stream.queue.unsynced.fetch_sub(1, Ordering::Relaxed);
+        }
+        stream.queue.push(WatchMessage::Canceled { watch_id, revision });
+        state.leave_group(watcher.group, id, watch_id, &self.prev_kv_watchers);
+    }
+
+    /// Answers a progress request if every watcher of the stream has everything up to now.
+    pub(super) fn request_progress(&self, id: StreamId) {
+        let state = self.state.lock();
+        let revision = state.revision;
+        let Some(stream) = state.streams.get(&id) else { return };
+        let all_synced = stream.watchers.values().all(|watcher| watcher.has_all_up_to(revision));
+        if all_synced && !stream.watchers.is_empty() {
+            stream.queue.push(WatchMessage::Progress { watch_id: -1, revision });
+        }
+    }
+
+    pub(super) fn tick_progress(&self, id: StreamId) {
+        let mut state = self.state.lock();
+        let revision = state.revision;
+        let Some(stream) = state.streams.get_mut(&id) else { return };
+        for (watch_id, watcher) in &mut stream.watchers {
+            if !watcher.progress_notify || std::mem::take(&mut watcher.sent_since_tick) {
+                continue;
+            }
+            if watcher.has_all_up_to(revision) && !stream.queue.is_full() {
+                stream.queue.push(WatchMessage::Progress { watch_id: *watch_id, revision });
+            }
+        }
+    }
+
+    /// The watcher of the stream that is furthest behind; `None` if none is.
+    pub(super) fn plan_replay(&self, id: StreamId) -> Option<ReplayPlan> {
+        let state = self.state.lock();
+        let stream = state.streams.get(&id)?;
+        let unsynced = stream.watchers.iter().filter(|(_, watcher)| watcher.phase == Phase::Unsynced);
+        let (watch_id, watcher) = unsynced.min_by_key(|(_, watcher)| watcher.next)?;
+        let group = state.groups.get(watcher.group)?.as_ref()?;
+        Some(ReplayPlan { watch_id: *watch_id, key: group.key.clone(), next: watcher.next })
+    }
+
+    /// Queues what a replay step found, unless the watcher was cancelled (or made anew) meanwhile.
+    pub(super) fn finish_replay(&self, id: StreamId, plan: &ReplayPlan, replayed: Replayed) {
+        let mut state = self.state.lock();
+        let published = state.revision;
+        let Some(stream) = state.streams.get_mut(&id) else { return };
+        let Some(watcher) = stream.watchers.get_mut(&plan.watch_id) else { return };
+        if watcher.phase != Phase::Unsynced || watcher.next != plan.next {
+            return;
+        }
+        match replayed {
+            Replayed::Compacted { compact_revision } => {
+                watcher.phase = Phase::Compacted;
+                stream.queue.unsynced.fetch_sub(1, Ordering::Relaxed);
+                stream.queue.push(WatchMessage::Compacted { watch_id: plan.watch_id, compact_revision });
+            }
+            Replayed::Events { events, reached, revision } => {
+                assert!(reached + 1 >= watcher.next, "replay moves forward");
+                watcher.next = reached + 1;
+                if reached >= published {
+                    watcher.phase = Phase::Synced;
+                    stream.queue.unsynced.fetch_sub(1, Ordering::Relaxed);
+                }
+                if !events.is_empty() {
+                    watcher.sent_since_tick = true;
+                    stream.queue.push(WatchMessage::Events {
+                        watch_id: plan.watch_id,
+                        revision,
+                        fragment: watcher.fragment,
+                        batch: Arc::new(EventBatch::new(events)),
+                    });
+                }
+            }
+        }
+    }
+}
+
+impl Watcher {
+    fn has_all_up_to(&self, revision: i64) -> bool {
+        self.phase == Phase::Synced && self.start_revision <= revision
+    }
+}
+
+impl State {
+    fn create(&mut self, id: StreamId, spec: WatchSpec, prev_kv_watchers: &AtomicUsize) {
+        let revision = self.revision;
+        let watchers = self.watchers;
+        let Some(stream) = self.streams.get_mut(&id) else { return };
+        let refusal = if spec.start_revision < 0 {
+            Some(CreateRefusal::Compacted)
+        } else if spec.range.is_empty() {
+            Some(CreateRefusal::EmptyRange)
+        } else if spec.watch_id != 0 && stream.watchers.contains_key(&spec.watch_id) {
+            Some(CreateRefusal::Duplicate)
+        } else if watchers >= WATCHERS_PER_TENANT_MAX {
+            Some(CreateRefusal::TooMany)
+        } else {
+            None
+        };
+        if let Some(reason) = refusal {
+            stream.queue.push(WatchMessage::Refused { reason, revision });
+            return;
+        }
+        let watch_id = if spec.watch_id == 0 { stream.pick_id() } else { spec.watch_id };
+        let next = if spec.start_revision == 0 { revision + 1 } else { spec.start_revision };
+        let phase = if next > revision { Phase::Synced } else { Phase::Unsynced };
+        if phase == Phase::Unsynced {
+            stream.queue.unsynced.fetch_add(1, Ordering::Relaxed);
+        }
+        stream.queue.push(WatchMessage::Created { watch_id, revision });
+        let key = GroupKey { range: spec.range, prev_kv: spec.prev_kv, no_put: spec.no_put, no_delete: spec.no_delete };
+        let group = self.join_group(key, id, watch_id, prev_kv_watchers);
+        let watcher = Watcher {
+            group,
+            start_revision: spec.start_revision,
+            next,
+            phase,
+            progress_notify: spec.progress_notify,
+            fragment: spec.fragment,
+            sent_since_tick: false,
+        };
+        if let Some(stream) = self.streams.get_mut(&id) {
+            stream.watchers.insert(watch_id, watcher);
+        }
+    }
+
+    fn join_group(&mut self, key: GroupKey, id: StreamId, watch_id: i64, prev_kv_watchers: &AtomicUsize) -> GroupId {
+        self.watchers += 1;
+        prev_kv_watchers.fetch_add(usize::from(key.prev_kv), Ordering::Relaxed);
+        let group_id = match self.by_key.get(&key) {
+            Some(group_id) => *group_id,
+            None => self.make_group(key),
+        };
+        if let Some(group) = &mut self.groups[group_id] {
+            group.members.insert((id, watch_id));
+        }
+        group_id
+    }
+
+    fn make_group(&mut self, key: GroupKey) -> GroupId {
+        let group_id = self.free_groups.pop().unwrap_or_else(|| {
+            self.groups.push(None);
+            self.groups.len() - 1
+        });
+        self.index.insert(&key.range, group_id);
+        self.by_key.insert(key.clone(), group_id);
+        self.groups[group_id] = Some(Group { key, members: BTreeSet::new() });
+        group_id
+    }
+
+    fn leave_group(&mut self, group_id: GroupId, id: StreamId, watch_id: i64, prev_kv_watchers: &AtomicUsize) {
+        let Some(group) = &mut self.groups[group_id] else { return };
+        let left = group.members.remove(&(id, watch_id));
+        assert!(left, "a watcher is a member of its group");
+        self.watchers -= 1;
+        prev_kv_watchers.fetch_sub(usize::from(group.key.prev_kv), Ordering::Relaxed);
+        if group.members.is_empty()
+            && let Some(group) = self.groups[group_id].take()
+        {
+            self.index.remove(&group.key.range, group_id);
+            self.by_key.remove(&group.key);
+            self.free_groups.push(group_id);
+        }
+    }
+
+    fn deliver(&mut self, revision: i64, events: &[Event]) {
+        let mut matches: Vec<(GroupId, usize)> = Vec::new();
+        for (position, event) in events.iter().enumerate() {
+            self.index.covering(&event.key, |group_id| matches.push((group_id, position)));
+        }
+        matches.sort_unstable();
+        for of_group in matches.chunk_by(|a, b| a.0 == b.0) {
+            let Some(group) = of_group.first().and_then(|(group_id, _)| self.groups[*group_id].as_ref()) else {
+                continue;
+            };
+            let wanted =
+                of_group.iter().map(|(_, position)| &events[*position]).filter(|event| group.key.wants(event.kind));
+            let chosen: Vec<Event> = wanted.map(|event| group.key.view_of(event)).collect();
+            if chosen.is_empty() {
+                continue;
+            }
+            let batch = Arc::new(EventBatch::new(chosen));
+            for (stream_id, watch_id) in &group.members {
+                if let Some(stream) = self.streams.get_mut(stream_id) {
+                    stream.offer(*watch_id, revision, &batch);
+                }
+            }
+        }
+    }
+}
+
+impl GroupKey {
+    /// The event as this group's watchers see it.
+    fn view_of(&self, event: &Event) -> Event {
+        let mut event = event.clone();
+        if !self.prev_kv {
+            event.prev_kv = None;
+        }
+        event
+    }
+}
+
+impl Stream {
+    fn pick_id(&mut self) -> i64 {
+        while self.watchers.contains_key(&self.next_id) {
+            self.next_id += 1;
+        }
+        self.next_id += 1;
+        self.next_id - 1
+    }
+
+    /// Queues a live revision for a synced watcher, or lets it fall behind.
+    fn offer(&mut self, watch_id: i64, revision: i64, batch: &Arc<EventBatch>) {
+        let Some(watcher) = self.watchers.get_mut(&watch_id) else { return };
+        if watcher.phase != Phase::Synced || revision < watcher.next {
+            return;
+        }
+        if self.queue.is_full() {
+            watcher.phase = Phase::Unsynced;
+            watcher.next = revision;
+            self.queue.unsynced.fetch_add(1, Ordering::Relaxed);
+            return;
+        }
+        watcher.sent_since_tick = true;
+        let fragment = watcher.fragment;
+        self.queue.push(WatchMessage::Events { watch_id, revision, fragment, batch: Arc::clone(batch) });
+    }
+}
