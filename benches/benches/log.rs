@@ -1,8 +1,9 @@
 //! The raft log: what one synced append costs, in time and in CPU, on raft-engine (the log Tenure uses) and on RocksDB (the
 //! alternative of decision 0002); and what a command costs on its whole way through a member.
 //!
-//! `cargo bench -p tenure-benches --bench log`; `TENURE_BENCH_DIR` says on which disk (default: the temporary directory). The
-//! tables printed first count all threads' CPU (getrusage) and are what the decision cites; criterion's figures follow.
+//! `cargo bench -p tenure-benches --bench log --features rocks-log`; without the feature, raft-engine alone.
+//! `TENURE_BENCH_DIR` says on which disk (default: the temporary directory). The tables printed first count all threads' CPU
+//! (getrusage) and are what the decision cites; criterion's figures follow.
 
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -13,7 +14,9 @@ use tenure_raft_server::{
     BOOTSTRAP_INDEX, CommittedEntry, Conf, Config, EngineLog, LogStore, LogWrite, NoPeers, Position, ProposeError,
     StateMachine,
 };
-use tenure_storage::{Fault, RocksLog};
+use tenure_storage::Fault;
+#[cfg(feature = "rocks-log")]
+use tenure_storage::RocksLog;
 
 const COMMAND_BYTES: usize = 300;
 const BATCHES: [usize; 3] = [1, 16, 128];
@@ -48,8 +51,10 @@ impl Candidate for OnRaftEngine {
     }
 }
 
+#[cfg(feature = "rocks-log")]
 struct OnRocks(RocksLog);
 
+#[cfg(feature = "rocks-log")]
 impl Candidate for OnRocks {
     const NAME: &'static str = "rocksdb";
 
@@ -163,8 +168,7 @@ fn per_append<L: Candidate>(batch: usize) {
     }
     let count = u32::try_from(appends).expect("few");
     let (wall, cpu) = (start.elapsed() / count, (cpu() - cpu_before) / count);
-    let amplification =
-        (written_bytes() - written_before) as f64 / (appends * batch * COMMAND_BYTES) as f64;
+    let amplification = (written_bytes() - written_before) as f64 / (appends * batch * COMMAND_BYTES) as f64;
     times.sort_unstable();
     eprintln!(
         "| {:<11} | {batch:>5} | {:>7.1} | {:>7.1} | {:>7.1} | {:>7.1} | {amplification:>6.2} |",
@@ -185,6 +189,7 @@ fn log_append(criterion: &mut Criterion) {
     eprintln!("| log         | batch |    mean |     p50 |     p99 |     CPU | write amplification |");
     for batch in BATCHES {
         per_append::<OnRaftEngine>(batch);
+        #[cfg(feature = "rocks-log")]
         per_append::<OnRocks>(batch);
     }
     let mut group = criterion.benchmark_group("log_append");
@@ -194,6 +199,7 @@ fn log_append(criterion: &mut Criterion) {
             bencher.iter(|| writer.append());
         }
         group.bench_with_input(BenchmarkId::new(OnRaftEngine::NAME, batch), &batch, bench::<OnRaftEngine>);
+        #[cfg(feature = "rocks-log")]
         group.bench_with_input(BenchmarkId::new(OnRocks::NAME, batch), &batch, bench::<OnRocks>);
     }
     group.finish();
@@ -258,8 +264,7 @@ fn member_propose(_: &mut Criterion) {
                 })
             })
             .collect();
-        let mut times: Vec<_> =
-            tasks.into_iter().flat_map(|task| runtime.block_on(task).expect("client")).collect();
+        let mut times: Vec<_> = tasks.into_iter().flat_map(|task| runtime.block_on(task).expect("client")).collect();
         let (wall, cpu) = (start.elapsed(), cpu() - cpu_before);
         let entries = entries.load(std::sync::atomic::Ordering::Relaxed) - entries_before;
         times.sort_unstable();

@@ -1,0 +1,124 @@
+//! What stands between a connection and the gRPC services: answers in the words of etcd's gRPC library where tonic's
+//! differ, and the bytes of a response that are counted until the last of them has been handed to the connection.
+
+use std::pin::Pin;
+use std::task::{Context, Poll};
+
+use bytes::Bytes;
+use http::{HeaderValue, Method, Request, Response, StatusCode, header};
+use http_body::{Frame, SizeHint};
+use tonic::Status;
+use tonic::body::Body;
+use tonic::service::Routes;
+use tower::ServiceExt as _;
+
+use crate::inflight::ResponsePermit;
+use crate::status::in_etcds_words;
+
+/// Every service whose routes exist, for telling an unknown method from an unknown service.
+const SERVICES: &[&str] = &[
+    "etcdserverpb.KV",
+    "etcdserverpb.Watch",
+    "etcdserverpb.Lease",
+    "etcdserverpb.Cluster",
+    "etcdserverpb.Maintenance",
+    "etcdserverpb.Auth",
+    "grpc.health.v1.Health",
+];
+
+/// Answers one gRPC request.
+pub async fn call(routes: Routes, request: Request<Body>) -> Response<Body> {
+    if let Some(refusal) = refuse(&request) {
+        return refusal;
+    }
+    let path = request.uri().path().to_string();
+    let response = match routes.oneshot(request).await {
+        Ok(response) => response,
+        Err(never) => match never {},
+    };
+    finish(&path, response)
+}
+
+/// Requests that never reach a service.
+fn refuse(request: &Request<Body>) -> Option<Response<Body>> {
+    if request.method() != Method::POST {
+        return Some(http_refusal(StatusCode::METHOD_NOT_ALLOWED, Status::internal(format!(
+            "http2Server.operateHeaders parsed a :method field: {:?} which should be POST",
+            request.method().as_str()
+        ))));
+    }
+    let content_type = request.headers().get(header::CONTENT_TYPE).map_or(&b""[..], HeaderValue::as_bytes);
+    if !is_grpc(content_type) {
+        let text = format!("invalid gRPC request content-type {:?}", String::from_utf8_lossy(content_type));
+        return Some(http_refusal(StatusCode::UNSUPPORTED_MEDIA_TYPE, Status::invalid_argument(text)));
+    }
+    let version = request.headers().get("client-api-version");
+    if version.is_some_and(|version| std::str::from_utf8(version.as_bytes()).is_err()) {
+        return Some(Status::invalid_argument("etcdserver: invalid client api version").into_http());
+    }
+    None
+}
+
+fn is_grpc(content_type: &[u8]) -> bool {
+    match content_type.strip_prefix(b"application/grpc") {
+        Some(rest) => matches!(rest.first(), None | Some(b'+' | b';')),
+        None => false,
+    }
+}
+
+fn http_refusal(code: StatusCode, status: Status) -> Response<Body> {
+    let mut response = status.into_http();
+    *response.status_mut() = code;
+    response
+}
+
+fn finish(path: &str, mut response: Response<Body>) -> Response<Body> {
+    if let Some(status) = Status::from_header_map(response.headers()) {
+        let status = if status.code() == tonic::Code::Unimplemented && status.message().is_empty() {
+            unknown_method(path)
+        } else {
+            in_etcds_words(status)
+        };
+        response = status.into_http();
+    }
+    match response.extensions_mut().remove::<ResponsePermit>() {
+        Some(permit) => response.map(|body| Body::new(PermitBody { body, _permit: permit })),
+        None => response,
+    }
+}
+
+fn unknown_method(path: &str) -> Status {
+    let mut parts = path.trim_start_matches('/').rsplitn(2, '/');
+    let method = parts.next().unwrap_or_default();
+    let service = parts.next().unwrap_or_default();
+    if SERVICES.contains(&service) {
+        return Status::unimplemented(format!("unknown method {method} for service {service}"));
+    }
+    Status::unimplemented(format!("unknown service {service}"))
+}
+
+/// A body that gives its bytes back to the budget when the connection has taken or dropped it.
+struct PermitBody {
+    body: Body,
+    _permit: ResponsePermit,
+}
+
+impl http_body::Body for PermitBody {
+    type Data = Bytes;
+    type Error = Status;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+        Pin::new(&mut self.body).poll_frame(context)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}

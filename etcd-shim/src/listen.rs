@@ -1,0 +1,284 @@
+//! Listeners: one port for gRPC and HTTP (contract 3.2).
+//!
+//! Life of a connection: accepted, its tenant decided (see [`crate::tenant`]), TLS if the URL says so, then served until the
+//! client leaves or the server stops. Cleartext HTTP/2 is gRPC, HTTP/1 is HTTP. Under TLS a request is gRPC if it is
+//! HTTP/2 and its content type says so. An error on a connection ends that connection only.
+//!
+//! Left out as yet: counting client pings (a client that pings too often is not sent away).
+
+use std::io;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use http::Request;
+use hyper::body::Incoming;
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::server::conn::auto;
+use hyper_util::server::graceful::GracefulShutdown;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tokio_rustls::LazyConfigAcceptor;
+use tonic::body::Body;
+use tonic::service::Routes;
+use url::Url;
+
+use crate::cell::Cell;
+use crate::tenant::{ConnectionIdentity, PeerCertificate, resolve};
+use crate::tls::{Tls, peer_certificate};
+use crate::{gate, http_endpoints};
+
+/// Connections open at one listener. At the bound further ones wait in the operating system's backlog.
+const CONNECTIONS_MAX: usize = 20_000;
+
+/// How long a client may take to finish its TLS handshake, or an HTTP/1 client its headers.
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// How long running requests may go on after the stop: etcd's own.
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(7);
+
+/// Pause after an accept failed (no file descriptors left, say).
+const ACCEPT_BACKOFF: Duration = Duration::from_millis(100);
+
+/// An idle connection is pinged this often, and closed if it does not answer within the other: etcd's defaults.
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(2 * 3600);
+const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// Bytes a client may send on one stream, and on one connection, before the server has read any of them.
+const STREAM_WINDOW_BYTES: u32 = 1 << 20;
+const CONNECTION_WINDOW_BYTES: u32 = 4 << 20;
+
+/// Largest header list of a request.
+const HEADERS_BYTES_MAX: u32 = 16 << 10;
+
+/// Why a listener could not be opened. One clear line.
+#[derive(Debug, thiserror::Error)]
+#[error("listen on {url}: {error}")]
+pub struct ListenError {
+    url: Url,
+    error: io::Error,
+}
+
+/// A bound socket, and whose connections come in on it.
+pub struct Listener {
+    socket: Socket,
+    /// The tenant of all its connections, if it is a tenant's own.
+    tenant: Option<String>,
+    tls: Option<Arc<Tls>>,
+    /// Whether a certificate decides the tenant where the listener does not.
+    client_cert_auth: bool,
+}
+
+enum Socket {
+    Tcp(TcpListener),
+    Unix(UnixListener, PathBuf),
+}
+
+impl Listener {
+    /// Binds the URL's address. A unix socket file left by a dead server is replaced.
+    ///
+    /// # Errors
+    /// [`ListenError`].
+    pub async fn bind(
+        url: &Url,
+        tenant: Option<String>,
+        tls: Option<Arc<Tls>>,
+        client_cert_auth: bool,
+    ) -> Result<Self, ListenError> {
+        let failed = |error| ListenError { url: url.clone(), error };
+        let socket = match url.scheme() {
+            "unix" | "unixs" => bind_unix(url).map_err(failed)?,
+            _ => Socket::Tcp(bind_tcp(url).await.map_err(failed)?),
+        };
+        let secure = matches!(url.scheme(), "https" | "unixs");
+        Ok(Listener { socket, tenant, tls: tls.filter(|_| secure), client_cert_auth: client_cert_auth && secure })
+    }
+
+    /// Where it listens; `None` for a unix socket.
+    pub fn local_addr(&self) -> Option<SocketAddr> {
+        match &self.socket {
+            Socket::Tcp(listener) => listener.local_addr().ok(),
+            Socket::Unix(..) => None,
+        }
+    }
+}
+
+async fn bind_tcp(url: &Url) -> io::Result<TcpListener> {
+    let host = url.host_str().unwrap_or_default().trim_matches(['[', ']']);
+    let port = url.port_or_known_default().unwrap_or_default();
+    let addresses: Vec<SocketAddr> = tokio::net::lookup_host((host, port)).await?.collect();
+    // A name may stand for both families; etcd listens on the first, IPv4 preferred.
+    let first = addresses.iter().find(|address| address.is_ipv4()).or(addresses.first());
+    TcpListener::bind(first.ok_or_else(|| io::Error::other("the name has no address"))?).await
+}
+
+/// The socket file of a unix URL: host and path together, as etcd reads it.
+fn bind_unix(url: &Url) -> io::Result<Socket> {
+    let authority = match (url.host_str(), url.port()) {
+        (Some(host), Some(port)) => format!("{host}:{port}"),
+        (Some(host), None) => host.to_string(),
+        (None, _) => String::new(),
+    };
+    let path = PathBuf::from(format!("{authority}{}", url.path()));
+    if std::os::unix::net::UnixStream::connect(&path).is_err() && path.exists() {
+        std::fs::remove_file(&path)?;
+    }
+    Ok(Socket::Unix(UnixListener::bind(&path)?, path))
+}
+
+/// What connections are served with.
+#[derive(Clone)]
+pub struct Services {
+    pub cell: Cell,
+    pub routes: Routes,
+}
+
+/// Accepts until `stop` turns true, then lets running requests end for a while.
+pub async fn serve(listener: Listener, services: Services, mut stop: watch::Receiver<bool>) {
+    let slots = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+    let graceful = Arc::new(GracefulShutdown::new());
+    let shared = Arc::new((listener, services));
+    loop {
+        let Ok(slot) = Arc::clone(&slots).acquire_owned().await else { break };
+        let accepted = tokio::select! {
+            _ = stop.wait_for(|stopping| *stopping) => break,
+            accepted = accept(&shared.0.socket) => accepted,
+        };
+        match accepted {
+            Ok(stream) => {
+                let (shared, watcher, slot) = (Arc::clone(&shared), graceful.watcher(), slot);
+                tokio::spawn(async move { connection(&shared.0, &shared.1, stream, watcher, slot).await });
+            }
+            Err(error) => {
+                tracing::warn!(%error, "accept a connection");
+                tokio::time::sleep(ACCEPT_BACKOFF).await;
+            }
+        }
+    }
+    if let Socket::Unix(_, path) = &shared.0.socket {
+        let _ = std::fs::remove_file(path);
+    }
+    drop(shared);
+    if let Ok(graceful) = Arc::try_unwrap(graceful) {
+        let _ = tokio::time::timeout(DRAIN_TIMEOUT, graceful.shutdown()).await;
+    }
+}
+
+enum Stream {
+    Tcp(TcpStream),
+    Unix(UnixStream),
+}
+
+async fn accept(socket: &Socket) -> io::Result<Stream> {
+    match socket {
+        Socket::Tcp(listener) => {
+            let (stream, _) = listener.accept().await?;
+            stream.set_nodelay(true)?;
+            Ok(Stream::Tcp(stream))
+        }
+        Socket::Unix(listener, _) => Ok(Stream::Unix(listener.accept().await?.0)),
+    }
+}
+
+type Watcher = hyper_util::server::graceful::Watcher;
+
+async fn connection(
+    listener: &Listener,
+    services: &Services,
+    stream: Stream,
+    watcher: Watcher,
+    _slot: OwnedSemaphorePermit,
+) {
+    match stream {
+        Stream::Tcp(stream) => secured(listener, services, stream, watcher).await,
+        Stream::Unix(stream) => secured(listener, services, stream, watcher).await,
+    }
+}
+
+async fn secured<S>(listener: &Listener, services: &Services, stream: S, watcher: Watcher)
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let Some(tls) = &listener.tls else {
+        if let Some(identity) = identify(listener, None) {
+            served(services, TokioIo::new(stream), identity, false, watcher).await;
+        }
+        return;
+    };
+    match tokio::time::timeout(HANDSHAKE_TIMEOUT, handshake(tls, stream)).await {
+        Ok(Ok((stream, certificate))) => {
+            if let Some(identity) = identify(listener, certificate.as_ref()) {
+                served(services, TokioIo::new(stream), identity, true, watcher).await;
+            }
+        }
+        Ok(Err(error)) => tracing::debug!(%error, "TLS handshake"),
+        Err(_) => tracing::debug!("TLS handshake took too long"),
+    }
+}
+
+type Secured<S> = (tokio_rustls::server::TlsStream<S>, Option<PeerCertificate>);
+
+async fn handshake<S: AsyncRead + AsyncWrite + Unpin>(tls: &Tls, stream: S) -> io::Result<Secured<S>> {
+    let start = LazyConfigAcceptor::new(rustls::server::Acceptor::default(), stream).await?;
+    let config = tls.choose(&start.client_hello());
+    let stream = start.into_stream(config).await?;
+    let first = stream.get_ref().1.peer_certificates().and_then(<[_]>::first);
+    let certificate = first.map(peer_certificate);
+    Ok((stream, certificate))
+}
+
+fn identify(listener: &Listener, certificate: Option<&PeerCertificate>) -> Option<ConnectionIdentity> {
+    let certificate = certificate.filter(|_| listener.client_cert_auth);
+    match resolve(listener.tenant.as_deref(), certificate) {
+        Ok(tenant) => {
+            let common_name = certificate.and_then(|certificate| certificate.common_name.as_deref());
+            Some(ConnectionIdentity::new(&tenant, common_name))
+        }
+        Err(reason) => {
+            tracing::warn!(%reason, "refuse a connection");
+            None
+        }
+    }
+}
+
+async fn served<S>(services: &Services, io: S, identity: ConnectionIdentity, secure: bool, watcher: Watcher)
+where
+    S: hyper::rt::Read + hyper::rt::Write + Unpin + Send + 'static,
+{
+    let mut builder = auto::Builder::new(TokioExecutor::new());
+    builder.http1().timer(TokioTimer::new()).header_read_timeout(HANDSHAKE_TIMEOUT);
+    builder
+        .http2()
+        .timer(TokioTimer::new())
+        .keep_alive_interval(KEEPALIVE_INTERVAL)
+        .keep_alive_timeout(KEEPALIVE_TIMEOUT)
+        .initial_stream_window_size(STREAM_WINDOW_BYTES)
+        .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
+        .max_header_list_size(HEADERS_BYTES_MAX)
+        .max_concurrent_streams(None);
+    let services = services.clone();
+    let service = hyper::service::service_fn(move |mut request: Request<Incoming>| {
+        let Services { cell, routes } = services.clone();
+        request.extensions_mut().insert(identity.clone());
+        async move {
+            let response = if is_grpc(&request, secure) {
+                gate::call(routes, request.map(Body::new)).await
+            } else {
+                http_endpoints::answer(&cell, &request).await
+            };
+            Ok::<_, std::convert::Infallible>(response)
+        }
+    });
+    let connection = builder.serve_connection(io, service).into_owned();
+    if let Err(error) = watcher.watch(connection).await {
+        tracing::debug!(%error, "connection ended");
+    }
+}
+
+fn is_grpc(request: &Request<Incoming>, secure: bool) -> bool {
+    let content_type = request.headers().get(http::header::CONTENT_TYPE);
+    let says_grpc = content_type.is_some_and(|value| value.as_bytes().starts_with(b"application/grpc"));
+    request.version() == http::Version::HTTP_2 && (!secure || says_grpc)
+}
