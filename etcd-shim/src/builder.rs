@@ -1,37 +1,97 @@
-//! Putting a member together: what `tenured` does, as a library call.
+//! Putting a member together: store, services, listeners. `tenured` is this with its settings read from flags.
 //!
 //! ```no_run
 //! # async fn run() -> Result<(), Box<dyn std::error::Error>> {
 //! use tenure_etcd_shim::Tenure;
 //!
-//! let tenure = Tenure::builder().data_dir("/var/lib/acme/store").tenant("acme").start().await?;
-//! let client = tenure.client("acme").ok_or("just made")?;
+//! let tenure = Tenure::builder()
+//!     .data_dir("/var/lib/acme/store")
+//!     .tenant("acme")
+//!     .tenant_listen("acme", "http://127.0.0.1:2401") // or no listener at all
+//!     .start()
+//!     .await?;
+//! let client = tenure.client("acme").ok_or("the builder made it")?;
 //! client.put("greeting", "hello").await?;
 //! tenure.stop().await;
 //! # Ok(())
 //! # }
 //! ```
+//!
+//! Listeners are bound before the store is opened: a port that is taken shows at once, and clients that connect early wait
+//! instead of being turned away. They are served once the log is replayed.
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
+
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+use url::Url;
 
 use crate::cell::{Cell, CellConfig, OpenError};
 use crate::client::Client;
+use crate::flags::TlsFiles;
+use crate::inflight::{Budget, InFlight};
+use crate::listen::{ListenError, Listener, Services, serve};
+use crate::server;
+use crate::service::watch::PROGRESS_PERIOD_DEFAULT;
+use crate::service::{Context, Limits, MemberNames};
+use crate::tls::{Tls, TlsError};
 
 /// What [`Tenure::builder`] collects.
 #[derive(Clone, Debug)]
 pub struct Builder {
     cell: CellConfig,
+    name: String,
+    limits: Limits,
+    progress_period: Duration,
+    listen: Vec<Listen>,
+    advertise_client_urls: Vec<String>,
+    tls: Option<TlsFiles>,
+}
+
+#[derive(Clone, Debug)]
+struct Listen {
+    url: String,
+    tenant: Option<String>,
+}
+
+/// Why a member did not start. Each is one clear line; nothing runs then.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    #[error("listen on {url:?}: {error}")]
+    Url { url: String, error: url::ParseError },
+    #[error("listen on {0:?}: TLS needs a certificate and its key")]
+    NoCertificate(String),
+    #[error(transparent)]
+    Tls(#[from] TlsError),
+    #[error(transparent)]
+    Listen(#[from] ListenError),
+    #[error(transparent)]
+    Open(#[from] OpenError),
 }
 
 /// A running member: the store, and whatever it listens on.
 pub struct Tenure {
     cell: Cell,
+    addresses: Vec<SocketAddr>,
+    serving: JoinSet<()>,
+    stop: watch::Sender<bool>,
 }
 
 impl Tenure {
+    /// etcd's defaults, no listener.
     pub fn builder() -> Builder {
-        Builder { cell: CellConfig::new("default.tenure") }
+        Builder {
+            cell: CellConfig::new("default.tenure"),
+            name: "default".to_string(),
+            limits: Limits::default(),
+            progress_period: PROGRESS_PERIOD_DEFAULT,
+            listen: Vec::new(),
+            advertise_client_urls: Vec::new(),
+            tls: None,
+        }
     }
 
     /// The in-process client of a tenant; `None` if there is no such tenant.
@@ -44,9 +104,16 @@ impl Tenure {
         &self.cell
     }
 
-    /// Stops: writes on their way are answered, everything applied is flushed. The data directory is free again when all
-    /// clients and watchers are dropped too.
-    pub async fn stop(self) {
+    /// The TCP addresses it listens on, in the order they were given: with port 0, the ports the system chose.
+    pub fn addresses(&self) -> &[SocketAddr] {
+        &self.addresses
+    }
+
+    /// Stops: no more connections, running requests end (open streams are cut after some seconds, as in etcd), everything
+    /// applied is flushed. The data directory is free again when all clients and watchers are dropped too.
+    pub async fn stop(mut self) {
+        self.stop.send_replace(true);
+        while self.serving.join_next().await.is_some() {}
         self.cell.stop().await;
     }
 }
@@ -58,9 +125,41 @@ impl Builder {
         self
     }
 
+    /// What the member calls itself in member lists. Default `default`.
+    pub fn name(mut self, name: impl Into<String>) -> Self {
+        self.name = name.into();
+        self
+    }
+
     /// A tenant that is to exist, beside `default`.
     pub fn tenant(mut self, name: impl Into<String>) -> Self {
         self.cell.tenants.push(name.into());
+        self
+    }
+
+    /// Serves etcd clients on `http://`, `https://`, `unix:` or `unixs:`. They belong to the tenant that their certificate
+    /// names or, where no certificate is asked for, to `default`.
+    pub fn listen(mut self, url: impl Into<String>) -> Self {
+        self.listen.push(Listen { url: url.into(), tenant: None });
+        self
+    }
+
+    /// Serves etcd clients of one tenant, which is made if it does not exist.
+    pub fn tenant_listen(mut self, tenant: impl Into<String>, url: impl Into<String>) -> Self {
+        let tenant = tenant.into();
+        self.listen.push(Listen { url: url.into(), tenant: Some(tenant.clone()) });
+        self.tenant(tenant)
+    }
+
+    /// Where clients are told to connect. Default: the URLs of [`Builder::listen`], as they were given.
+    pub fn advertise_client_url(mut self, url: impl Into<String>) -> Self {
+        self.advertise_client_urls.push(url.into());
+        self
+    }
+
+    /// The certificate of all TLS listeners.
+    pub fn tls(mut self, files: TlsFiles) -> Self {
+        self.tls = Some(files);
         self
     }
 
@@ -70,18 +169,119 @@ impl Builder {
         self
     }
 
-    /// Longest time without a leader before an election; also decides the shortest lease.
-    pub fn election_timeout(mut self, timeout: Duration) -> Self {
-        self.cell.election_timeout = timeout;
+    /// The largest request and txn of network clients.
+    pub fn limits(mut self, limits: Limits) -> Self {
+        self.limits = limits;
         self
     }
 
-    /// Opens the store and begins to serve. Must be called in a tokio runtime with more than one thread or with nothing
-    /// that blocks it.
+    /// Period of watch progress notifications to network clients.
+    pub fn watch_progress_notify_interval(mut self, period: Duration) -> Self {
+        self.progress_period = period;
+        self
+    }
+
+    /// Raft's clock: between heartbeats, and longest without a leader before an election. The latter also decides the
+    /// shortest lease and how long a request may take.
+    pub fn timing(mut self, heartbeat_interval: Duration, election_timeout: Duration) -> Self {
+        self.cell.heartbeat_interval = heartbeat_interval;
+        self.cell.election_timeout = election_timeout;
+        self
+    }
+
+    /// Opens the store and serves. Must be called in a multi-threaded tokio runtime with its drivers enabled; the member
+    /// lives there.
     ///
     /// # Errors
-    /// [`OpenError`]; nothing runs then.
-    pub async fn start(self) -> Result<Tenure, OpenError> {
-        Ok(Tenure { cell: Cell::open(self.cell).await? })
+    /// [`StartError`].
+    pub async fn start(self) -> Result<Tenure, StartError> {
+        let listeners = self.bind().await?;
+        let addresses = listeners.iter().filter_map(Listener::local_addr).collect();
+        let cell = Cell::open(self.cell.clone()).await?;
+        let context = Context {
+            cell: cell.clone(),
+            limits: self.limits,
+            in_flight: InFlight::new(Budget::default()),
+            member: Arc::new(self.member_names()),
+        };
+        let services = Services { cell: cell.clone(), routes: server::routes(&context, self.progress_period) };
+        let (stop, stopping) = watch::channel(false);
+        let mut serving = JoinSet::new();
+        for listener in listeners {
+            serving.spawn(serve(listener, services.clone(), stopping.clone()));
+        }
+        Ok(Tenure { cell, addresses, serving, stop })
+    }
+
+    async fn bind(&self) -> Result<Vec<Listener>, StartError> {
+        let tls = self.tls.clone().map(Tls::new).transpose()?.map(Arc::new);
+        let client_cert_auth = self.tls.as_ref().is_some_and(|files| files.client_cert_auth);
+        let mut listeners = Vec::with_capacity(self.listen.len());
+        for Listen { url: text, tenant } in &self.listen {
+            let url = Url::parse(text).map_err(|error| StartError::Url { url: text.clone(), error })?;
+            if tls.is_none() && matches!(url.scheme(), "https" | "unixs") {
+                return Err(StartError::NoCertificate(text.clone()));
+            }
+            listeners.push(Listener::bind(&url, tenant.clone(), tls.clone(), client_cert_auth).await?);
+        }
+        Ok(listeners)
+    }
+
+    fn member_names(&self) -> MemberNames {
+        let listened = self.listen.iter().filter(|listen| listen.tenant.is_none());
+        let client_urls = match self.advertise_client_urls.as_slice() {
+            [] => listened.map(|listen| listen.url.clone()).collect(),
+            given => given.to_vec(),
+        };
+        MemberNames { name: self.name.clone(), peer_urls: self.cell.peer_urls.clone(), client_urls }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+
+    use super::*;
+
+    async fn get(address: SocketAddr, path: &str) -> String {
+        let mut stream = tokio::net::TcpStream::connect(address).await.unwrap();
+        let request = format!("GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n");
+        stream.write_all(request.as_bytes()).await.unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.unwrap();
+        answer
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn one_store_serves_the_network_and_its_program() {
+        let dir = tempfile::tempdir().unwrap();
+        let tenure = Tenure::builder()
+            .data_dir(dir.path())
+            .listen("http://127.0.0.1:0")
+            .tenant_listen("acme", "http://127.0.0.1:0")
+            .start()
+            .await
+            .unwrap();
+        let [first, of_acme] = *tenure.addresses() else { panic!("two listeners") };
+        assert!(get(first, "/health").await.ends_with(r#"{"health":"true","reason":""}"#));
+        tenure.client("acme").unwrap().put("k", "v").await.unwrap();
+        let revision = "etcd_debugging_mvcc_current_revision";
+        assert!(get(of_acme, "/metrics").await.contains(&format!("{revision} 2")));
+        assert!(get(first, "/metrics").await.contains(&format!("{revision} 1")), "another tenant's");
+        tenure.stop().await;
+        assert!(tokio::net::TcpStream::connect(first).await.is_err(), "closed");
+    }
+
+    #[tokio::test]
+    async fn what_cannot_be_served_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let start = async |url: &str| {
+            let started = Tenure::builder().data_dir(dir.path().join("d")).listen(url).start().await;
+            started.err().map(|error| error.to_string()).unwrap_or_default()
+        };
+        assert!(start("nonsense").await.starts_with("listen on \"nonsense\":"));
+        assert!(start("https://127.0.0.1:0").await.contains("TLS needs a certificate"));
+        assert!(start("http://256.0.0.1:0").await.starts_with("listen on"));
+        assert!(!dir.path().join("d").exists(), "nothing was made");
     }
 }

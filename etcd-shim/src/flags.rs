@@ -15,7 +15,11 @@ use crate::service::{MAX_REQUEST_BYTES, MAX_TXN_OPS};
 const FLAGS: &[(&str, bool, &str)] = &[
     ("data-dir", false, "directory of everything kept (default ${name}.tenure)"),
     ("name", false, "this member's name (default \"default\")"),
-    ("listen-client-urls", false, "URLs of the tenant by certificate, or of \"default\" (default http://localhost:2379)"),
+    (
+        "listen-client-urls",
+        false,
+        "URLs of the tenant by certificate, or of \"default\" (default http://localhost:2379)",
+    ),
     ("advertise-client-urls", false, "URLs told to clients (default: where it listens)"),
     ("tenant-listen", false, "NAME=URL: a listener of one tenant's own; may be given again"),
     ("cert-file", false, "server certificate, PEM"),
@@ -26,6 +30,8 @@ const FLAGS: &[(&str, bool, &str)] = &[
     ("max-request-bytes", false, "largest write (default 1572864)"),
     ("max-txn-ops", false, "most operations of a txn (default 128)"),
     ("watch-progress-notify-interval", false, "period of watch progress (default 10m)"),
+    ("heartbeat-interval", false, "milliseconds between heartbeats (default 100)"),
+    ("election-timeout", false, "milliseconds without a leader before an election (default 1000)"),
     ("log-level", false, "debug, info, warn, error, panic or fatal (default info)"),
     ("version", true, "print the version and exit"),
     ("help", true, "print this and exit"),
@@ -33,6 +39,9 @@ const FLAGS: &[(&str, bool, &str)] = &[
 
 /// The smallest period of watch progress, as in etcd.
 const PROGRESS_PERIOD_MIN: Duration = Duration::from_millis(100);
+
+/// The longest election timeout, as in etcd.
+const ELECTION_TIMEOUT_MAX: Duration = Duration::from_secs(50);
 
 /// Everything the command line says, checked.
 #[derive(Clone, Debug)]
@@ -47,6 +56,8 @@ pub struct Flags {
     pub max_request_bytes: usize,
     pub max_txn_ops: usize,
     pub progress_period: Duration,
+    pub heartbeat_interval: Duration,
+    pub election_timeout: Duration,
     pub log_level: String,
     /// Set variables that name no flag: worth a warning.
     pub unknown_variables: Vec<String>,
@@ -182,8 +193,10 @@ impl Given {
         let name = self.text("name", "default");
         let tls = self.tls()?;
         let listen = self.text("listen-client-urls", "http://localhost:2379");
-        let listen_client_urls =
-            listen.split(',').map(|url| listen_url("listen-client-urls", url, tls.is_some())).collect::<Result<_, _>>()?;
+        let listen_client_urls = listen
+            .split(',')
+            .map(|url| listen_url("listen-client-urls", url, tls.is_some()))
+            .collect::<Result<_, _>>()?;
         let advertise = self.values.get("advertise-client-urls").map_or(listen.as_str(), String::as_str);
         let advertise_client_urls = advertise.split(',').map(str::to_string).collect();
         let tenant_listen =
@@ -191,6 +204,18 @@ impl Given {
         let log_level = self.text("log-level", "info");
         if !["debug", "info", "warn", "error", "dpanic", "panic", "fatal"].contains(&log_level.as_str()) {
             return Err(bad("log-level", &log_level, "want debug, info, warn, error, panic or fatal"));
+        }
+        let heartbeat_interval = Duration::from_millis(self.number("heartbeat-interval", 100)?);
+        let election_timeout = Duration::from_millis(self.number("election-timeout", 1_000)?);
+        if heartbeat_interval.is_zero()
+            || election_timeout < 5 * heartbeat_interval
+            || election_timeout > ELECTION_TIMEOUT_MAX
+        {
+            return Err(FlagError(format!(
+                "--election-timeout[{}ms] must be at least 5 times --heartbeat-interval[{}ms], and at most 50000ms",
+                election_timeout.as_millis(),
+                heartbeat_interval.as_millis()
+            )));
         }
         Ok(Flags {
             data_dir: self.text("data-dir", &format!("{name}.tenure")).into(),
@@ -202,6 +227,8 @@ impl Given {
             max_request_bytes: self.number("max-request-bytes", MAX_REQUEST_BYTES)?,
             max_txn_ops: self.number("max-txn-ops", MAX_TXN_OPS)?,
             progress_period: self.progress_period()?,
+            heartbeat_interval,
+            election_timeout,
             log_level,
             unknown_variables,
             name,

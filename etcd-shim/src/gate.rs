@@ -42,10 +42,13 @@ pub async fn call(routes: Routes, request: Request<Body>) -> Response<Body> {
 /// Requests that never reach a service.
 fn refuse(request: &Request<Body>) -> Option<Response<Body>> {
     if request.method() != Method::POST {
-        return Some(http_refusal(StatusCode::METHOD_NOT_ALLOWED, Status::internal(format!(
-            "http2Server.operateHeaders parsed a :method field: {:?} which should be POST",
-            request.method().as_str()
-        ))));
+        return Some(http_refusal(
+            StatusCode::METHOD_NOT_ALLOWED,
+            Status::internal(format!(
+                "http2Server.operateHeaders parsed a :method field: {:?} which should be POST",
+                request.method().as_str()
+            )),
+        ));
     }
     let content_type = request.headers().get(header::CONTENT_TYPE).map_or(&b""[..], HeaderValue::as_bytes);
     if !is_grpc(content_type) {
@@ -107,10 +110,7 @@ impl http_body::Body for PermitBody {
     type Data = Bytes;
     type Error = Status;
 
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+    fn poll_frame(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
         Pin::new(&mut self.body).poll_frame(context)
     }
 

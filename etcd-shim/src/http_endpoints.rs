@@ -64,24 +64,16 @@ fn local_read(tenant: &Tenant) -> Result<(), String> {
 
 /// Answers one HTTP request.
 pub async fn answer(cell: &Cell, request: &Request<hyper::body::Incoming>) -> Response<Body> {
-    let tenant = request
-        .extensions()
-        .get::<ConnectionIdentity>()
-        .and_then(|identity| cell.tenant(identity.tenant()));
+    let tenant = request.extensions().get::<ConnectionIdentity>().and_then(|identity| cell.tenant(identity.tenant()));
     let mut response = match tenant {
         Some(tenant) => route(cell, &tenant, request).await,
         None => text(StatusCode::FORBIDDEN, "no such tenant\n"),
     };
     let headers = response.headers_mut();
     headers.insert(header::ACCESS_CONTROL_ALLOW_ORIGIN, HeaderValue::from_static("*"));
-    headers.insert(
-        header::ACCESS_CONTROL_ALLOW_METHODS,
-        HeaderValue::from_static("POST, GET, OPTIONS, PUT, DELETE"),
-    );
-    headers.insert(
-        header::ACCESS_CONTROL_ALLOW_HEADERS,
-        HeaderValue::from_static("accept, content-type, authorization"),
-    );
+    headers.insert(header::ACCESS_CONTROL_ALLOW_METHODS, HeaderValue::from_static("POST, GET, OPTIONS, PUT, DELETE"));
+    headers
+        .insert(header::ACCESS_CONTROL_ALLOW_HEADERS, HeaderValue::from_static("accept, content-type, authorization"));
     response
 }
 

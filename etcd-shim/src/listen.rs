@@ -46,9 +46,12 @@ const ACCEPT_BACKOFF: Duration = Duration::from_millis(100);
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(2 * 3600);
 const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// Bytes a client may send on one stream, and on one connection, before the server has read any of them.
-const STREAM_WINDOW_BYTES: u32 = 1 << 20;
-const CONNECTION_WINDOW_BYTES: u32 = 4 << 20;
+/// Bytes a client may send on one stream before the server has read any of them: small, so that a flood of tiny requests on a
+/// watch stream waits at the client.
+const STREAM_WINDOW_BYTES: u32 = 64 << 10;
+
+/// The same of one connection. The HTTP/2 library ends a connection whose unread frames cost more than half of it.
+const CONNECTION_WINDOW_BYTES: u32 = 64 << 20;
 
 /// Largest header list of a request.
 const HEADERS_BYTES_MAX: u32 = 16 << 10;

@@ -46,10 +46,8 @@ where
             Level::DEBUG | Level::TRACE => "debug",
         };
         let caller = format!("{}:{}", metadata.target(), metadata.line().unwrap_or(0));
-        let mut line = format!(
-            r#"{{"level":"{level}","ts":"{time}","caller":{},"msg":{message}"#,
-            Value::String(caller)
-        );
+        let mut line =
+            format!(r#"{{"level":"{level}","ts":"{time}","caller":{},"msg":{message}"#, Value::String(caller));
         for (name, value) in fields.0 {
             write!(line, ",{}:{value}", Value::String(name))?;
         }

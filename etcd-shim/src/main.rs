@@ -1,18 +1,14 @@
 //! `tenured`: flags in, a serving member out. Everything it does is a call into the library.
 
 use std::process::ExitCode;
-use std::sync::Arc;
 
 use anyhow::Context as _;
-use tenure_etcd_shim::cell::{Cell, CellConfig};
+use tenure_etcd_shim::Tenure;
+use tenure_etcd_shim::builder::Builder;
 use tenure_etcd_shim::flags::{Flags, Parsed, parse, usage};
-use tenure_etcd_shim::inflight::{Budget, InFlight};
-use tenure_etcd_shim::listen::{Listener, Services, serve};
-use tenure_etcd_shim::service::{Context, ETCD_VERSION, Limits, MemberNames};
-use tenure_etcd_shim::tls::Tls;
-use tenure_etcd_shim::{ids, logging, server};
+use tenure_etcd_shim::logging;
+use tenure_etcd_shim::service::{ETCD_VERSION, Limits};
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::watch;
 
 fn main() -> ExitCode {
     match parse(std::env::args().skip(1), std::env::vars()) {
@@ -66,53 +62,44 @@ async fn run(flags: Flags) -> anyhow::Result<()> {
     }
     let mut terminate = signal(SignalKind::terminate()).context("watch for SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("watch for SIGINT")?;
-    let tls = flags.tls.clone().map(Tls::new).transpose()?.map(Arc::new);
-    let client_cert_auth = flags.tls.as_ref().is_some_and(|tls| tls.client_cert_auth);
-    let mut listeners = Vec::new();
-    for url in &flags.listen_client_urls {
-        listeners.push(Listener::bind(url, None, tls.clone(), client_cert_auth).await?);
-    }
-    for (tenant, url) in &flags.tenant_listen {
-        listeners.push(Listener::bind(url, Some(tenant.clone()), tls.clone(), client_cert_auth).await?);
-    }
-
-    let mut config = CellConfig::new(&flags.data_dir);
-    config.quota_backend_bytes = flags.quota_backend_bytes;
-    config.tenants = flags.tenant_listen.iter().map(|(name, _)| name.clone()).collect();
-    let cell = Cell::open(config).await?;
-
-    let context = Context {
-        cell: cell.clone(),
-        limits: Limits { max_request_bytes: flags.max_request_bytes, max_txn_ops: flags.max_txn_ops },
-        in_flight: InFlight::new(Budget::default()),
-        member: Arc::new(MemberNames {
-            name: flags.name,
-            peer_urls: vec![ids::PEER_URL_DEFAULT.to_string()],
-            client_urls: flags.advertise_client_urls,
-        }),
-    };
-    let services = Services { cell: cell.clone(), routes: server::routes(&context, flags.progress_period) };
-    let (stop, stopping) = watch::channel(false);
-    let mut serving = tokio::task::JoinSet::new();
-    for listener in listeners {
-        if let Some(address) = listener.local_addr() {
-            tracing::info!(%address, "serving client traffic");
-        }
-        serving.spawn(serve(listener, services.clone(), stopping.clone()));
+    let tenure = builder(flags).start().await?;
+    for address in tenure.addresses() {
+        tracing::info!(%address, "serving client traffic");
     }
     tracing::info!("ready to serve client requests");
 
     let failure = tokio::select! {
         _ = terminate.recv() => None,
         _ = interrupt.recv() => None,
-        failure = cell.failed() => Some(failure),
+        failure = tenure.cell().failed() => Some(failure),
     };
     if let Some(failure) = failure {
         anyhow::bail!("this member cannot go on: {failure}");
     }
     tracing::info!("stopping");
-    stop.send_replace(true);
-    while serving.join_next().await.is_some() {}
-    cell.stop().await;
+    tenure.stop().await;
     Ok(())
+}
+
+fn builder(flags: Flags) -> Builder {
+    let mut builder = Tenure::builder()
+        .data_dir(flags.data_dir)
+        .name(flags.name)
+        .quota_backend_bytes(flags.quota_backend_bytes)
+        .limits(Limits { max_request_bytes: flags.max_request_bytes, max_txn_ops: flags.max_txn_ops })
+        .watch_progress_notify_interval(flags.progress_period)
+        .timing(flags.heartbeat_interval, flags.election_timeout);
+    if let Some(files) = flags.tls {
+        builder = builder.tls(files);
+    }
+    for url in flags.listen_client_urls {
+        builder = builder.listen(url);
+    }
+    for url in flags.advertise_client_urls {
+        builder = builder.advertise_client_url(url);
+    }
+    for (tenant, url) in flags.tenant_listen {
+        builder = builder.tenant_listen(tenant, url);
+    }
+    builder
 }

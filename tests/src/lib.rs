@@ -1,1 +1,1 @@
-
+//! Tests across crates and on real processes; see `tests/`. The library itself is empty.

@@ -192,4 +192,3 @@ impl Tenant {
         self.cell.lessor.list(self.id())
     }
 }
-

@@ -64,6 +64,8 @@ struct Group {
 struct Stream {
     queue: Arc<Queue>,
     watchers: BTreeMap<i64, Watcher>,
+    /// Those that need replay, as (next, id): the one furthest behind is first.
+    unsynced: BTreeSet<(i64, i64)>,
     /// Next id to hand out; ids handed out are never reused by the server.
     next_id: i64,
 }
@@ -182,7 +184,10 @@ impl Hub {
         let mut state = self.state.lock();
         let id = state.next_stream;
         state.next_stream += 1;
-        state.streams.insert(id, Stream { queue: Arc::clone(&queue), watchers: BTreeMap::new(), next_id: 0 });
+        state.streams.insert(
+            id,
+            Stream { queue: Arc::clone(&queue), watchers: BTreeMap::new(), unsynced: BTreeSet::new(), next_id: 0 },
+        );
         (id, queue)
     }
 
@@ -204,7 +209,7 @@ impl Hub {
         let Some(stream) = state.streams.get_mut(&id) else { return };
         let Some(watcher) = stream.watchers.remove(&watch_id) else { return };
         if watcher.phase == Phase::Unsynced {
-            stream.queue.unsynced.fetch_sub(1, Ordering::Relaxed);
+            stream.leave_unsynced(watcher.next, watch_id);
         }
         stream.queue.push(WatchMessage::Canceled { watch_id, revision });
         state.leave_group(watcher.group, id, watch_id, &self.prev_kv_watchers);
@@ -239,8 +244,9 @@ impl Hub {
     pub(super) fn plan_replay(&self, id: StreamId) -> Option<ReplayPlan> {
         let state = self.state.lock();
         let stream = state.streams.get(&id)?;
-        let unsynced = stream.watchers.iter().filter(|(_, watcher)| watcher.phase == Phase::Unsynced);
-        let (watch_id, watcher) = unsynced.min_by_key(|(_, watcher)| watcher.next)?;
+        let (_, watch_id) = stream.unsynced.first()?;
+        let watcher = stream.watchers.get(watch_id)?;
+        assert_eq!(watcher.phase, Phase::Unsynced, "only those behind are listed as behind");
         let group = state.groups.get(watcher.group)?.as_ref()?;
         Some(ReplayPlan { watch_id: *watch_id, key: group.key.clone(), next: watcher.next })
     }
@@ -257,24 +263,26 @@ impl Hub {
         match replayed {
             Replayed::Compacted { compact_revision } => {
                 watcher.phase = Phase::Compacted;
-                stream.queue.unsynced.fetch_sub(1, Ordering::Relaxed);
+                stream.leave_unsynced(plan.next, plan.watch_id);
                 stream.queue.push(WatchMessage::Compacted { watch_id: plan.watch_id, compact_revision });
             }
             Replayed::Events { events, reached, revision } => {
                 assert!(reached + 1 >= watcher.next, "replay moves forward");
                 watcher.next = reached + 1;
-                if reached >= published {
+                watcher.sent_since_tick |= !events.is_empty();
+                let fragment = watcher.fragment;
+                let synced = reached >= published;
+                if synced {
                     watcher.phase = Phase::Synced;
-                    stream.queue.unsynced.fetch_sub(1, Ordering::Relaxed);
+                }
+                stream.leave_unsynced(plan.next, plan.watch_id);
+                if !synced {
+                    stream.join_unsynced(reached + 1, plan.watch_id);
                 }
                 if !events.is_empty() {
-                    watcher.sent_since_tick = true;
-                    stream.queue.push(WatchMessage::Events {
-                        watch_id: plan.watch_id,
-                        revision,
-                        fragment: watcher.fragment,
-                        batch: Arc::new(EventBatch::new(events)),
-                    });
+                    let batch = Arc::new(EventBatch::new(events));
+                    let watch_id = plan.watch_id;
+                    stream.queue.push(WatchMessage::Events { watch_id, revision, fragment, batch });
                 }
             }
         }
@@ -311,7 +319,7 @@ impl State {
         let next = if spec.start_revision == 0 { revision + 1 } else { spec.start_revision };
         let phase = if next > revision { Phase::Synced } else { Phase::Unsynced };
         if phase == Phase::Unsynced {
-            stream.queue.unsynced.fetch_add(1, Ordering::Relaxed);
+            stream.join_unsynced(next, watch_id);
         }
         stream.queue.push(WatchMessage::Created { watch_id, revision });
         let key = GroupKey { range: spec.range, prev_kv: spec.prev_kv, no_put: spec.no_put, no_delete: spec.no_delete };
@@ -415,6 +423,18 @@ impl Stream {
         self.next_id - 1
     }
 
+    fn join_unsynced(&mut self, next: i64, watch_id: i64) {
+        let new = self.unsynced.insert((next, watch_id));
+        assert!(new, "a watcher falls behind once");
+        self.queue.unsynced.store(self.unsynced.len(), Ordering::Relaxed);
+    }
+
+    fn leave_unsynced(&mut self, next: i64, watch_id: i64) {
+        let was = self.unsynced.remove(&(next, watch_id));
+        assert!(was, "a watcher behind is listed");
+        self.queue.unsynced.store(self.unsynced.len(), Ordering::Relaxed);
+    }
+
     /// Queues a live revision for a synced watcher, or lets it fall behind.
     fn offer(&mut self, watch_id: i64, revision: i64, batch: &Arc<EventBatch>) {
         let Some(watcher) = self.watchers.get_mut(&watch_id) else { return };
@@ -424,7 +444,7 @@ impl Stream {
         if self.queue.is_full() {
             watcher.phase = Phase::Unsynced;
             watcher.next = revision;
-            self.queue.unsynced.fetch_add(1, Ordering::Relaxed);
+            self.join_unsynced(revision, watch_id);
             return;
         }
         watcher.sent_since_tick = true;
