@@ -14,6 +14,8 @@
 //! Left out on purpose: leases do not expire here (the leader proposes revokes), nothing is authenticated here (the
 //! edge decides which tenant and user a request is), and one group or many is not known here.
 
+#![cfg_attr(test, allow(clippy::unwrap_used, clippy::cast_possible_truncation))]
+
 pub mod apply;
 mod codec;
 pub mod command;
@@ -30,6 +32,9 @@ pub mod watch;
 
 pub use crate::apply::{NoObserver, Observer, StateMachine};
 pub use crate::command::{Command, Envelope};
+#[cfg(feature = "rocksdb")]
+#[doc(hidden)]
+pub use crate::engine::RocksLog;
 pub use crate::engine::{Engine, MemoryEngine};
 #[cfg(feature = "rocksdb")]
 pub use crate::engine::{RocksEngine, RocksOptions};

@@ -5,7 +5,7 @@
 //! model's, and the counters must equal what the model holds.
 
 #![cfg(all(feature = "rocksdb", feature = "mirror"))]
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
 
 use std::collections::BTreeMap;
 use std::ops::ControlFlow;
@@ -339,7 +339,7 @@ fn put(key: &[u8], value: &[u8], lease: i64) -> PutRequest {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 48, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 256, ..ProptestConfig::default() })]
 
     #[test]
     fn the_store_is_the_model(steps in prop::collection::vec(step(), 1..60)) {

@@ -20,7 +20,7 @@ use bytes::Bytes;
 
 pub use self::memory::MemoryEngine;
 #[cfg(feature = "rocksdb")]
-pub use self::rocks::{RocksEngine, RocksOptions};
+pub use self::rocks::{RocksEngine, RocksLog, RocksOptions};
 use crate::error::Fault;
 
 /// A column family. The names are persisted.

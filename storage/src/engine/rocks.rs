@@ -222,3 +222,47 @@ impl Cursor for RocksCursor<'_> {
         Ok(())
     }
 }
+
+/// A raft log in RocksDB, so that decision 0002 can be measured again. Only the bench uses it.
+#[doc(hidden)]
+pub struct RocksLog {
+    db: DB,
+    synced: WriteOptions,
+}
+
+impl RocksLog {
+    /// # Errors
+    /// As [`RocksEngine::open`].
+    pub fn open(dir: &Path) -> Result<Self, Fault> {
+        let mut options = Options::default();
+        options.create_if_missing(true);
+        options.set_write_buffer_size(64 << 20);
+        options.set_recycle_log_file_num(2);
+        options.set_compression_type(DBCompressionType::None);
+        let mut synced = WriteOptions::default();
+        synced.set_sync(true);
+        Ok(RocksLog { db: DB::open(&options, dir).map_err(fault)?, synced })
+    }
+
+    /// Entry and hard state in one synced batch.
+    ///
+    /// # Errors
+    /// As [`Engine::write`].
+    pub fn append(&self, index: u64, entry: &[u8], hard_state: &[u8]) -> Result<(), Fault> {
+        let mut batch = WriteBatch::default();
+        batch.put([&b"e"[..], &index.to_be_bytes()].concat(), entry);
+        batch.put(b"hs", hard_state);
+        self.db.write_opt(batch, &self.synced).map_err(fault)
+    }
+
+    /// # Errors
+    /// As [`Engine::write`].
+    pub fn truncate(&self, through: u64) -> Result<(), Fault> {
+        let mut batch = WriteBatch::default();
+        batch.delete_range(
+            [&b"e"[..], &0u64.to_be_bytes()].concat(),
+            [&b"e"[..], &(through + 1).to_be_bytes()].concat(),
+        );
+        self.db.write_opt(batch, &self.synced).map_err(fault)
+    }
+}

@@ -361,12 +361,14 @@ pub(crate) fn count_keys<R: Reader>(reader: &R, tenant: TenantId, at: i64, range
     Ok(count)
 }
 
+type VisitHead<'a> = dyn FnMut(&[u8], Head) -> Result<ControlFlow<()>, Fault> + 'a;
+
 /// Every key of `range` that exists now, with its newest version, in key order.
 pub(crate) fn live_heads<R: Reader>(
     reader: &R,
     tenant: TenantId,
     range: &KeyRange,
-    visit: &mut dyn FnMut(&[u8], Head) -> Result<ControlFlow<()>, Fault>,
+    visit: &mut VisitHead<'_>,
 ) -> Result<(), Fault> {
     if let KeyRange::Single(key) = range {
         if let Some(newest) = newest(reader, tenant, key)?.filter(|newest| !newest.tombstone) {
