@@ -1,0 +1,3 @@
+module tenure.dev/tests/harness
+
+go 1.26.0

@@ -1,0 +1,238 @@
+// Package harness starts real server processes for the Go tests: tenured and, beside it, etcd.
+//
+// The binaries are built by the Makefile, which names them in the environment: TENURED is the server under test,
+// TENURE_TOOLS the directory that holds etcd, etcdctl and kube-apiserver. Run the tests through make.
+//
+// A process keeps its ports and its data directory over Kill and Start, so that clients see what they would see of a
+// member that crashes and comes back.
+package harness
+
+import (
+	"bufio"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// readyLine is printed by both servers once they answer.
+const readyLine = "ready to serve client requests"
+
+// startTimeout bounds a start that hangs; it judges nothing.
+const startTimeout = 2 * time.Minute
+
+// Server is one server process and what is needed to start it again.
+type Server struct {
+	// Endpoints are the client URLs by tenant; a real etcd has the one named "default".
+	Endpoints map[string]string
+	// DataDir holds the server's state; it is removed after the test.
+	DataDir string
+
+	t    testing.TB
+	name string
+	path string
+	args []string
+	log  *tailWriter
+	cmd  *exec.Cmd
+}
+
+// Tool returns the path of a binary that the Makefile built, by its file name.
+func Tool(t testing.TB, name string) string {
+	t.Helper()
+	dir := os.Getenv("TENURE_TOOLS")
+	if dir == "" {
+		t.Fatal("TENURE_TOOLS is not set: run the Go tests through make")
+	}
+	return existing(t, filepath.Join(dir, name))
+}
+
+func existing(t testing.TB, path string) string {
+	t.Helper()
+	if _, err := os.Stat(path); err != nil {
+		t.Fatalf("%v: run the Go tests through make, which builds it", err)
+	}
+	return path
+}
+
+// StartTenured starts tenured with a listener for the tenant default and one for each of tenants, and returns when it
+// is ready. It is killed at the end of the test.
+func StartTenured(t testing.TB, tenants []string, flags ...string) *Server {
+	t.Helper()
+	path := os.Getenv("TENURED")
+	if path == "" {
+		t.Fatal("TENURED is not set: run the Go tests through make")
+	}
+	s := newServer(t, "tenured", existing(t, path))
+	s.args = append(s.args, "--data-dir", s.DataDir)
+	s.args = append(s.args, "--listen-client-urls", s.endpoint("default"), "--advertise-client-urls", s.Endpoints["default"])
+	for _, tenant := range tenants {
+		s.args = append(s.args, "--tenant-listen", tenant+"="+s.endpoint(tenant))
+	}
+	s.args = append(s.args, flags...)
+	s.Start()
+	return s
+}
+
+// StartEtcd starts a real etcd of one member and returns when it is ready. It is killed at the end of the test.
+func StartEtcd(t testing.TB, flags ...string) *Server {
+	t.Helper()
+	s := newServer(t, "etcd", Tool(t, "etcd"))
+	peer := freeURL(t)
+	s.args = append(s.args, "--data-dir", s.DataDir, "--name", "default",
+		"--listen-client-urls", s.endpoint("default"), "--advertise-client-urls", s.Endpoints["default"],
+		"--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer, "--initial-cluster", "default="+peer)
+	s.args = append(s.args, flags...)
+	s.Start()
+	return s
+}
+
+func newServer(t testing.TB, name, path string) *Server {
+	s := &Server{
+		Endpoints: map[string]string{},
+		DataDir:   filepath.Join(t.TempDir(), name),
+		t:         t,
+		name:      name,
+		path:      path,
+		log:       &tailWriter{},
+	}
+	t.Cleanup(func() {
+		s.Kill()
+		if t.Failed() {
+			t.Logf("last lines of %s:\n%s", name, s.log.tail())
+		}
+	})
+	return s
+}
+
+// endpoint gives a tenant a free address of its own.
+func (s *Server) endpoint(tenant string) string {
+	s.Endpoints[tenant] = freeURL(s.t)
+	return s.Endpoints[tenant]
+}
+
+// Endpoint is the client URL of the tenant default.
+func (s *Server) Endpoint() string { return s.Endpoints["default"] }
+
+// Start runs the process and waits for its ready line. The process must not be running.
+func (s *Server) Start() {
+	s.t.Helper()
+	output, input, err := os.Pipe()
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	s.cmd = exec.Command(s.path, s.args...)
+	s.cmd.Stdout, s.cmd.Stderr = input, input
+	s.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	err = s.cmd.Start()
+	_ = input.Close()
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	ready := make(chan struct{})
+	go s.log.copy(output, ready)
+	select {
+	case <-ready:
+	case <-time.After(startTimeout):
+		s.t.Fatalf("%s did not become ready; its last lines:\n%s", s.name, s.log.tail())
+	}
+	if !s.log.sawReady() {
+		_ = s.cmd.Wait()
+		s.t.Fatalf("%s ended at start: %v; its last lines:\n%s", s.name, s.cmd.ProcessState, s.log.tail())
+	}
+}
+
+// Kill ends the process with SIGKILL and waits until it is gone; a second call does nothing.
+func (s *Server) Kill() {
+	if s.cmd == nil || s.cmd.ProcessState != nil {
+		return
+	}
+	_ = s.cmd.Process.Kill()
+	_ = s.cmd.Wait()
+}
+
+// Restart is kill -9 and a start on the same ports and data.
+func (s *Server) Restart() {
+	s.t.Helper()
+	s.Kill()
+	s.Start()
+}
+
+// Terminate sends SIGTERM and returns how the process ended.
+func (s *Server) Terminate() *os.ProcessState {
+	s.t.Helper()
+	if err := s.cmd.Process.Signal(syscall.SIGTERM); err != nil {
+		s.t.Fatal(err)
+	}
+	_ = s.cmd.Wait()
+	return s.cmd.ProcessState
+}
+
+// Pid of the running process.
+func (s *Server) Pid() int { return s.cmd.Process.Pid }
+
+// freeURL finds a loopback port that nothing listens on now.
+func freeURL(t testing.TB) string {
+	t.Helper()
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer listener.Close()
+	return fmt.Sprintf("http://%s", listener.Addr())
+}
+
+// tailWriter keeps the last lines of a process's output for the report of a failure.
+type tailWriter struct {
+	mu    sync.Mutex
+	lines []string
+	ready bool
+}
+
+// tailLines is how many lines a failed test shows.
+const tailLines = 60
+
+// copy reads lines until the process closes its output; ready is closed at the ready line or at the end.
+func (w *tailWriter) copy(output io.ReadCloser, ready chan<- struct{}) {
+	defer output.Close()
+	w.mu.Lock()
+	w.ready = false
+	w.mu.Unlock()
+	var once sync.Once
+	lines := bufio.NewReader(output)
+	for {
+		line, err := lines.ReadString('\n')
+		w.mu.Lock()
+		if line != "" {
+			w.lines = append(w.lines, strings.TrimRight(line, "\n"))
+			w.lines = w.lines[max(0, len(w.lines)-tailLines):]
+		}
+		if strings.Contains(line, readyLine) {
+			w.ready = true
+			once.Do(func() { close(ready) })
+		}
+		w.mu.Unlock()
+		if err != nil {
+			once.Do(func() { close(ready) })
+			return
+		}
+	}
+}
+
+func (w *tailWriter) sawReady() bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.ready
+}
+
+func (w *tailWriter) tail() string {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return strings.Join(w.lines, "\n")
+}
