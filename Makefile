@@ -3,20 +3,44 @@
 
 CACHE ?= $(or $(TENURE_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/tenure)
 export CARGO_TARGET_DIR ?= $(CACHE)/target
+# The real programs that the Go tests run: etcd, etcdctl and kube-apiserver, at the versions of their modules in tests/.
+export TENURE_TOOLS = $(CACHE)/bin
+export TENURED = $(CARGO_TARGET_DIR)/release/tenured
 ARGS ?=
+FUZZ_SECONDS ?= 600
 
-.PHONY: run build test lint needs
+KUBERNETES = $(shell sed -n 's|.*k8s.io/kubernetes \(v[0-9.]*\).*|\1|p' tests/apiserver/go.mod)
+KUBERNETES_VERSION = -X k8s.io/component-base/version.gitVersion=$(KUBERNETES)
+
+.PHONY: run build test test-rust test-go test-etcd test-apiserver tools lint fuzz needs needs-go
 
 # Builds and serves: tenant `default` on 127.0.0.1:2379, data in ./default.tenure. Flags: make run ARGS="--name m1".
 run: build
-	exec $(CARGO_TARGET_DIR)/release/tenured $(ARGS)
+	exec $(TENURED) $(ARGS)
 
 build: needs
 	cargo build --release --locked --workspace
 
 # Every test there is, on real processes where that is what is tested.
-test: needs
-	cargo test --release --locked --workspace --features tenure-storage/mirror
+test: test-rust test-go
+
+test-rust: needs
+	cargo test --release --locked --workspace
+
+# What etcd's own clients and Kubernetes say: tests in Go.
+test-go: test-etcd test-apiserver
+
+test-etcd: build tools
+	cd tests/etcd && go vet ./... && go test -count=1 -v ./...
+
+test-apiserver: build tools
+	cd tests/apiserver && go vet ./... && go test -count=1 -v ./...
+
+tools: needs-go
+	mkdir -p $(TENURE_TOOLS)
+	cd tests/etcd && go build -o $(TENURE_TOOLS)/etcd go.etcd.io/etcd/server/v3
+	cd tests/etcd && go build -o $(TENURE_TOOLS)/etcdctl go.etcd.io/etcd/etcdctl/v3
+	cd tests/apiserver && go build -ldflags "-s -w $(KUBERNETES_VERSION)" -o $(TENURE_TOOLS)/kube-apiserver k8s.io/kubernetes/cmd/kube-apiserver
 
 lint: needs
 	cargo fmt --all --check
@@ -31,3 +55,6 @@ needs:
 	  SUDO=$$([ "$$(id -u)" = 0 ] || echo sudo); \
 	  $$SUDO apt-get update -qq && $$SUDO env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq g++ make libclang-dev; \
 	fi
+
+needs-go:
+	@command -v go >/dev/null || { echo "tenure: install Go 1.26 or newer first (go.dev/dl): the tests build etcd and kube-apiserver" >&2; exit 1; }

@@ -27,6 +27,8 @@ pub mod limits;
 mod mvcc;
 pub mod reply;
 mod store;
+#[cfg(all(test, feature = "rocksdb"))]
+mod testscripts;
 pub mod types;
 pub mod watch;
 

@@ -4,7 +4,7 @@
 //! operation runs on RocksDB and on the in-memory engine at once; after each, reads at random revisions must equal the
 //! model's, and the counters must equal what the model holds.
 
-#![cfg(all(feature = "rocksdb", feature = "mirror"))]
+#![cfg(feature = "rocksdb")]
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
 
 use std::collections::BTreeMap;

@@ -9,7 +9,6 @@
 //! at least all those before the last flush, and never part of one.
 
 mod memory;
-#[cfg(any(test, feature = "mirror"))]
 pub mod mirror;
 #[cfg(feature = "rocksdb")]
 mod rocks;
