@@ -1,1 +1,6 @@
-//! Tests across crates and on real processes; see `tests/`. The library itself is empty.
+//! What the tests of real processes share: the server as a child process, and a client that need not behave.
+
+#![allow(clippy::unwrap_used, reason = "a test ends where something is not as it should be")]
+
+pub mod client;
+pub mod server;

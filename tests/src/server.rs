@@ -1,0 +1,100 @@
+//! `tenured` as a child process.
+
+use std::io::{BufRead as _, BufReader};
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+
+/// A running server; killed with SIGKILL when dropped.
+pub struct Server {
+    child: Child,
+    addresses: Vec<SocketAddr>,
+}
+
+/// Cargo puts a workspace's programs beside the directory of its test programs.
+fn program() -> PathBuf {
+    let test = std::env::current_exe().unwrap();
+    let program = test.ancestors().nth(2).unwrap().join("tenured");
+    assert!(program.exists(), "{} is missing: test the whole workspace, as `make test` does", program.display());
+    program
+}
+
+impl Server {
+    /// Starts on a data directory, with a listener on a free port for each tenant, and waits until it is ready.
+    pub fn start(data_dir: &Path, tenants: &[&str]) -> Server {
+        let mut command = Command::new(program());
+        // The listener of `default` is not wanted, but cannot be left out.
+        command.arg("--data-dir").arg(data_dir).arg("--listen-client-urls=http://127.0.0.1:0");
+        for tenant in tenants {
+            command.args(["--tenant-listen", &format!("{tenant}=http://127.0.0.1:0")]);
+        }
+        Self::spawn(command)
+    }
+
+    fn spawn(mut command: Command) -> Server {
+        let mut child = command.stderr(Stdio::piped()).spawn().unwrap();
+        let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
+        let mut addresses = Vec::new();
+        loop {
+            let line = lines.next().expect("the server says that it is ready").unwrap();
+            eprintln!("{line}");
+            if let Some((_, rest)) = line.split_once("\"address\":\"") {
+                addresses.push(rest.split('"').next().unwrap().parse().unwrap());
+            }
+            if line.contains("ready to serve client requests") {
+                break;
+            }
+        }
+        // Read on, so that the server never waits for us.
+        std::thread::spawn(move || lines.map_while(Result::ok).for_each(|line| eprintln!("{line}")));
+        Server { child, addresses }
+    }
+
+    /// Where the tenant at this place of the list listens.
+    pub fn address(&self, tenant: usize) -> SocketAddr {
+        self.addresses[tenant + 1]
+    }
+
+    /// SIGKILL; nothing of the process is left on return.
+    pub fn kill(mut self) {
+        self.end();
+    }
+
+    fn end(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+
+    /// Whether it still runs.
+    pub fn is_alive(&mut self) -> bool {
+        self.child.try_wait().unwrap().is_none()
+    }
+
+    /// Bytes of memory resident now.
+    pub fn resident_bytes(&self) -> u64 {
+        self.status_kib("VmRSS:") << 10
+    }
+
+    /// The most bytes of memory that were resident since [`Server::forget_peak`].
+    pub fn peak_bytes(&self) -> u64 {
+        self.status_kib("VmHWM:") << 10
+    }
+
+    /// Starts measuring the peak anew.
+    pub fn forget_peak(&self) {
+        // 5: proc(5), "reset the peak resident set size".
+        std::fs::write(format!("/proc/{}/clear_refs", self.child.id()), "5").unwrap();
+    }
+
+    fn status_kib(&self, field: &str) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix(field)).unwrap();
+        line.trim().trim_end_matches(" kB").parse().unwrap()
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
