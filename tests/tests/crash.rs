@@ -37,7 +37,8 @@ const LEASES_PER_WRITER: i64 = 1 << 32;
 /// Long enough never to expire: leases start anew at every restart.
 const TTL_SECONDS: i64 = 3600;
 
-/// Values of the first writer. It makes the raft log grow so fast that it is cut every few rounds (64 MiB are kept).
+/// Values of the first writer; they do not compress. It makes the raft log grow so fast that it is cut every few rounds
+/// (64 MiB are kept).
 const LARGE_VALUE_BYTES: usize = 192 << 10;
 
 /// Writes between two compactions.
@@ -174,9 +175,11 @@ impl Writer {
             },
             _ => {
                 self.next_value += 1;
-                let mut value = format!("value {}", self.next_value);
+                let mut value = format!("value {} ", self.next_value);
                 if self.number == 0 {
-                    value.push_str(&" ".repeat(LARGE_VALUE_BYTES));
+                    value.extend(
+                        std::iter::repeat_with(|| char::from(b' ' + self.roll(64) as u8)).take(LARGE_VALUE_BYTES),
+                    );
                 }
                 Op::Put { keys, value, lease: self.any_lease().unwrap_or(0) }
             }
@@ -221,8 +224,11 @@ impl Writer {
 /// In few words: values may be large.
 fn difference(writer: &Writer, found: &State, maybe: &State) -> String {
     let short = |state: &State| {
-        let keys: Vec<String> =
-            state.keys.iter().map(|(key, (value, lease))| format!("{key}={}@{lease:x}", value.trim_end())).collect();
+        let keys: Vec<String> = state
+            .keys
+            .iter()
+            .map(|(key, (value, lease))| format!("{key}={}@{lease:x}", &value[..value.len().min(12)]))
+            .collect();
         format!("{keys:?} {:x?}", state.leases)
     };
     format!(
