@@ -204,7 +204,11 @@ impl Builder {
             in_flight: InFlight::new(Budget::default()),
             member: Arc::new(self.member_names()),
         };
-        let services = Services { cell: cell.clone(), routes: server::routes(&context, self.progress_period) };
+        let services = Services {
+            cell: cell.clone(),
+            routes: server::routes(&context, self.progress_period),
+            arriving: InFlight::new(Budget::default()),
+        };
         let (stop, stopping) = watch::channel(false);
         let mut serving = JoinSet::new();
         for listener in listeners {

@@ -85,7 +85,7 @@ fn finish(path: &str, mut response: Response<Body>) -> Response<Body> {
         response = status.into_http();
     }
     match response.extensions_mut().remove::<ResponsePermit>() {
-        Some(permit) => response.map(|body| Body::new(PermitBody { body, _permit: permit })),
+        Some(permit) => response.map(|body| Body::new(PermitBody { body, rest: Bytes::new(), _permit: permit })),
         None => response,
     }
 }
@@ -100,9 +100,16 @@ fn unknown_method(path: &str) -> Status {
     Status::unimplemented(format!("unknown service {service}"))
 }
 
-/// A body that gives its bytes back to the budget when the connection has taken or dropped it.
+/// Most bytes of a counted body handed to the connection at a time. The connection takes a whole frame as soon as the
+/// client has room for a byte, so a larger one would lie in its buffer, uncounted, until a client that may never read
+/// has read it.
+const PIECE_BYTES: usize = 64 << 10;
+
+/// A body that gives its bytes back to the budget when the connection has taken its last piece or dropped it.
 struct PermitBody {
     body: Body,
+    /// What is left of the frame being handed out.
+    rest: Bytes,
     _permit: ResponsePermit,
 }
 
@@ -111,14 +118,25 @@ impl http_body::Body for PermitBody {
     type Error = Status;
 
     fn poll_frame(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
-        Pin::new(&mut self.body).poll_frame(context)
+        if self.rest.is_empty() {
+            let frame = match Pin::new(&mut self.body).poll_frame(context) {
+                Poll::Ready(Some(Ok(frame))) => frame,
+                other => return other,
+            };
+            match frame.into_data() {
+                Ok(data) => self.rest = data,
+                Err(trailers) => return Poll::Ready(Some(Ok(trailers))),
+            }
+        }
+        let piece_bytes = self.rest.len().min(PIECE_BYTES);
+        Poll::Ready(Some(Ok(Frame::data(self.rest.split_to(piece_bytes)))))
     }
 
     fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream()
+        self.rest.is_empty() && self.body.is_end_stream()
     }
 
     fn size_hint(&self) -> SizeHint {
-        self.body.size_hint()
+        SizeHint::default()
     }
 }

@@ -21,6 +21,7 @@ pub mod logging;
 pub mod proto;
 pub mod read_pool;
 pub mod reclaim;
+mod request_body;
 pub mod server;
 pub mod service;
 pub mod status;

@@ -17,6 +17,7 @@ use hyper::body::Incoming;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
 use hyper_util::server::graceful::GracefulShutdown;
+use tenure_storage::TenantId;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
@@ -26,6 +27,8 @@ use tonic::service::Routes;
 use url::Url;
 
 use crate::cell::Cell;
+use crate::inflight::InFlight;
+use crate::request_body::CountedBody;
 use crate::tenant::{ConnectionIdentity, PeerCertificate, resolve};
 use crate::tls::{Tls, peer_certificate};
 use crate::{gate, http_endpoints};
@@ -136,6 +139,8 @@ fn bind_unix(url: &Url) -> io::Result<Socket> {
 pub struct Services {
     pub cell: Cell,
     pub routes: Routes,
+    /// Bytes of requests that are not complete yet.
+    pub arriving: InFlight,
 }
 
 /// Accepts until `stop` turns true, then lets running requests end for a while.
@@ -263,11 +268,14 @@ where
         .max_concurrent_streams(None);
     let services = services.clone();
     let service = hyper::service::service_fn(move |mut request: Request<Incoming>| {
-        let Services { cell, routes } = services.clone();
+        let Services { cell, routes, arriving } = services.clone();
+        // A tenant that is gone has nothing to reserve for: its requests are refused before they are read.
+        let tenant = cell.tenant(identity.tenant()).map_or(TenantId(0), |tenant| tenant.id());
         request.extensions_mut().insert(identity.clone());
         async move {
             let response = if is_grpc(&request, secure) {
-                gate::call(routes, request.map(Body::new)).await
+                let counted = |body| Body::new(CountedBody::new(body, arriving.reservation(tenant)));
+                gate::call(routes, request.map(counted)).await
             } else {
                 http_endpoints::answer(&cell, &request).await
             };

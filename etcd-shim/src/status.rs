@@ -37,6 +37,7 @@ fn refusal(refusal: &Refusal) -> (Code, &'static str) {
         Refusal::Corrupt => (Code::DataLoss, "etcdserver: corrupt cluster"),
         // No etcd text exists: a tenant is found before its requests are.
         Refusal::TenantNotFound => (Code::NotFound, "etcdserver: tenant not found"),
+        Refusal::TxnTooLarge => (Code::InvalidArgument, "etcdserver: request is too large"),
         Refusal::TooManyTenants => (Code::ResourceExhausted, "etcdserver: too many tenants"),
     }
 }

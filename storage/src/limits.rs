@@ -3,6 +3,18 @@
 /// Deepest nesting of txns that is encoded. The edge refuses more; etcd itself stops at protobuf's own recursion limit.
 pub const TXN_DEPTH_MAX: usize = 64;
 
+/// Bytes one txn may answer. Its reads are collected whole on the apply thread, so without a bound a request of some
+/// kilobytes, made of nested ranges over a large key space, would be an answer of gigabytes on every member and again at
+/// every replay. A txn that exceeds it is refused and changes nothing.
+pub const TXN_REPLY_BYTES_MAX: usize = 64 << 20;
+
+/// What one key of an answer costs beside its bytes.
+pub const TXN_REPLY_KEY_BYTES: usize = 64;
+
+/// Rows a txn may have visited when it starts another operation or condition: about a second of apply time. One range
+/// over more rows is answered; many of them are refused, because all tenants would wait for them.
+pub const TXN_ROWS_MAX: u64 = 2_000_000;
+
 /// Rows of history one reclaim step visits. Small enough that a step is a few milliseconds of apply time.
 pub const RECLAIM_ROWS_MAX: u32 = 1_000;
 

@@ -9,8 +9,8 @@ mod stream;
 mod tests;
 
 use prost::Message;
-use tenure_storage::limits::RECLAIM_ROWS_MAX;
-use tenure_storage::{Command, Reply};
+use tenure_storage::limits::{RECLAIM_ROWS_MAX, TXN_REPLY_BYTES_MAX};
+use tenure_storage::{Command, KeyRange, Reply, TxnOp};
 use tonic::{Request, Response, Status};
 
 use self::read::{Counting, read_range};
@@ -19,6 +19,7 @@ use crate::cell::Tenant;
 use crate::cell_error::CellError;
 use crate::check::{self, TxnPath};
 use crate::convert::{from_proto, to_proto};
+use crate::inflight::Reservation;
 use crate::proto::etcdserverpb::kv_server::Kv;
 use crate::proto::etcdserverpb::{
     CompactionRequest, CompactionResponse, DeleteRangeRequest, DeleteRangeResponse, PutRequest, PutResponse,
@@ -42,17 +43,44 @@ impl KvService {
     /// A txn of ranges only: answered at one point in time, without the log.
     async fn txn_read_only(&self, tenant: &Tenant, request: TxnRequest) -> Result<Response<TxnResponse>, Status> {
         let request = from_proto::txn(request)?;
+        let reservation = self.reserve_for_txn(tenant, &request).await?;
         let (revision, reply) =
             tenant.read(move |reader| reader.txn_read_only(&request)).await?.map_err(CellError::from)?;
-        Ok(self.txn_response(tenant, to_proto::txn(Some(header(tenant, revision)), reply)))
+        Ok(txn_response(to_proto::txn(Some(header(tenant, revision)), reply), reservation))
     }
 
-    /// The ranges of a txn are read whole, so their bytes are counted only now, to hold back others.
-    fn txn_response(&self, tenant: &Tenant, response: TxnResponse) -> Response<TxnResponse> {
+    /// The answer of a txn is made whole, in one go, so one that may be large waits for room before it is asked for.
+    async fn reserve_for_txn(&self, tenant: &Tenant, txn: &tenure_storage::TxnRequest) -> Result<Reservation, Status> {
         let mut reservation = self.context.in_flight.reservation(tenant.id());
-        reservation.charge(response.encoded_len());
-        with_permit(response, reservation)
+        if may_answer_much(txn) && !reservation.try_reach(TXN_REPLY_BYTES_MAX) {
+            reservation.wait_for_room(TXN_REPLY_BYTES_MAX / 2).await?;
+        }
+        Ok(reservation)
     }
+}
+
+fn txn_response(response: TxnResponse, mut reservation: Reservation) -> Response<TxnResponse> {
+    let bytes = response.encoded_len();
+    reservation.settle(bytes);
+    reservation.charge(bytes);
+    with_permit(response, reservation)
+}
+
+/// Single keys whose values a txn may return without being counted as large.
+const SMALL_TXN_KEYS: usize = 8;
+
+/// Whether a txn's answer may hold more than a few single keys.
+fn may_answer_much(txn: &tenure_storage::TxnRequest) -> bool {
+    let branch = |ops: &[TxnOp]| {
+        ops.len() > SMALL_TXN_KEYS
+            || ops.iter().any(|op| match op {
+                TxnOp::Range(range) => !range.count_only && !matches!(range.range, KeyRange::Single(_)),
+                TxnOp::DeleteRange(delete) => delete.prev_kv && !matches!(delete.range, KeyRange::Single(_)),
+                TxnOp::Put(_) => false,
+                TxnOp::Txn(_) => true,
+            })
+    };
+    branch(&txn.success) || branch(&txn.failure)
 }
 
 #[tonic::async_trait]
@@ -124,9 +152,11 @@ impl Kv for KvService {
             TxnPath::Write => {}
         }
         check::size(&request, self.context.limits.max_request_bytes)?;
-        let (header, reply) = write(&tenant, Command::Txn(from_proto::txn(request)?)).await?;
+        let request = from_proto::txn(request)?;
+        let reservation = self.reserve_for_txn(&tenant, &request).await?;
+        let (header, reply) = write(&tenant, Command::Txn(request)).await?;
         let Reply::Txn(reply) = reply else { return Err(mismatched_reply("Txn")) };
-        Ok(self.txn_response(&tenant, to_proto::txn(Some(header), reply)))
+        Ok(txn_response(to_proto::txn(Some(header), reply), reservation))
     }
 
     /// A physical compaction proposes the reclaim steps itself instead of waiting for those of the background: each step

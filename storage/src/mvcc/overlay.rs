@@ -3,6 +3,7 @@
 //! One overlay lives as long as one apply batch: many commands of many tenants. It keeps changes sorted, which is also the
 //! order in which the engine takes them fastest.
 
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::ops::Bound;
 
@@ -17,6 +18,8 @@ pub(crate) struct Overlay<R> {
     batch: Batch,
     /// What each changed key held before, while a txn that may have to be taken back runs.
     journal: Option<Vec<Undo>>,
+    /// Rows asked for so far: a measure of work that is equal on all members, as time is not.
+    visited: Cell<u64>,
 }
 
 struct Undo {
@@ -28,7 +31,7 @@ struct Undo {
 
 impl<R: Reader> Overlay<R> {
     pub(crate) fn new(base: R) -> Self {
-        Overlay { base, batch: Batch::default(), journal: None }
+        Overlay { base, batch: Batch::default(), journal: None, visited: Cell::new(0) }
     }
 
     pub(crate) fn put(&mut self, family: Family, key: Vec<u8>, value: Bytes) {
@@ -66,6 +69,11 @@ impl<R: Reader> Overlay<R> {
         }
     }
 
+    /// Rows that reads through this overlay have visited.
+    pub(crate) fn visited_rows(&self) -> u64 {
+        self.visited.get()
+    }
+
     pub(crate) fn into_batch(self) -> Batch {
         self.batch
     }
@@ -78,6 +86,7 @@ impl<R: Reader> Reader for Overlay<R> {
         Self: 'a;
 
     fn get(&self, family: Family, key: &[u8]) -> Result<Option<Bytes>, Fault> {
+        self.visited.update(|rows| rows + 1);
         match self.batch.changes(family).get(key) {
             Some(change) => Ok(change.clone()),
             None => self.base.get(family, key),
@@ -85,9 +94,14 @@ impl<R: Reader> Reader for Overlay<R> {
     }
 
     fn cursor(&self, family: Family, lower: &[u8], upper: &[u8]) -> Result<Self::Cursor<'_>, Fault> {
-        let base = self.base.cursor(family, lower, upper)?;
-        let mut cursor =
-            OverlayCursor { base, changes: self.batch.changes(family), change: None, upper: upper.to_vec() };
+        self.visited.update(|rows| rows + 1);
+        let mut cursor = OverlayCursor {
+            base: self.base.cursor(family, lower, upper)?,
+            changes: self.batch.changes(family),
+            change: None,
+            upper: upper.to_vec(),
+            visited: &self.visited,
+        };
         cursor.stand_on_change(Bound::Included(lower));
         cursor.skip_hidden()?;
         Ok(cursor)
@@ -100,6 +114,7 @@ pub(crate) struct OverlayCursor<'a, C> {
     changes: &'a BTreeMap<Vec<u8>, Option<Bytes>>,
     change: Option<(&'a [u8], Option<&'a [u8]>)>,
     upper: Vec<u8>,
+    visited: &'a Cell<u64>,
 }
 
 impl<C: Cursor> OverlayCursor<'_, C> {
@@ -141,6 +156,7 @@ impl<C: Cursor> Cursor for OverlayCursor<'_, C> {
     }
 
     fn advance(&mut self) -> Result<(), Fault> {
+        self.visited.update(|rows| rows + 1);
         if let Some((key, _)) = self.change.filter(|_| self.stands_on_change()) {
             self.stand_on_change(Bound::Excluded(key));
         } else {
@@ -150,6 +166,7 @@ impl<C: Cursor> Cursor for OverlayCursor<'_, C> {
     }
 
     fn seek(&mut self, to: &[u8]) -> Result<(), Fault> {
+        self.visited.update(|rows| rows + 1);
         if self.base.entry().is_some_and(|(key, _)| key < to) {
             self.base.seek(to)?;
         }

@@ -13,6 +13,7 @@ use crate::error::Fault;
 use crate::key::head::Head;
 use crate::key::{head, version};
 use crate::key_value::KeyValue;
+use crate::limits::TXN_REPLY_KEY_BYTES;
 use crate::types::{KeyRange, RangeReply, RangeRequest, Revision, SortOrder, SortTarget, TenantId};
 
 /// Reads the newest state, whatever its revision.
@@ -132,19 +133,28 @@ pub(crate) fn range<R: Reader>(
     range_sorted(reader, tenant, at, request, &mut deliver)
 }
 
-/// Collects a range: for txns, whose replies are whole anyway.
+/// Collects a range: for txns, whose replies are whole anyway. What it takes goes off `bytes_left`; `None`: not enough left.
 pub(crate) fn range_collected<R: Reader>(
     reader: &R,
     tenant: TenantId,
     at: i64,
     request: &RangeRequest,
-) -> Result<RangeReply, Fault> {
+    bytes_left: &mut usize,
+) -> Result<Option<RangeReply>, Fault> {
     let mut kvs = Vec::new();
+    let mut fits = true;
     let found = range(reader, tenant, at, request, Count::Exact, &mut |stored| {
+        match bytes_left.checked_sub(stored.len() + TXN_REPLY_KEY_BYTES) {
+            Some(left) => *bytes_left = left,
+            None => {
+                fits = false;
+                return ControlFlow::Break(());
+            }
+        }
         kvs.push(Bytes::copy_from_slice(stored));
         ControlFlow::Continue(())
     })?;
-    Ok(RangeReply { kvs, more: found.more, count: found.count })
+    Ok(fits.then_some(RangeReply { kvs, more: found.more, count: found.count }))
 }
 
 type Deliver<'a> = dyn FnMut(&[u8]) -> Result<ControlFlow<()>, Fault> + 'a;

@@ -1,21 +1,28 @@
 //! Txns: conditions first, then one branch (contract 1.1 "Txn").
 //!
 //! All conditions, nested ones too, are decided on the state before the txn, which gives a [`Plan`]: which branch runs at
-//! each level. Along the plan everything that could refuse is checked before anything is changed. One case escapes that:
-//! a put that keeps the old value of a key which an earlier operation of the same txn deletes. It is found while
-//! running, and the overlay's journal takes the txn back.
+//! each level. Along the plan everything that could refuse is checked before anything is changed. Two cases escape that: a
+//! put that keeps the old value of a key which an earlier operation of the same txn deletes, and reads that turn out
+//! too large ([`Bounds`]). They are found while running, and the overlay's journal takes the txn back.
 
 use std::ops::ControlFlow;
 
+use bytes::Bytes;
+
+use super::overlay::Overlay;
 use super::read;
 use super::write::{Step, Writer, accept};
 use crate::engine::Reader;
 use crate::error::{Fault, Refusal};
 use crate::key::head::Head;
 use crate::key_value::KeyValue;
+use crate::limits::{TXN_REPLY_BYTES_MAX, TXN_REPLY_KEY_BYTES, TXN_ROWS_MAX};
 use crate::types::{
     Compare, CompareResult, CompareTarget, RangeRequest, TenantId, TxnOp, TxnOpReply, TxnReply, TxnRequest,
 };
+
+/// Puts that stay far below [`TXN_ROWS_MAX`], so that they need no journal.
+const PUTS_SURELY_WITHIN_BOUNDS: usize = 1_000;
 
 /// The branch a txn takes, and the plans of the txns nested in that branch, in op order.
 struct Plan {
@@ -27,18 +34,45 @@ fn branch(txn: &TxnRequest, succeeded: bool) -> &[TxnOp] {
     if succeeded { &txn.success } else { &txn.failure }
 }
 
-fn plan<R: Reader>(reader: &R, tenant: TenantId, txn: &TxnRequest) -> Result<Plan, Fault> {
+/// What one txn may still take. Both measures depend on the replicated state alone, so all members refuse alike.
+struct Bounds {
+    reply_bytes_left: usize,
+    /// [`Overlay::visited_rows`] at which nothing more is started.
+    rows_end: u64,
+}
+
+impl Bounds {
+    fn new(rows_before: u64) -> Bounds {
+        Bounds { reply_bytes_left: TXN_REPLY_BYTES_MAX, rows_end: rows_before.saturating_add(TXN_ROWS_MAX) }
+    }
+
+    fn is_used_up<R: Reader>(&self, overlay: &Overlay<R>) -> bool {
+        overlay.visited_rows() > self.rows_end
+    }
+
+    /// Takes the bytes of key-values that were read anyway.
+    fn take(&mut self, kvs: &[Bytes]) -> Result<(), Refusal> {
+        let bytes = kvs.iter().map(|kv| kv.len() + TXN_REPLY_KEY_BYTES).sum();
+        self.reply_bytes_left = self.reply_bytes_left.checked_sub(bytes).ok_or(Refusal::TxnTooLarge)?;
+        Ok(())
+    }
+}
+
+fn plan<R: Reader>(overlay: &Overlay<R>, tenant: TenantId, txn: &TxnRequest, bounds: &Bounds) -> Step<Plan> {
     let mut succeeded = true;
     for compare in &txn.compares {
-        succeeded = succeeded && holds(reader, tenant, compare)?;
+        if bounds.is_used_up(overlay) {
+            return Ok(Err(Refusal::TxnTooLarge));
+        }
+        succeeded = succeeded && holds(overlay, tenant, compare)?;
     }
     let mut nested = Vec::new();
     for op in branch(txn, succeeded) {
         if let TxnOp::Txn(inner) = op {
-            nested.push(plan(reader, tenant, inner)?);
+            nested.push(accept!(plan(overlay, tenant, inner, bounds)));
         }
     }
-    Ok(Plan { succeeded, nested })
+    Ok(Ok(Plan { succeeded, nested }))
 }
 
 /// The fields a compare may look at; all zero stands for a missing key.
@@ -140,27 +174,36 @@ fn check<R: Reader>(writer: &Writer<'_, R>, txn: &TxnRequest, plan: &Plan) -> St
     Ok(Ok(()))
 }
 
-fn run<R: Reader>(writer: &mut Writer<'_, R>, txn: &TxnRequest, plan: &Plan) -> Step<TxnReply> {
+fn run<R: Reader>(writer: &mut Writer<'_, R>, txn: &TxnRequest, plan: &Plan, bounds: &mut Bounds) -> Step<TxnReply> {
     let mut nested = plan.nested.iter();
     let ops = branch(txn, plan.succeeded);
     let mut responses = Vec::with_capacity(ops.len());
     for op in ops {
+        if bounds.is_used_up(writer.overlay) {
+            return Ok(Err(Refusal::TxnTooLarge));
+        }
         responses.push(match op {
-            TxnOp::Range(request) => TxnOpReply::Range {
-                revision: writer.revision_so_far(),
-                reply: read::range_collected(writer.overlay, writer.tenant, read_at(request), request)?,
-            },
+            TxnOp::Range(request) => {
+                let left = &mut bounds.reply_bytes_left;
+                let at = read_at(request);
+                let Some(reply) = read::range_collected(writer.overlay, writer.tenant, at, request, left)? else {
+                    return Ok(Err(Refusal::TxnTooLarge));
+                };
+                TxnOpReply::Range { revision: writer.revision_so_far(), reply }
+            }
             TxnOp::Put(put) => {
                 let prev_kv = accept!(writer.put(put));
+                accept!(Ok::<_, Fault>(bounds.take(prev_kv.as_slice())));
                 TxnOpReply::Put { revision: writer.revision_so_far(), prev_kv }
             }
             TxnOp::DeleteRange(delete) => {
                 let (deleted, prev_kvs) = writer.delete_range(delete)?;
+                accept!(Ok::<_, Fault>(bounds.take(&prev_kvs)));
                 TxnOpReply::DeleteRange { revision: writer.revision_so_far(), deleted, prev_kvs }
             }
             TxnOp::Txn(inner) => {
                 let plan = nested.next().expect("the plan has one entry per nested txn of the branch");
-                TxnOpReply::Txn(accept!(run(writer, inner, plan)))
+                TxnOpReply::Txn(accept!(run(writer, inner, plan, bounds)))
             }
         });
     }
@@ -169,16 +212,17 @@ fn run<R: Reader>(writer: &mut Writer<'_, R>, txn: &TxnRequest, plan: &Plan) -> 
 
 /// Runs a txn. On a refusal nothing has changed.
 pub(crate) fn txn<R: Reader>(writer: &mut Writer<'_, R>, txn: &TxnRequest) -> Step<TxnReply> {
-    let plan = plan(writer.overlay, writer.tenant, txn)?;
+    let mut bounds = Bounds::new(writer.overlay.visited_rows());
+    let plan = accept!(plan(writer.overlay, writer.tenant, txn, &bounds));
     accept!(check(writer, txn, &plan));
-    if !may_refuse_while_running(txn) {
-        let reply = run(writer, txn, &plan)?;
+    if !may_refuse_while_running(txn, &plan) {
+        let reply = run(writer, txn, &plan, &mut bounds)?;
         assert!(reply.is_ok(), "whatever can refuse was checked");
         return Ok(reply);
     }
     let usage = writer.row.usage;
     writer.overlay.begin();
-    let reply = run(writer, txn, &plan)?;
+    let reply = run(writer, txn, &plan, &mut bounds)?;
     match &reply {
         Ok(_) => writer.overlay.keep(),
         Err(_) => {
@@ -190,17 +234,14 @@ pub(crate) fn txn<R: Reader>(writer: &mut Writer<'_, R>, txn: &TxnRequest) -> St
     Ok(reply)
 }
 
-/// Whether the txn holds both a delete and a put that needs its key to exist.
-fn may_refuse_while_running(txn: &TxnRequest) -> bool {
-    any_op(txn, &|op| matches!(op, TxnOp::DeleteRange(_)))
-        && any_op(txn, &|op| matches!(op, TxnOp::Put(put) if put.ignore_value || put.ignore_lease))
-}
-
-fn any_op(txn: &TxnRequest, matches: &dyn Fn(&TxnOp) -> bool) -> bool {
-    txn.success.iter().chain(&txn.failure).any(|op| match op {
-        TxnOp::Txn(inner) => any_op(inner, matches),
-        TxnOp::Range(_) | TxnOp::Put(_) | TxnOp::DeleteRange(_) => matches(op),
-    })
+/// Whether the branch taken may still refuse after a change: not so for plain puts, which is what Kubernetes sends.
+fn may_refuse_while_running(txn: &TxnRequest, plan: &Plan) -> bool {
+    let ops = branch(txn, plan.succeeded);
+    ops.len() > PUTS_SURELY_WITHIN_BOUNDS
+        || ops.iter().any(|op| match op {
+            TxnOp::Put(put) => put.ignore_value || put.ignore_lease || put.prev_kv,
+            TxnOp::Range(_) | TxnOp::DeleteRange(_) | TxnOp::Txn(_) => true,
+        })
 }
 
 /// Runs a txn of ranges only, at one point in time, outside `apply`.
@@ -213,18 +254,24 @@ pub(crate) fn read_only<R: Reader>(
     revision: i64,
     compact_revision: i64,
 ) -> Step<TxnReply> {
-    let plan = plan(reader, tenant, txn)?;
+    let mut succeeded = true;
+    for compare in &txn.compares {
+        succeeded = succeeded && holds(reader, tenant, compare)?;
+    }
+    let mut bytes_left = TXN_REPLY_BYTES_MAX;
     let mut responses = Vec::new();
-    for op in branch(txn, plan.succeeded) {
+    for op in branch(txn, succeeded) {
         let TxnOp::Range(request) = op else { unreachable!("the caller checked that there are only ranges") };
         if let Err(refusal) = check_range(request, revision, compact_revision) {
             return Ok(Err(refusal));
         }
         let at = read_at(request).min(revision);
-        let reply = read::range_collected(reader, tenant, at, request)?;
+        let Some(reply) = read::range_collected(reader, tenant, at, request, &mut bytes_left)? else {
+            return Ok(Err(Refusal::TxnTooLarge));
+        };
         responses.push(TxnOpReply::Range { revision, reply });
     }
-    Ok(Ok(TxnReply { succeeded: plan.succeeded, responses }))
+    Ok(Ok(TxnReply { succeeded, responses }))
 }
 
 /// Whether a txn consists of plain ranges only, in both branches.

@@ -10,7 +10,7 @@ use super::{Event, EventKind, WatchMessage, WatchSpec};
 use crate::engine::{Cursor, Engine, Family, Reader};
 use crate::error::Fault;
 use crate::key::rev;
-use crate::key_value;
+use crate::key_value::{self, KeyValue};
 use crate::limits::{WATCH_REPLAY_BYTES_MAX, WATCH_REPLAY_REVISIONS_MAX, WATCH_REPLAY_ROWS_MAX};
 use crate::mvcc::read;
 use crate::store::{Tenant, tenant_row};
@@ -133,9 +133,11 @@ fn event<R: Reader>(
         EventKind::Delete => key_value::encode_tombstone_event(&change.user_key, at.main),
         EventKind::Put => read::stored(reader, tenant, &change.user_key, at)?,
     };
-    // What stood before the compact revision may be gone in part: as etcd, show none of it.
+    // A key that this revision created has no past, even if the same txn deleted it first. And what stood before the compact
+    // revision may be gone in part: as etcd, show none of it.
+    let created = kind == EventKind::Put && KeyValue::decode(&kv)?.create_revision == at.main;
     let readable = at.main > compact_revision && change.previous.is_some();
-    let prev_kv = match group.prev_kv && readable {
+    let prev_kv = match group.prev_kv && readable && !created {
         true => read::get(reader, tenant, &change.user_key, at.main - 1)?,
         false => None,
     };

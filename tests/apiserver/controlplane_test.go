@@ -1,0 +1,245 @@
+package apiserver
+
+import (
+	"context"
+	"crypto/rand"
+	"crypto/rsa"
+	"crypto/x509"
+	"encoding/pem"
+	"fmt"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	clientv3 "go.etcd.io/etcd/client/v3"
+	"go.uber.org/zap"
+	apiextensions "k8s.io/apiextensions-apiserver/pkg/client/clientset/clientset"
+	"k8s.io/client-go/dynamic"
+	"k8s.io/client-go/kubernetes"
+	"k8s.io/client-go/rest"
+
+	"tenure.dev/tests/harness"
+)
+
+// patience bounds waits that would hang if something is broken; it judges nothing.
+const patience = 3 * time.Minute
+
+// token is what the tests authenticate with; its group may do everything.
+const token = "first-light"
+
+// controlPlane is one kube-apiserver on one tenant, and its clients.
+type controlPlane struct {
+	tenant string
+
+	t      *testing.T
+	args   []string
+	log    string
+	cmd    *exec.Cmd
+	config *rest.Config
+
+	core *kubernetes.Clientset
+	any  *dynamic.DynamicClient
+	crds *apiextensions.Clientset
+	// etcd talks to the tenant directly, past the apiserver.
+	etcd *clientv3.Client
+}
+
+// startControlPlane starts a kube-apiserver on the tenant and returns when it is ready. It is killed after the test.
+func startControlPlane(t *testing.T, server *harness.Server, tenant string) *controlPlane {
+	t.Helper()
+	dir := t.TempDir()
+	private, public := serviceAccountKeys(t, dir)
+	tokens := filepath.Join(dir, "tokens.csv")
+	if err := os.WriteFile(tokens, []byte(token+`,admin,1,"system:masters"`+"\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	address := freeAddress(t)
+	_, port, _ := net.SplitHostPort(address)
+	cp := &controlPlane{
+		tenant: tenant,
+		t:      t,
+		log:    filepath.Join(dir, "kube-apiserver.log"),
+		args: []string{
+			"--etcd-servers=" + server.Endpoints[tenant],
+			"--etcd-compaction-interval=10s",
+			"--bind-address=127.0.0.1",
+			"--secure-port=" + port,
+			"--cert-dir=" + filepath.Join(dir, "certificates"),
+			"--token-auth-file=" + tokens,
+			"--service-account-issuer=https://" + tenant + ".example",
+			"--service-account-key-file=" + public,
+			"--service-account-signing-key-file=" + private,
+			"--service-cluster-ip-range=10.0.0.0/24",
+		},
+		config: &rest.Config{
+			Host:            "https://" + address,
+			BearerToken:     token,
+			TLSClientConfig: rest.TLSClientConfig{Insecure: true},
+			// The server decides how much is too much.
+			QPS: -1,
+		},
+	}
+	var err error
+	if cp.core, err = kubernetes.NewForConfig(cp.config); err != nil {
+		t.Fatal(err)
+	}
+	if cp.any, err = dynamic.NewForConfig(cp.config); err != nil {
+		t.Fatal(err)
+	}
+	if cp.crds, err = apiextensions.NewForConfig(cp.config); err != nil {
+		t.Fatal(err)
+	}
+	cp.etcd = etcdClient(t, server, tenant)
+	t.Cleanup(func() {
+		cp.stop(syscall.SIGKILL)
+		if t.Failed() {
+			t.Logf("last lines of %s's kube-apiserver:\n%s", tenant, tail(cp.log, 40))
+		}
+	})
+	cp.start()
+	return cp
+}
+
+// start runs the process, which must not be running, and waits until it is ready.
+func (cp *controlPlane) start() {
+	cp.t.Helper()
+	log, err := os.OpenFile(cp.log, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
+	if err != nil {
+		cp.t.Fatal(err)
+	}
+	defer log.Close()
+	cp.cmd = exec.Command(harness.Tool(cp.t, "kube-apiserver"), cp.args...)
+	cp.cmd.Stdout, cp.cmd.Stderr = log, log
+	cp.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	if err := cp.cmd.Start(); err != nil {
+		cp.t.Fatal(err)
+	}
+	cp.waitReady()
+}
+
+// stop ends the process and waits until it is gone; a second call does nothing.
+func (cp *controlPlane) stop(signal syscall.Signal) {
+	if cp.cmd == nil || cp.cmd.ProcessState != nil {
+		return
+	}
+	_ = cp.cmd.Process.Signal(signal)
+	_ = cp.cmd.Wait()
+}
+
+// waitReady waits until /readyz answers 200.
+func (cp *controlPlane) waitReady() {
+	cp.t.Helper()
+	client, err := rest.HTTPClientFor(cp.config)
+	if err != nil {
+		cp.t.Fatal(err)
+	}
+	eventually(cp.t, cp.tenant+"'s /readyz", func(ctx context.Context) error {
+		request, err := http.NewRequestWithContext(ctx, http.MethodGet, cp.config.Host+"/readyz", nil)
+		if err != nil {
+			return err
+		}
+		response, err := client.Do(request)
+		if err != nil {
+			return err
+		}
+		defer response.Body.Close()
+		if response.StatusCode != http.StatusOK {
+			return fmt.Errorf("status %s", response.Status)
+		}
+		return nil
+	})
+}
+
+// revision is the tenant's, read from its etcd.
+func (cp *controlPlane) revision() int64 {
+	cp.t.Helper()
+	return revision(cp.t, cp.etcd)
+}
+
+func revision(t *testing.T, etcd *clientv3.Client) int64 {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	defer cancel()
+	answer, err := etcd.Get(ctx, "revision-probe")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return answer.Header.Revision
+}
+
+func etcdClient(t *testing.T, server *harness.Server, tenant string) *clientv3.Client {
+	t.Helper()
+	etcd, err := clientv3.New(clientv3.Config{Endpoints: []string{server.Endpoints[tenant]}, Logger: zap.NewNop()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = etcd.Close() })
+	return etcd
+}
+
+// eventually calls check until it returns no error.
+func eventually(t *testing.T, what string, check func(context.Context) error) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	defer cancel()
+	ticker := time.NewTicker(100 * time.Millisecond)
+	defer ticker.Stop()
+	for {
+		err := check(ctx)
+		if err == nil {
+			return
+		}
+		select {
+		case <-ticker.C:
+		case <-ctx.Done():
+			t.Fatalf("%s: %v", what, err)
+		}
+	}
+}
+
+func serviceAccountKeys(t *testing.T, dir string) (private, public string) {
+	t.Helper()
+	key, err := rsa.GenerateKey(rand.Reader, 2048)
+	if err != nil {
+		t.Fatal(err)
+	}
+	publicBytes, err := x509.MarshalPKIXPublicKey(&key.PublicKey)
+	if err != nil {
+		t.Fatal(err)
+	}
+	write := func(name, kind string, bytes []byte) string {
+		path := filepath.Join(dir, name)
+		if err := os.WriteFile(path, pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: bytes}), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		return path
+	}
+	private = write("service-account.key", "RSA PRIVATE KEY", x509.MarshalPKCS1PrivateKey(key))
+	public = write("service-account.pub", "PUBLIC KEY", publicBytes)
+	return private, public
+}
+
+func freeAddress(t *testing.T) string {
+	t.Helper()
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer listener.Close()
+	return listener.Addr().String()
+}
+
+func tail(path string, lines int) string {
+	content, err := os.ReadFile(path)
+	if err != nil {
+		return err.Error()
+	}
+	all := strings.Split(strings.TrimRight(string(content), "\n"), "\n")
+	return strings.Join(all[max(0, len(all)-lines):], "\n")
+}
