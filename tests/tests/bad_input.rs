@@ -493,25 +493,33 @@ async fn fill(acme: &Connection, values: usize) {
     }
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn ranges_that_nobody_reads_are_bounded_in_bytes() {
+/// Starts this many calls of one request, on a few connections, and reads none. `end` says whether the request is all
+/// that the client has to say.
+async fn unread(address: SocketAddr, method: &str, request: &impl Message, calls: usize, end: bool) -> Vec<Call> {
+    const CONNECTIONS: usize = 6;
+    let request = framed(&request.encode_to_vec());
+    let mut unread = Vec::new();
+    for _ in 0..CONNECTIONS {
+        let connection = Connection::open_with_window(address, DEFAULT_WINDOW_BYTES).await;
+        for _ in 0..calls / CONNECTIONS {
+            let mut call = connection.call(method).await.unwrap();
+            call.requests.send_bytes(request.clone(), end).await.unwrap();
+            unread.push(call);
+        }
+    }
+    unread
+}
+
+/// 8 MiB, 300 times.
+async fn unread_ranges_are_bounded(method: &str) {
     let mut scene = Scene::open().await;
     fill(&Connection::open(scene.acme()).await, 16).await;
     scene.measure_from_here();
-    // 8 MiB, 300 times; of each only the client's window leaves the server.
-    let mut unread = Vec::new();
-    for _ in 0..6 {
-        let acme = Connection::open_with_window(scene.acme(), DEFAULT_WINDOW_BYTES).await;
-        for _ in 0..50 {
-            let mut call = acme.call(RANGE).await.unwrap();
-            call.requests.send_bytes(framed(&everything().encode_to_vec()), true).await.unwrap();
-            unread.push(call.answers);
-        }
-    }
+    let mut unread = unread(scene.acme(), method, &everything(), 300, true).await;
     // Each begins its answer, or is told to come again when no other has made room for it.
     let mut refused = 0;
-    for answers in &mut unread {
-        if let Some(status) = soon("an answer", answers.started()).await {
+    for call in &mut unread {
+        if let Some(status) = soon("an answer", call.answers.started()).await {
             let text = "etcdserver: request timed out";
             assert_eq!((status.code(), status.message()), (Code::Unavailable, text));
             refused += 1;
@@ -526,6 +534,16 @@ async fn ranges_that_nobody_reads_are_bounded_in_bytes() {
     assert_eq!(read.count, 16);
     // The tenant's 256 MiB of answers in flight, once more where one is copied into the buffer that goes out.
     scene.close(2 * 256 * MIB + ENGINE_BYTES).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn ranges_that_nobody_reads_are_bounded_in_bytes() {
+    unread_ranges_are_bounded(RANGE).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn streamed_ranges_that_nobody_reads_are_bounded_in_bytes() {
+    unread_ranges_are_bounded("/etcdserverpb.KV/RangeStream").await;
 }
 
 /// A txn is small, what its ranges read is not. The limit on operations holds for each level of nesting, so that 64 nested
@@ -594,6 +612,26 @@ async fn watches_that_nobody_reads_cost_their_queue_and_lose_nothing() {
     }
     assert_eq!(seen, PUTS);
     scene.close(allowed).await;
+}
+
+/// As above, but many streams, each with a first response on its way that is larger than its window.
+#[tokio::test(flavor = "multi_thread")]
+async fn many_watches_that_nobody_reads_are_bounded_in_bytes() {
+    let mut scene = Scene::open().await;
+    let watch = create(pb::WatchCreateRequest { key: "w".into(), ..Default::default() });
+    let mut unread = unread(scene.acme(), WATCH, &watch, 1_200, false).await;
+    for call in &mut unread {
+        let created: WatchResponse = soon("a watch", call.answers.message()).await.unwrap();
+        assert!(created.created);
+    }
+    scene.measure_from_here();
+    let writer = Connection::open(scene.acme()).await;
+    for _ in 0..16 {
+        writer.unary::<_, pb::PutResponse>(PUT, &put("w", vec![b'v'; 1 << 20])).await.unwrap();
+    }
+    scene.neighbour.works().await;
+    scene.close(2 * 256 * MIB + ENGINE_BYTES).await;
+    drop(unread);
 }
 
 #[tokio::test(flavor = "multi_thread")]
