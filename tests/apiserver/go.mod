@@ -146,10 +146,10 @@ require (
 	sigs.k8s.io/yaml v1.6.0 // indirect
 )
 
-// Kubernetes keeps its libraries in one tree and points at them by replace directives, which hold only in its own
-// module; here each points at its published release instead.
 replace tenure.dev/tests/harness => ../harness
 
+// Kubernetes keeps its libraries in one tree and points at them by replace directives, which hold only in its own
+// module; here each points at its published release instead.
 replace (
 	k8s.io/api => k8s.io/api v0.37.2
 	k8s.io/apiextensions-apiserver => k8s.io/apiextensions-apiserver v0.37.2
