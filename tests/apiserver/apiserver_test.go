@@ -274,7 +274,7 @@ func testNeighbour(t *testing.T, server *harness.Server, acme, globex *controlPl
 	// A running kube-apiserver writes on its own (its lease, its endpoints), so globex's is stopped while its revision must stand.
 	globex.stop(syscall.SIGTERM)
 	idle := etcdClient(t, server, "idle")
-	idleBefore, globexBefore := revision(t, idle), globex.revision()
+	idleBefore, globexBefore := revision(t, idle), revision(t, globex.etcd)
 
 	maps := acme.core.CoreV1().ConfigMaps("default")
 	var next, failed atomic.Int64
@@ -301,21 +301,21 @@ func testNeighbour(t *testing.T, server *harness.Server, acme, globex *controlPl
 	if now := revision(t, idle); now != idleBefore {
 		t.Errorf("the idle tenant's revision went from %d to %d", idleBefore, now)
 	}
-	if now := globex.revision(); now != globexBefore {
+	if now := revision(t, globex.etcd); now != globexBefore {
 		t.Errorf("globex's revision went from %d to %d", globexBefore, now)
 	}
 	list, err := maps.List(t.Context(), metav1.ListOptions{LabelSelector: "many=yes"})
 	if err != nil || len(list.Items) != objects {
 		t.Errorf("listed %d of %d: %v", len(list.Items), objects, err)
 	}
-	globex.start()
+	globex.start(t)
 }
 
 func testCompaction(t *testing.T, both []*controlPlane) {
 	for _, cp := range both {
 		t.Run(cp.tenant, func(t *testing.T) {
 			t.Parallel()
-			old := cp.revision()
+			old := revision(t, cp.etcd)
 			n := 0
 			eventually(t, "revision "+strconv.FormatInt(old, 10)+" is compacted", func(ctx context.Context) error {
 				n++
@@ -347,7 +347,7 @@ func testCrash(t *testing.T, server *harness.Server, both []*controlPlane) {
 		}
 		server.Restart()
 		for i, cp := range both {
-			cp.waitReady()
+			cp.waitReady(t)
 			if err := cp.cmd.Process.Signal(syscall.Signal(0)); err != nil || cp.cmd.Process.Pid != pids[i] {
 				t.Fatalf("%s's kube-apiserver did not survive: %v", cp.tenant, err)
 			}

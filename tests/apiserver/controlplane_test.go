@@ -37,7 +37,6 @@ const token = "first-light"
 type controlPlane struct {
 	tenant string
 
-	t      *testing.T
 	args   []string
 	log    string
 	cmd    *exec.Cmd
@@ -63,7 +62,6 @@ func startControlPlane(t *testing.T, server *harness.Server, tenant string) *con
 	_, port, _ := net.SplitHostPort(address)
 	cp := &controlPlane{
 		tenant: tenant,
-		t:      t,
 		log:    filepath.Join(dir, "kube-apiserver.log"),
 		args: []string{
 			"--etcd-servers=" + server.Endpoints[tenant],
@@ -102,25 +100,25 @@ func startControlPlane(t *testing.T, server *harness.Server, tenant string) *con
 			t.Logf("last lines of %s's kube-apiserver:\n%s", tenant, tail(cp.log, 40))
 		}
 	})
-	cp.start()
+	cp.start(t)
 	return cp
 }
 
 // start runs the process, which must not be running, and waits until it is ready.
-func (cp *controlPlane) start() {
-	cp.t.Helper()
+func (cp *controlPlane) start(t *testing.T) {
+	t.Helper()
 	log, err := os.OpenFile(cp.log, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
 	if err != nil {
-		cp.t.Fatal(err)
+		t.Fatal(err)
 	}
 	defer log.Close()
-	cp.cmd = exec.Command(harness.Tool(cp.t, "kube-apiserver"), cp.args...)
+	cp.cmd = exec.Command(harness.Tool(t, "kube-apiserver"), cp.args...)
 	cp.cmd.Stdout, cp.cmd.Stderr = log, log
 	cp.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	if err := cp.cmd.Start(); err != nil {
-		cp.t.Fatal(err)
+		t.Fatal(err)
 	}
-	cp.waitReady()
+	cp.waitReady(t)
 }
 
 // stop ends the process and waits until it is gone; a second call does nothing.
@@ -133,13 +131,13 @@ func (cp *controlPlane) stop(signal syscall.Signal) {
 }
 
 // waitReady waits until /readyz answers 200.
-func (cp *controlPlane) waitReady() {
-	cp.t.Helper()
+func (cp *controlPlane) waitReady(t *testing.T) {
+	t.Helper()
 	client, err := rest.HTTPClientFor(cp.config)
 	if err != nil {
-		cp.t.Fatal(err)
+		t.Fatal(err)
 	}
-	eventually(cp.t, cp.tenant+"'s /readyz", func(ctx context.Context) error {
+	eventually(t, cp.tenant+"'s /readyz", func(ctx context.Context) error {
 		request, err := http.NewRequestWithContext(ctx, http.MethodGet, cp.config.Host+"/readyz", nil)
 		if err != nil {
 			return err
@@ -156,12 +154,17 @@ func (cp *controlPlane) waitReady() {
 	})
 }
 
-// revision is the tenant's, read from its etcd.
-func (cp *controlPlane) revision() int64 {
-	cp.t.Helper()
-	return revision(cp.t, cp.etcd)
+// metrics are what the process says of itself, in Prometheus' text format.
+func (cp *controlPlane) metrics(t *testing.T) string {
+	t.Helper()
+	metrics, err := cp.core.RESTClient().Get().AbsPath("/metrics").DoRaw(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(metrics)
 }
 
+// revision is the tenant's, read from its etcd past any apiserver.
 func revision(t *testing.T, etcd *clientv3.Client) int64 {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), patience)

@@ -196,7 +196,7 @@ type tailWriter struct {
 }
 
 // tailLines is how many lines a failed test shows.
-const tailLines = 60
+const tailLines = 15
 
 // copy reads lines until the process closes its output; ready is closed at the ready line or at the end.
 func (w *tailWriter) copy(output io.ReadCloser, ready chan<- struct{}) {

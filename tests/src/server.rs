@@ -22,16 +22,22 @@ fn program() -> PathBuf {
 impl Server {
     /// Starts on a data directory, with a listener on a free port for each tenant, and waits until it is ready.
     pub fn start(data_dir: &Path, tenants: &[&str]) -> Server {
-        let mut command = Command::new(program());
+        Self::spawn(Command::new(program()), data_dir, tenants)
+    }
+
+    /// As [`Server::start`], with at most this many files and connections open.
+    pub fn start_with_files(files_max: u32, data_dir: &Path, tenants: &[&str]) -> Server {
+        let mut command = Command::new("sh");
+        command.args(["-c", &format!("ulimit -n {files_max} && exec \"$0\" \"$@\"")]).arg(program());
+        Self::spawn(command, data_dir, tenants)
+    }
+
+    fn spawn(mut command: Command, data_dir: &Path, tenants: &[&str]) -> Server {
         // The listener of `default` is not wanted, but cannot be left out.
         command.arg("--data-dir").arg(data_dir).arg("--listen-client-urls=http://127.0.0.1:0");
         for tenant in tenants {
             command.args(["--tenant-listen", &format!("{tenant}=http://127.0.0.1:0")]);
         }
-        Self::spawn(command)
-    }
-
-    fn spawn(mut command: Command) -> Server {
         let mut child = command.stderr(Stdio::piped()).spawn().unwrap();
         let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
         let mut addresses = Vec::new();

@@ -8,6 +8,7 @@
 use std::future::Future;
 use std::io::Write as _;
 use std::net::SocketAddr;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
@@ -78,7 +79,7 @@ impl Neighbour {
         let work = tokio::spawn(async move {
             while !stopping.load(Ordering::Relaxed) {
                 // Now and then as a newcomer.
-                let connection = Connection::open(address).await;
+                let connection = soon("the neighbour connects", Connection::open(address)).await;
                 for _ in 0..20 {
                     let value = counted.load(Ordering::Relaxed).to_string();
                     let write = put("neighbour", value.clone());
@@ -126,8 +127,12 @@ struct Scene {
 
 impl Scene {
     async fn open() -> Scene {
+        Self::open_on(|data_dir| Server::start(data_dir, &["acme", "globex"])).await
+    }
+
+    async fn open_on(start: impl FnOnce(&Path) -> Server) -> Scene {
         let data = tempfile::tempdir().unwrap();
-        let server = Server::start(&data.path().join("d"), &["acme", "globex"]);
+        let server = start(&data.path().join("d"));
         let mut neighbour = Neighbour::at(server.address(1));
         neighbour.works().await;
         let mut scene = Scene { server, neighbour, resident_before: 0, _data: data };
@@ -660,6 +665,32 @@ async fn connections_that_say_nothing_cost_little() {
     // 64 KiB a connection: the buffers that HTTP begins with, several times over.
     scene.close((EACH * beginnings.len()) as u64 * (64 << 10) + 32 * MIB).await;
     drop(silent);
+}
+
+/// More connections than the process may have files open. The neighbour goes on making new ones, and the store opens files.
+#[tokio::test(flavor = "multi_thread")]
+async fn connections_of_one_tenant_leave_room_for_the_others() {
+    const FILES_MAX: u32 = 512;
+    let mut scene = Scene::open_on(|data_dir| Server::start_with_files(FILES_MAX, data_dir, &["acme", "globex"])).await;
+    let mut silent = Vec::new();
+    for _ in 0..FILES_MAX + 100 {
+        let connect = TcpStream::connect(scene.acme());
+        silent.push(soon("a place in the listener's queue", connect).await.unwrap());
+    }
+    // The neighbour makes a connection every 20 rounds.
+    for _ in 0..10 {
+        scene.neighbour.works().await;
+    }
+    let globex = Connection::open(scene.server.address(1)).await;
+    let defragment = pb::DefragmentRequest {};
+    let method = "/etcdserverpb.Maintenance/Defragment";
+    let done = globex.unary::<_, pb::DefragmentResponse>(method, &defragment);
+    soon("the store rewrites its files", done).await.unwrap();
+    // Who leaves makes room.
+    drop(silent);
+    let acme = soon("a connection", Connection::open(scene.acme())).await;
+    soon("a put", acme.unary::<_, pb::PutResponse>(PUT, &put("k", "v"))).await.unwrap();
+    scene.close(ENGINE_BYTES).await;
 }
 
 /// Requests that never become whole: 600 of almost 2 MiB, on a few connections.
