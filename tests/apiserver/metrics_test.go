@@ -9,7 +9,8 @@ import (
 func sumOf(metrics, name, label string) float64 {
 	sum := 0.0
 	for line := range strings.Lines(metrics) {
-		if !strings.HasPrefix(line, name+"{") || !strings.Contains(line, label) {
+		labels, isName := strings.CutPrefix(line, name)
+		if !isName || !strings.ContainsAny(labels[:1], "{ ") || !strings.Contains(labels, label) {
 			continue
 		}
 		if value, err := strconv.ParseFloat(strings.TrimSpace(line[strings.LastIndexByte(line, ' '):]), 64); err == nil {
