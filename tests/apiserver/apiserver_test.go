@@ -29,6 +29,7 @@ import (
 const (
 	ownerKey = "tenure.dev/owner"
 	roundKey = "tenure.dev/round"
+	batchKey = "tenure.dev/batch"
 	// compactRevKey is where kube-apiserver notes the revision of its last compaction.
 	compactRevKey = "compact_rev_key"
 )
@@ -149,12 +150,14 @@ func exercise(t *testing.T, cp *controlPlane, k kind, prefix string) {
 	names := make([]string, 5)
 	for i := range names {
 		names[i] = fmt.Sprintf("%s-%d", prefix, i)
-		must(objects.Create(ctx, k.object(cp, names[i]), metav1.CreateOptions{}))
+		object := k.object(cp, names[i])
+		object.SetLabels(map[string]string{batchKey: prefix})
+		must(objects.Create(ctx, object, metav1.CreateOptions{}))
 		if got := must(objects.Get(ctx, names[i], metav1.GetOptions{})); got.GetAnnotations()[ownerKey] != cp.tenant {
 			t.Fatalf("%s %s belongs to %q", k.Resource, names[i], got.GetAnnotations()[ownerKey])
 		}
 	}
-	listed := listInPages(t, cp, k, 2)
+	listed := listInPages(t, cp, k, metav1.ListOptions{Limit: 2, LabelSelector: batchKey + "=" + prefix})
 	for _, name := range names {
 		if listed[name] != 1 {
 			t.Errorf("%s %s was listed %d times", k.Resource, name, listed[name])
@@ -182,22 +185,22 @@ func exercise(t *testing.T, cp *controlPlane, k kind, prefix string) {
 	expectEvents(t, cp, events, wanted)
 }
 
-// listInPages counts how often each name comes in pages of the given size.
-func listInPages(t *testing.T, cp *controlPlane, k kind, size int64) map[string]int {
+// listInPages counts how often each name comes in the pages of a list with a limit.
+func listInPages(t *testing.T, cp *controlPlane, k kind, options metav1.ListOptions) map[string]int {
 	t.Helper()
 	listed := map[string]int{}
-	for next, pages := "", 0; pages == 0 || next != ""; pages++ {
-		page, err := k.of(cp).List(t.Context(), metav1.ListOptions{Limit: size, Continue: next})
+	for pages := 0; pages == 0 || options.Continue != ""; pages++ {
+		page, err := k.of(cp).List(t.Context(), options)
 		if err != nil {
 			t.Fatalf("page %d of %s: %v", pages, k.Resource, err)
 		}
-		if int64(len(page.Items)) > size {
+		if int64(len(page.Items)) > options.Limit {
 			t.Fatalf("a page of %d %s", len(page.Items), k.Resource)
 		}
 		for _, item := range page.Items {
 			listed[item.GetName()]++
 		}
-		next = page.GetContinue()
+		options.Continue = page.GetContinue()
 	}
 	return listed
 }
@@ -297,7 +300,7 @@ func testOnlyHere(t *testing.T, here, there *controlPlane) {
 		if _, err := k.of(there).Get(t.Context(), name, metav1.GetOptions{}); !apierrors.IsNotFound(err) {
 			t.Errorf("%s gets %s's %s: %v", there.tenant, here.tenant, k.Resource, err)
 		}
-		if listInPages(t, there, k, 100)[name] != 0 {
+		if listInPages(t, there, k, metav1.ListOptions{Limit: 100})[name] != 0 {
 			t.Errorf("%s lists %s's %s", there.tenant, here.tenant, k.Resource)
 		}
 		again, err := k.of(there).Get(t.Context(), "object-3", metav1.GetOptions{})

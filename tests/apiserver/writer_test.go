@@ -125,7 +125,7 @@ func (w *writer) verify(t *testing.T) {
 		return nil
 	})
 	w.end()
-	listed := listInPages(t, w.cp, configMaps, 500)
+	listed := listInPages(t, w.cp, configMaps, metav1.ListOptions{Limit: 500})
 	for _, name := range w.acked {
 		if listed[name] != 1 {
 			t.Errorf("%s was acknowledged by %s and is listed %d times", name, w.cp.tenant, listed[name])
