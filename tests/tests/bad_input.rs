@@ -48,6 +48,16 @@ async fn soon<T>(what: &str, event: impl Future<Output = T>) -> T {
     tokio::time::timeout(PATIENCE, event).await.unwrap_or_else(|_| panic!("waited in vain: {what}"))
 }
 
+/// What a count is when it has stood still for a second: the server takes no more, or there is no more.
+async fn settled(count: &AtomicU64) -> u64 {
+    let mut before = u64::MAX;
+    while before != count.load(Ordering::Relaxed) {
+        before = count.load(Ordering::Relaxed);
+        tokio::time::sleep(Duration::from_secs(1)).await;
+    }
+    before
+}
+
 fn put(key: impl Into<Bytes>, value: impl Into<Bytes>) -> pb::PutRequest {
     pb::PutRequest { key: key.into(), value: value.into(), ..Default::default() }
 }
@@ -476,11 +486,7 @@ async fn watches_are_created_no_faster_than_their_client_reads() {
         requests
     });
     // Until the server takes no more for a while. How long is no matter: all of them are to fit in neither case.
-    let mut before = u64::MAX;
-    while before != sent.load(Ordering::Relaxed) {
-        before = sent.load(Ordering::Relaxed);
-        tokio::time::sleep(Duration::from_millis(500)).await;
-    }
+    let before = settled(&sent).await;
     assert!(before < WATCHES.cast_unsigned(), "the server stops reading when its answers are not read");
     for number in 0..WATCHES {
         let created: WatchResponse = soon("a watch is created", answers.message()).await.unwrap();
@@ -672,11 +678,18 @@ async fn connections_that_say_nothing_cost_little() {
 async fn connections_of_one_tenant_leave_room_for_the_others() {
     const FILES_MAX: u32 = 512;
     let mut scene = Scene::open_on(|data_dir| Server::start_with_files(FILES_MAX, data_dir, &["acme", "globex"])).await;
-    let mut silent = Vec::new();
+    let mut silent = JoinSet::new();
+    let connected = Arc::new(AtomicU64::new(0));
     for _ in 0..FILES_MAX + 100 {
-        let connect = TcpStream::connect(scene.acme());
-        silent.push(soon("a place in the listener's queue", connect).await.unwrap());
+        let (address, connected) = (scene.acme(), Arc::clone(&connected));
+        silent.spawn(async move {
+            let _stream = TcpStream::connect(address).await.unwrap();
+            connected.fetch_add(1, Ordering::Relaxed);
+            std::future::pending::<()>().await;
+        });
     }
+    // Until the listener takes no more, or has them all.
+    settled(&connected).await;
     // The neighbour makes a connection every 20 rounds.
     for _ in 0..10 {
         scene.neighbour.works().await;
@@ -723,12 +736,8 @@ async fn half_requests_are_bounded_in_bytes() {
         }
     }
     // Until nothing more is taken for a while: all of it, or what the server has room for.
-    let mut before = u64::MAX;
-    while before != sent.load(Ordering::Relaxed) {
-        before = sent.load(Ordering::Relaxed);
-        tokio::time::sleep(Duration::from_secs(1)).await;
-    }
-    eprintln!("{} MiB taken of half requests", before * PIECE_BYTES as u64 / MIB);
+    let taken = settled(&sent).await;
+    eprintln!("{} MiB taken of half requests", taken * PIECE_BYTES as u64 / MIB);
     scene.neighbour.works().await;
     // As for answers: the tenant's 256 MiB, and once more for buffers that are larger than what is in them.
     scene.close(2 * 256 * MIB + ENGINE_BYTES).await;
