@@ -84,10 +84,8 @@ fn finish(path: &str, mut response: Response<Body>) -> Response<Body> {
         };
         response = status.into_http();
     }
-    match response.extensions_mut().remove::<ResponsePermit>() {
-        Some(permit) => response.map(|body| Body::new(PermitBody { body, rest: Bytes::new(), _permit: permit })),
-        None => response,
-    }
+    let permit = response.extensions_mut().remove::<ResponsePermit>();
+    response.map(|body| Body::new(PiecewiseBody { body, rest: Bytes::new(), _permit: permit }))
 }
 
 fn unknown_method(path: &str) -> Status {
@@ -100,20 +98,20 @@ fn unknown_method(path: &str) -> Status {
     Status::unimplemented(format!("unknown service {service}"))
 }
 
-/// Most bytes of a counted body handed to the connection at a time. The connection takes a whole frame as soon as the
-/// client has room for a byte, so a larger one would lie in its buffer, uncounted, until a client that may never read
-/// has read it.
+/// Most bytes of a body handed to the connection at a time. The connection takes a whole frame as soon as the client has
+/// room for a byte, so a larger one would lie in its buffer, uncounted, until a client that may never read has read it.
 const PIECE_BYTES: usize = 64 << 10;
 
-/// A body that gives its bytes back to the budget when the connection has taken its last piece or dropped it.
-struct PermitBody {
+/// A body in pieces. Its bytes go back to the budget when the connection has taken the last piece or dropped it; of a
+/// stream, the next message is asked for when the last piece of the one before is gone.
+struct PiecewiseBody {
     body: Body,
     /// What is left of the frame being handed out.
     rest: Bytes,
-    _permit: ResponsePermit,
+    _permit: Option<ResponsePermit>,
 }
 
-impl http_body::Body for PermitBody {
+impl http_body::Body for PiecewiseBody {
     type Data = Bytes;
     type Error = Status;
 
@@ -121,7 +119,7 @@ impl http_body::Body for PermitBody {
         if self.rest.is_empty() {
             let frame = match Pin::new(&mut self.body).poll_frame(context) {
                 Poll::Ready(Some(Ok(frame))) => frame,
-                other => return other,
+                other @ (Poll::Ready(_) | Poll::Pending) => return other,
             };
             match frame.into_data() {
                 Ok(data) => self.rest = data,

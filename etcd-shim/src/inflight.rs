@@ -141,6 +141,13 @@ impl Reservation {
         true
     }
 
+    /// Resolves when some bytes have been given back after the first poll; whether they are enough is for the caller to try.
+    /// Poll once, try, and only then wait: so no wake-up is missed.
+    pub fn room(&self) -> impl Future<Output = ()> + Send + use<> {
+        let shared = Arc::clone(&self.shared);
+        async move { shared.room.notified().await }
+    }
+
     /// Covers an answer that already exists and cannot be taken back, without asking. Others then wait for longer.
     pub fn charge(&mut self, bytes: usize) {
         if bytes >= SMALL_BYTES && bytes > self.bytes {

@@ -19,7 +19,7 @@ use hyper_util::server::conn::auto;
 use hyper_util::server::graceful::GracefulShutdown;
 use tenure_storage::TenantId;
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
+use tokio::net::{TcpListener, TcpSocket, TcpStream, UnixListener, UnixStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio_rustls::LazyConfigAcceptor;
 use tonic::body::Body;
@@ -33,8 +33,15 @@ use crate::tenant::{ConnectionIdentity, PeerCertificate, resolve};
 use crate::tls::{Tls, peer_certificate};
 use crate::{gate, http_endpoints};
 
-/// Connections open at one listener. At the bound further ones wait in the operating system's backlog.
+/// Most connections open at one listener. At the bound further ones wait in the operating system's backlog.
 const CONNECTIONS_MAX: usize = 20_000;
+
+/// Connections that may wait for one of those to end.
+const BACKLOG: u32 = 1_024;
+
+/// The files that this process may have open, divided by this, bound the connections of one listener too: clients of one
+/// tenant leave files for the others, and for the store.
+const FILES_PER_CONNECTION: u64 = 4;
 
 /// How long a client may take to finish its TLS handshake, or an HTTP/1 client its headers.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(30);
@@ -117,7 +124,12 @@ async fn bind_tcp(url: &Url) -> io::Result<TcpListener> {
     let addresses: Vec<SocketAddr> = tokio::net::lookup_host((host, port)).await?.collect();
     // A name may stand for both families; etcd listens on the first, IPv4 preferred.
     let first = addresses.iter().find(|address| address.is_ipv4()).or(addresses.first());
-    TcpListener::bind(first.ok_or_else(|| io::Error::other("the name has no address"))?).await
+    let address = *first.ok_or_else(|| io::Error::other("the name has no address"))?;
+    let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
+    // So that a restart need not wait for connections of the process before.
+    socket.set_reuseaddr(true)?;
+    socket.bind(address)?;
+    socket.listen(BACKLOG)
 }
 
 /// The socket file of a unix URL: host and path together, as etcd reads it.
@@ -145,7 +157,7 @@ pub struct Services {
 
 /// Accepts until `stop` turns true, then lets running requests end for a while.
 pub async fn serve(listener: Listener, services: Services, mut stop: watch::Receiver<bool>) {
-    let slots = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+    let slots = Arc::new(Semaphore::new(connections_max()));
     let graceful = Arc::new(GracefulShutdown::new());
     let shared = Arc::new((listener, services));
     loop {
@@ -172,6 +184,13 @@ pub async fn serve(listener: Listener, services: Services, mut stop: watch::Rece
     if let Ok(graceful) = Arc::try_unwrap(graceful) {
         let _ = tokio::time::timeout(DRAIN_TIMEOUT, graceful.shutdown()).await;
     }
+}
+
+fn connections_max() -> usize {
+    let files_max = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
+    let by_files =
+        files_max.map_or(usize::MAX, |files| usize::try_from(files / FILES_PER_CONNECTION).unwrap_or(usize::MAX));
+    by_files.clamp(1, CONNECTIONS_MAX)
 }
 
 enum Stream {

@@ -3,6 +3,7 @@
 use std::process::ExitCode;
 
 use anyhow::Context as _;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tenure_etcd_shim::Tenure;
 use tenure_etcd_shim::builder::Builder;
 use tenure_etcd_shim::flags::{Flags, Parsed, parse, usage};
@@ -46,6 +47,7 @@ fn version() -> String {
 
 fn start(flags: Flags) -> ExitCode {
     logging::start(&flags.log_level);
+    raise_files_limit();
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => return fail(&format!("start threads: {error}")),
@@ -53,6 +55,14 @@ fn start(flags: Flags) -> ExitCode {
     match runtime.block_on(run(flags)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => fail(&format!("{error:#}")),
+    }
+}
+
+/// Every connection is an open file, and the soft limit is often meant for interactive programs.
+fn raise_files_limit() {
+    let limit = getrlimit(Resource::Nofile);
+    if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit }) {
+        tracing::warn!(%error, "raise the limit of open files");
     }
 }
 

@@ -35,6 +35,7 @@ use tonic::{Request, Response, Status, Streaming};
 use crate::cell::Tenant;
 use crate::cell_error::CellError;
 use crate::convert::from_proto;
+use crate::inflight::{InFlight, Reservation};
 use crate::proto::etcdserverpb::watch_create_request::FilterType;
 use crate::proto::etcdserverpb::watch_request::RequestUnion;
 use crate::proto::etcdserverpb::watch_server::Watch;
@@ -88,6 +89,7 @@ impl Watch for WatchService {
             progress_period: self.progress_period,
             response_bytes_max: self.context.limits.max_request_bytes.saturating_add(FRAGMENT_OVERHEAD_BYTES),
             wants_leader: wants_leader(request.metadata()),
+            in_flight: self.context.in_flight.clone(),
         };
         Ok(Response::new(Responses::new(tenant, request.into_inner(), options)))
     }
@@ -99,6 +101,8 @@ struct Options {
     response_bytes_max: usize,
     /// The client asked to be cut off when no leader is known.
     wants_leader: bool,
+    /// Where responses on their way are counted.
+    in_flight: InFlight,
 }
 
 /// What a stream waits for beside the client and the hub.
@@ -116,6 +120,11 @@ pub struct Responses<R> {
     leader_lost: Option<Waiting<()>>,
     /// What is left of a response that goes in pieces.
     pieces: VecDeque<WatchResponse>,
+    in_flight: InFlight,
+    /// Of the response handed out last: it is on its way until the next one is asked for.
+    on_its_way: Option<Reservation>,
+    /// Set while the next response does not fit into what the tenant may have in flight.
+    room: Option<Waiting<()>>,
     // Behind the watchers, which have files open: the last owner of the cell unlocks the data directory.
     tenant: Tenant,
 }
@@ -146,6 +155,9 @@ impl<R: Stream<Item = Result<WatchRequest, Status>> + Unpin> Responses<R> {
             progress: progress_timer(options.progress_period),
             leader_lost,
             pieces: VecDeque::new(),
+            in_flight: options.in_flight,
+            on_its_way: None,
+            room: None,
         }
     }
 
@@ -211,10 +223,29 @@ impl<R: Stream<Item = Result<WatchRequest, Status>> + Unpin> Responses<R> {
         Ok(if steps.contains(&Advance::Moved) { Advance::Moved } else { Advance::Waits })
     }
 
-    fn next_response(&mut self) -> Option<WatchResponse> {
+    /// Reserves the next message's bytes. Where there is no room it stays in the watchers' queue, whose events are shared and
+    /// whose bound turns watchers unsynced; the task is woken when there may be.
+    fn reserve(&mut self, task: &mut TaskContext<'_>) -> Option<Reservation> {
+        let bytes = self.watchers.next_bytes()?;
+        let mut reservation = self.in_flight.reservation(self.tenant.id());
+        while !reservation.try_reach(bytes) {
+            let is_new = self.room.is_none();
+            let room = self.room.get_or_insert_with(|| Box::pin(reservation.room()));
+            match room.as_mut().poll(task) {
+                Poll::Ready(()) => self.room = None,
+                Poll::Pending if is_new => {}
+                Poll::Pending => return None,
+            }
+        }
+        self.room = None;
+        Some(reservation)
+    }
+
+    fn next_response(&mut self, task: &mut TaskContext<'_>) -> Option<WatchResponse> {
         if let Some(piece) = self.pieces.pop_front() {
             return Some(piece);
         }
+        self.on_its_way = Some(self.reserve(task)?);
         let message = self.watchers.pop()?;
         let (mut response, fragment) = response(&self.tenant, message);
         if fragment && response.encoded_len() >= self.response_bytes_max {
@@ -230,13 +261,16 @@ impl<R: Stream<Item = Result<WatchRequest, Status>> + Unpin> Stream for Response
 
     fn poll_next(self: Pin<&mut Self>, task: &mut TaskContext<'_>) -> Poll<Option<Self::Item>> {
         let this = self.get_mut();
+        if this.pieces.is_empty() {
+            this.on_its_way = None;
+        }
         this.hub_signal.register(task.waker());
         for _ in 0..SILENT_STEPS_MAX {
             let advance = match this.advance(task) {
                 Ok(advance) => advance,
                 Err(status) => return Poll::Ready(Some(Err(status))),
             };
-            if let Some(response) = this.next_response() {
+            if let Some(response) = this.next_response(task) {
                 return Poll::Ready(Some(Ok(response)));
             }
             if advance == Advance::Waits {

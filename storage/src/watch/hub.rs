@@ -113,6 +113,10 @@ impl Queue {
         Some(message)
     }
 
+    pub(super) fn next_bytes(&self) -> Option<usize> {
+        self.waiting.lock().messages.front().map(WatchMessage::size_bytes)
+    }
+
     /// At the bound no further events are taken, and the stream reads no further requests.
     pub(super) fn is_full(&self) -> bool {
         let waiting = self.waiting.lock();

@@ -56,6 +56,11 @@ impl<E: Engine> WatchStream<E> {
         self.queue.pop()
     }
 
+    /// Bytes of events in the message that [`WatchStream::pop`] would give; `None` if there is none.
+    pub fn next_bytes(&self) -> Option<usize> {
+        self.queue.next_bytes()
+    }
+
     /// Whether some watcher is behind and there is room for what a replay step finds.
     pub fn needs_replay(&self) -> bool {
         self.queue.unsynced.load(Ordering::Relaxed) > 0 && !self.queue.is_full()

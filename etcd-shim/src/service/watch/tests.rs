@@ -7,6 +7,7 @@ use tokio_stream::StreamExt;
 use tokio_stream::wrappers::UnboundedReceiverStream;
 
 use super::*;
+use crate::inflight::Budget;
 use crate::proto::etcdserverpb::WatchProgressRequest;
 use crate::service::testing::TestCell;
 
@@ -23,7 +24,12 @@ impl Client {
 
     fn with_options(tenant: &Tenant, progress_period: Duration, response_bytes_max: usize) -> Client {
         let (sender, receiver) = mpsc::unbounded_channel();
-        let options = Options { progress_period, response_bytes_max, wants_leader: false };
+        let options = Options {
+            progress_period,
+            response_bytes_max,
+            wants_leader: false,
+            in_flight: InFlight::new(Budget::default()),
+        };
         let responses = Responses::new(tenant.clone(), UnboundedReceiverStream::new(receiver), options);
         Client { requests: Some(sender), responses }
     }
