@@ -12,7 +12,7 @@ FUZZ_SECONDS ?= 600
 KUBERNETES = $(shell sed -n 's|.*k8s.io/kubernetes \(v[0-9.]*\).*|\1|p' tests/apiserver/go.mod)
 KUBERNETES_VERSION = -X k8s.io/component-base/version.gitVersion=$(KUBERNETES)
 
-.PHONY: run build test test-rust test-go test-etcd test-apiserver tools lint fuzz needs needs-go
+.PHONY: run build test test-rust test-go test-etcd test-apiserver tools lint fuzz needs needs-go needs-fuzz
 
 # Builds and serves: tenant `default` on 127.0.0.1:2379, data in ./default.tenure. Flags: make run ARGS="--name m1".
 run: build
@@ -42,6 +42,16 @@ tools: needs-go
 	cd tests/etcd && go build -o $(TENURE_TOOLS)/etcdctl go.etcd.io/etcd/etcdctl/v3
 	cd tests/apiserver && go build -ldflags "-s -w $(KUBERNETES_VERSION)" -o $(TENURE_TOOLS)/kube-apiserver k8s.io/kubernetes/cmd/kube-apiserver
 
+# Each fuzz target for FUZZ_SECONDS, on nightly Rust, in a target directory of its own; RocksDB is taken from the release build.
+fuzz: build needs-fuzz
+	@rocksdb=$$(ls -t $(CARGO_TARGET_DIR)/release/build/librocksdb-sys-*/out/librocksdb.a | head -n 1); \
+	for target in key_decoding requests; do \
+	  mkdir -p $(CACHE)/fuzz-corpus/$$target; \
+	  PATH=$(CACHE)/cargo-fuzz/bin:$$PATH CARGO_TARGET_DIR=$(CACHE)/fuzz-target ROCKSDB_LIB_DIR=$$(dirname $$rocksdb) ROCKSDB_STATIC=1 \
+	    cargo +nightly fuzz run --fuzz-dir fuzz $$target $(CACHE)/fuzz-corpus/$$target -- -max_total_time=$(FUZZ_SECONDS) -max_len=4096 \
+	    || exit 1; \
+	done
+
 lint: needs
 	cargo fmt --all --check
 	cargo clippy --release --locked --workspace --all-targets -- -D warnings
@@ -58,3 +68,7 @@ needs:
 
 needs-go:
 	@command -v go >/dev/null || { echo "tenure: install Go 1.26 or newer first (go.dev/dl): the tests build etcd and kube-apiserver" >&2; exit 1; }
+
+needs-fuzz:
+	@rustup run nightly rustc --version >/dev/null 2>&1 || rustup toolchain install nightly --profile minimal
+	@[ -x $(CACHE)/cargo-fuzz/bin/cargo-fuzz ] || CARGO_TARGET_DIR=$(CACHE)/fuzz-target cargo install cargo-fuzz --locked --root $(CACHE)/cargo-fuzz
