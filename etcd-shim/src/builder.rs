@@ -29,11 +29,12 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 use url::Url;
 
-use crate::cell::{Cell, CellConfig, OpenError};
+use crate::cell::{Cell, CellConfig, DEFAULT_TENANT, OpenError};
 use crate::client::Client;
 use crate::flags::TlsFiles;
 use crate::inflight::{Budget, InFlight};
-use crate::listen::{ListenError, Listener, Services, serve};
+use crate::listen::{ConnectionLimits, ListenError, Listener, Serves, Services, serve};
+use crate::rpc_metrics::RpcMetrics;
 use crate::server;
 use crate::service::watch::PROGRESS_PERIOD_DEFAULT;
 use crate::service::{Context, Limits, MemberNames};
@@ -49,12 +50,14 @@ pub struct Builder {
     listen: Vec<Listen>,
     advertise_client_urls: Vec<String>,
     tls: Option<TlsFiles>,
+    connections: ConnectionLimits,
 }
 
 #[derive(Clone, Debug)]
 struct Listen {
     url: String,
     tenant: Option<String>,
+    serves: Serves,
 }
 
 /// Why a member did not start. Each is one clear line; nothing runs then.
@@ -91,6 +94,7 @@ impl Tenure {
             listen: Vec::new(),
             advertise_client_urls: Vec::new(),
             tls: None,
+            connections: ConnectionLimits::default(),
         }
     }
 
@@ -140,14 +144,21 @@ impl Builder {
     /// Serves etcd clients on `http://`, `https://`, `unix:` or `unixs:`. They belong to the tenant that their certificate
     /// names or, where no certificate is asked for, to `default`.
     pub fn listen(mut self, url: impl Into<String>) -> Self {
-        self.listen.push(Listen { url: url.into(), tenant: None });
+        self.listen.push(Listen { url: url.into(), tenant: None, serves: Serves::Everything });
+        self
+    }
+
+    /// Serves `/metrics` and the health checks of the tenant `default`, and no clients.
+    pub fn metrics_listen(mut self, url: impl Into<String>) -> Self {
+        let tenant = Some(DEFAULT_TENANT.to_string());
+        self.listen.push(Listen { url: url.into(), tenant, serves: Serves::HttpOnly });
         self
     }
 
     /// Serves etcd clients of one tenant, which is made if it does not exist.
     pub fn tenant_listen(mut self, tenant: impl Into<String>, url: impl Into<String>) -> Self {
         let tenant = tenant.into();
-        self.listen.push(Listen { url: url.into(), tenant: Some(tenant.clone()) });
+        self.listen.push(Listen { url: url.into(), tenant: Some(tenant.clone()), serves: Serves::Everything });
         self.tenant(tenant)
     }
 
@@ -189,6 +200,12 @@ impl Builder {
         self
     }
 
+    /// What one network connection may do.
+    pub fn connection_limits(mut self, limits: ConnectionLimits) -> Self {
+        self.connections = limits;
+        self
+    }
+
     /// Opens the store and serves. Must be called in a multi-threaded tokio runtime with its drivers enabled; the member
     /// lives there.
     ///
@@ -208,6 +225,8 @@ impl Builder {
             cell: cell.clone(),
             routes: server::routes(&context, self.progress_period),
             arriving: InFlight::new(Budget::default()),
+            rpc_metrics: RpcMetrics::default(),
+            limits: self.connections,
         };
         let (stop, stopping) = watch::channel(false);
         let mut serving = JoinSet::new();
@@ -221,12 +240,12 @@ impl Builder {
         let tls = self.tls.clone().map(Tls::new).transpose()?.map(Arc::new);
         let client_cert_auth = self.tls.as_ref().is_some_and(|files| files.client_cert_auth);
         let mut listeners = Vec::with_capacity(self.listen.len());
-        for Listen { url: text, tenant } in &self.listen {
+        for Listen { url: text, tenant, serves } in &self.listen {
             let url = Url::parse(text).map_err(|error| StartError::Url { url: text.clone(), error })?;
             if tls.is_none() && matches!(url.scheme(), "https" | "unixs") {
                 return Err(StartError::NoCertificate(text.clone()));
             }
-            listeners.push(Listener::bind(&url, tenant.clone(), tls.clone(), client_cert_auth).await?);
+            listeners.push(Listener::bind(&url, tenant.clone(), *serves, tls.clone(), client_cert_auth).await?);
         }
         Ok(listeners)
     }

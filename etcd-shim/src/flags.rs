@@ -1,6 +1,6 @@
 //! etcd's command line: one or two dashes, `--f v`, `--f=v`, bare booleans, `ETCD_*` variables behind the flags.
 //!
-//! A flag that is not built is refused by name. Everything wrong is one line; the program then exits with 1.
+//! Flags of etcd that need nothing here are taken with a warning; what is asked for and not built is refused by name. Everything wrong is one line; the program then exits with 1.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -9,6 +9,7 @@ use std::time::Duration;
 use url::Url;
 
 use crate::cell::check_tenant_name;
+use crate::listen::ConnectionLimits;
 use crate::service::{MAX_REQUEST_BYTES, MAX_TXN_OPS};
 
 /// A flag and whether it stands alone (`--f`), as Go's booleans do.
@@ -32,10 +33,106 @@ const FLAGS: &[(&str, bool, &str)] = &[
     ("watch-progress-notify-interval", false, "period of watch progress (default 10m)"),
     ("heartbeat-interval", false, "milliseconds between heartbeats (default 100)"),
     ("election-timeout", false, "milliseconds without a leader before an election (default 1000)"),
+    ("max-concurrent-streams", false, "requests open at a time on one connection (default: no limit)"),
+    ("grpc-keepalive-min-time", false, "how often a client may ping (default 5s)"),
+    ("grpc-keepalive-interval", false, "how often an idle client is pinged (default 2h)"),
+    ("grpc-keepalive-timeout", false, "how long it may take to answer (default 20s)"),
+    ("listen-metrics-urls", false, "URLs that serve /metrics and health alone, of \"default\""),
     ("log-level", false, "debug, info, warn, error, panic or fatal (default info)"),
     ("version", true, "print the version and exit"),
     ("help", true, "print this and exit"),
 ];
+
+/// Flags of etcd that a store of one member can take without acting on them, and whether they stand alone. Each one given
+/// is named in a warning.
+const WITHOUT_EFFECT: &[(&str, bool)] = &[
+    ("snapshot-count", false),
+    ("initial-election-tick-advance", true),
+    ("listen-peer-urls", false),
+    ("max-snapshots", false),
+    ("max-wals", false),
+    ("backend-bbolt-freelist-type", false),
+    ("backend-batch-interval", false),
+    ("backend-batch-limit", false),
+    ("socket-reuse-port", true),
+    ("socket-reuse-address", true),
+    ("raft-read-timeout", false),
+    ("raft-write-timeout", false),
+    ("feature-gates", false),
+    ("initial-advertise-peer-urls", false),
+    ("initial-cluster-state", false),
+    ("initial-cluster-token", false),
+    ("strict-reconfig-check", true),
+    ("pre-vote", true),
+    ("v2-deprecation", false),
+    ("peer-cert-file", false),
+    ("peer-key-file", false),
+    ("peer-client-cert-auth", true),
+    ("peer-client-cert-file", false),
+    ("peer-client-key-file", false),
+    ("peer-trusted-ca-file", false),
+    ("peer-cert-allowed-cn", false),
+    ("peer-cert-allowed-hostname", false),
+    ("peer-auto-tls", true),
+    ("peer-crl-file", false),
+    ("peer-skip-client-san-verification", true),
+    ("client-cert-file", false),
+    ("client-key-file", false),
+    ("self-signed-cert-validity", false),
+    ("auth-token", false),
+    ("auth-token-ttl", false),
+    ("bcrypt-cost", false),
+    ("enable-pprof", true),
+    ("metrics", false),
+    ("logger", false),
+    ("log-outputs", false),
+    ("log-format", false),
+    ("enable-log-rotation", true),
+    ("log-rotation-config-json", false),
+    ("warning-unary-request-duration", false),
+    ("warning-apply-duration", false),
+    ("enable-distributed-tracing", true),
+    ("distributed-tracing-address", false),
+    ("distributed-tracing-service-name", false),
+    ("distributed-tracing-instance-id", false),
+    ("distributed-tracing-sampling-rate", false),
+    ("corrupt-check-time", false),
+    ("compact-hash-check-time", false),
+    ("compaction-batch-limit", false),
+    ("compaction-sleep-interval", false),
+    ("downgrade-check-time", false),
+    ("snapshot-catchup-entries", false),
+    ("bootstrap-defrag-threshold-megabytes", false),
+    ("memory-mlock", true),
+    ("max-learners", false),
+    ("unsafe-no-fsync", true),
+];
+
+/// Flags of etcd that must not be passed over in silence, because whoever sets them relies on them: whether they stand
+/// alone, and the values that ask for nothing.
+const NOT_BUILT: &[(&str, bool, &[&str])] = &[
+    ("wal-dir", false, &[""]),
+    ("auto-compaction-retention", false, &["", "0"]),
+    ("auto-compaction-mode", false, &["periodic", "revision"]),
+    ("client-crl-file", false, &[""]),
+    ("client-cert-allowed-hostname", false, &[""]),
+    ("auto-tls", true, &["false"]),
+    ("cipher-suites", false, &[""]),
+    ("tls-min-version", false, &["", "TLS1.2"]),
+    ("tls-max-version", false, &["", "TLS1.3"]),
+    ("cors", false, &["", "*"]),
+    ("host-whitelist", false, &["", "*"]),
+    ("force-new-cluster", true, &["false"]),
+    ("listen-client-http-urls", false, &[""]),
+    ("config-file", false, &[""]),
+    ("discovery", false, &[""]),
+    ("discovery-token", false, &[""]),
+    ("discovery-endpoints", false, &[""]),
+    ("discovery-srv", false, &[""]),
+];
+
+/// Old spellings that etcd took and Kubernetes' tests still use.
+const ALIASES: &[(&str, &str)] = &[("experimental-watch-progress-notify-interval", "watch-progress-notify-interval")];
 
 /// The smallest period of watch progress, as in etcd.
 const PROGRESS_PERIOD_MIN: Duration = Duration::from_millis(100);
@@ -59,6 +156,11 @@ pub struct Flags {
     pub heartbeat_interval: Duration,
     pub election_timeout: Duration,
     pub log_level: String,
+    /// URLs of listeners that answer no gRPC.
+    pub listen_metrics_urls: Vec<Url>,
+    pub connections: ConnectionLimits,
+    /// Flags that were given and mean nothing here: worth a warning.
+    pub without_effect: Vec<&'static str>,
     /// Set variables that name no flag: worth a warning.
     pub unknown_variables: Vec<String>,
 }
@@ -129,12 +231,12 @@ impl Given {
                 Some((name, value)) => (name, Some(value.to_string())),
                 None => (body, None),
             };
-            let Some((name, alone, _)) = FLAGS.iter().find(|(known, ..)| *known == name) else {
+            let Some((name, alone)) = known(name) else {
                 return Err(FlagError(format!("flag provided but not defined: -{name}")));
             };
             let value = match value {
                 Some(value) => value,
-                None if *alone => "true".to_string(),
+                None if alone => "true".to_string(),
                 None => arguments.next().ok_or_else(|| FlagError(format!("flag needs an argument: -{name}")))?,
             };
             self.set(name, value);
@@ -156,11 +258,13 @@ impl Given {
         for (variable, value) in environment {
             let Some(name) = variable.strip_prefix("ETCD_") else { continue };
             let name = name.to_ascii_lowercase().replace('_', "-");
-            match FLAGS.iter().find(|(known, ..)| *known == name) {
-                Some(("tenant-listen", ..)) if self.tenant_listen.is_empty() => {
-                    self.tenant_listen = value.split(',').map(str::to_string).collect();
+            match known(&name) {
+                Some(("tenant-listen", _)) => {
+                    if self.tenant_listen.is_empty() {
+                        self.tenant_listen = value.split(',').map(str::to_string).collect();
+                    }
                 }
-                Some((known, ..)) => {
+                Some((known, _)) => {
                     self.values.entry(known).or_insert(value);
                 }
                 None => unknown.push(variable),
@@ -189,14 +293,52 @@ impl Given {
         }
     }
 
+    /// Refuses what is not built and asked for; answers what is given without having an effect.
+    fn check_unused(&self) -> Result<Vec<&'static str>, FlagError> {
+        for (name, _, harmless) in NOT_BUILT {
+            if let Some(value) = self.values.get(name).filter(|value| !harmless.contains(&value.as_str())) {
+                return Err(FlagError(format!("flag -{name} is not supported yet (value {value:?})")));
+            }
+        }
+        if let Some(members) = self.values.get("initial-cluster").filter(|members| members.contains(',')) {
+            return Err(FlagError(format!(
+                "flag -initial-cluster: one member is supported as yet (value {members:?})"
+            )));
+        }
+        let given = |name: &&'static str| self.values.contains_key(name);
+        Ok(WITHOUT_EFFECT.iter().map(|(name, _)| *name).filter(given).collect())
+    }
+
+    fn connection_limits(&self) -> Result<ConnectionLimits, FlagError> {
+        let default = ConnectionLimits::default();
+        Ok(ConnectionLimits {
+            streams_max: match self.number("max-concurrent-streams", u32::MAX)? {
+                u32::MAX => None,
+                streams => Some(streams),
+            },
+            ping_interval_min: self.duration("grpc-keepalive-min-time", default.ping_interval_min)?,
+            keepalive_interval: self.duration("grpc-keepalive-interval", default.keepalive_interval)?,
+            keepalive_timeout: self.duration("grpc-keepalive-timeout", default.keepalive_timeout)?,
+        })
+    }
+
+    fn duration(&self, name: &str, default: Duration) -> Result<Duration, FlagError> {
+        let Some(text) = self.values.get(name) else { return Ok(default) };
+        parse_duration(text).ok_or_else(|| bad(name, text, "want a duration such as 5s or 10m"))
+    }
+
+    fn urls(&self, name: &str, text: &str, has_tls: bool) -> Result<Vec<Url>, FlagError> {
+        text.split(',').filter(|url| !url.is_empty()).map(|url| listen_url(name, url, has_tls)).collect()
+    }
+
     fn check(self, unknown_variables: Vec<String>) -> Result<Flags, FlagError> {
+        let without_effect = self.check_unused()?;
         let name = self.text("name", "default");
         let tls = self.tls()?;
         let listen = self.text("listen-client-urls", "http://localhost:2379");
-        let listen_client_urls = listen
-            .split(',')
-            .map(|url| listen_url("listen-client-urls", url, tls.is_some()))
-            .collect::<Result<_, _>>()?;
+        let listen_client_urls = self.urls("listen-client-urls", &listen, tls.is_some())?;
+        let listen_metrics_urls =
+            self.urls("listen-metrics-urls", &self.text("listen-metrics-urls", ""), tls.is_some())?;
         let advertise = self.values.get("advertise-client-urls").map_or(listen.as_str(), String::as_str);
         let advertise_client_urls = advertise.split(',').map(str::to_string).collect();
         let tenant_listen =
@@ -230,6 +372,9 @@ impl Given {
             heartbeat_interval,
             election_timeout,
             log_level,
+            listen_metrics_urls,
+            connections: self.connection_limits()?,
+            without_effect,
             unknown_variables,
             name,
         })
@@ -237,12 +382,15 @@ impl Given {
 
     fn progress_period(&self) -> Result<Duration, FlagError> {
         const NAME: &str = "watch-progress-notify-interval";
-        let text = self.text(NAME, "10m");
-        let period = parse_duration(&text).ok_or_else(|| bad(NAME, &text, "want a duration such as 5s or 10m"))?;
+        const DEFAULT: Duration = Duration::from_secs(600);
+        let period = self.duration(NAME, DEFAULT)?;
         if period.is_zero() {
-            return Ok(Duration::from_secs(600));
+            return Ok(DEFAULT);
         }
-        if period < PROGRESS_PERIOD_MIN { Err(bad(NAME, &text, "want at least 100ms")) } else { Ok(period) }
+        if period < PROGRESS_PERIOD_MIN {
+            return Err(bad(NAME, &self.text(NAME, ""), "want at least 100ms"));
+        }
+        Ok(period)
     }
 
     fn tls(&self) -> Result<Option<TlsFiles>, FlagError> {
@@ -267,6 +415,16 @@ impl Given {
     }
 }
 
+/// The name of a flag as it is kept, and whether it stands alone.
+fn known(name: &str) -> Option<(&'static str, bool)> {
+    let name = ALIASES.iter().find(|(old, _)| *old == name).map_or(name, |(_, new)| new);
+    let acting = FLAGS.iter().map(|(known, alone, _)| (*known, *alone));
+    let unused = WITHOUT_EFFECT.iter().copied();
+    let not_built = NOT_BUILT.iter().map(|(known, alone, _)| (*known, *alone));
+    let mut all = acting.chain(unused).chain(not_built).chain([("initial-cluster", false)]);
+    all.find(|(known, _)| *known == name)
+}
+
 fn bad(name: &str, value: &str, want: &str) -> FlagError {
     FlagError(format!("invalid value {value:?} for flag -{name}: {want}"))
 }
@@ -274,7 +432,7 @@ fn bad(name: &str, value: &str, want: &str) -> FlagError {
 fn listen_url(flag: &str, text: &str, has_tls: bool) -> Result<Url, FlagError> {
     let url = Url::parse(text.trim()).map_err(|error| bad(flag, text, &error.to_string()))?;
     match url.scheme() {
-        "http" | "https" if url.port().is_none() => return Err(bad(flag, text, "want host:port")),
+        "http" | "https" if !has_port(text) => return Err(bad(flag, text, "want host:port")),
         "http" | "https" if !matches!(url.path(), "" | "/") => return Err(bad(flag, text, "want no path")),
         "http" | "unix" => {}
         "https" | "unixs" if has_tls => {}
@@ -282,6 +440,14 @@ fn listen_url(flag: &str, text: &str, has_tls: bool) -> Result<Url, FlagError> {
         _ => return Err(bad(flag, text, "want http, https, unix or unixs")),
     }
     Ok(url)
+}
+
+/// Whether the text names a port; the parsed URL no longer says so of a scheme's usual one.
+fn has_port(text: &str) -> bool {
+    let authority = text.split_once("://").map_or("", |(_, rest)| rest.split('/').next().unwrap_or(""));
+    authority
+        .rsplit_once(':')
+        .is_some_and(|(_, port)| !port.is_empty() && port.bytes().all(|byte| byte.is_ascii_digit()))
 }
 
 fn tenant_listen(pair: &str, has_tls: bool) -> Result<(String, Url), FlagError> {
@@ -338,6 +504,9 @@ mod tests {
         }
         assert_eq!(run(&[], &[("ETCD_NAME", "env")]).unwrap().name, "env");
         assert_eq!(run(&["--name=flag"], &[("ETCD_NAME", "env")]).unwrap().name, "flag");
+        let alias = ["--experimental-watch-progress-notify-interval", "1s"];
+        assert_eq!(run(&alias, &[]).unwrap().progress_period, Duration::from_secs(1));
+        assert!(run(&["--listen-client-urls=http://h:80,https://h:443", "--cert-file=c", "--key-file=k"], &[]).is_ok());
         assert_eq!(run(&[], &[("ETCD_NOPE", "1")]).unwrap().unknown_variables, ["ETCD_NOPE"]);
     }
 
@@ -355,6 +524,12 @@ mod tests {
             (&["--nope"][..], "flag provided but not defined: -nope"),
             (&["--name"], "flag needs an argument: -name"),
             (&["serve"], "'serve' is not a valid flag"),
+            (
+                &["--auto-compaction-retention=1h"],
+                "flag -auto-compaction-retention is not supported yet (value \"1h\")",
+            ),
+            (&["--auto-tls"], "flag -auto-tls is not supported yet"),
+            (&["--initial-cluster=a=http://h:1,b=http://h:2"], "one member is supported as yet"),
             (&["--max-txn-ops=x"], "invalid value \"x\" for flag -max-txn-ops: want a number"),
             (&["--client-cert-auth=maybe"], "invalid value \"maybe\" for flag -client-cert-auth: want true or false"),
             (&["--cert-file=c"], "--cert-file and --key-file must both be given, or neither"),
@@ -366,6 +541,15 @@ mod tests {
             let error = run(arguments, &[]).unwrap_err();
             assert!(error.contains(text) && !error.contains('\n'), "{arguments:?}: {error}");
         }
+    }
+
+    #[test]
+    fn etcds_other_flags_are_taken_where_nothing_depends_on_them() {
+        let arguments =
+            ["--initial-cluster=default=http://h:1", "-pre-vote", "--auto-tls=false", "--cors=*", "--bcrypt-cost", "4"];
+        assert_eq!(run(&arguments, &[]).unwrap().without_effect, ["pre-vote", "bcrypt-cost"]);
+        let limits = run(&["--max-concurrent-streams=7", "--grpc-keepalive-min-time=1s"], &[]).unwrap().connections;
+        assert_eq!((limits.streams_max, limits.ping_interval_min), (Some(7), Duration::from_secs(1)));
     }
 
     #[test]

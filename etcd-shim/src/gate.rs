@@ -7,12 +7,15 @@ use std::task::{Context, Poll};
 use bytes::Bytes;
 use http::{HeaderValue, Method, Request, Response, StatusCode, header};
 use http_body::{Frame, SizeHint};
-use tonic::Status;
 use tonic::body::Body;
 use tonic::service::Routes;
+use tonic::{Code, Status};
 use tower::ServiceExt as _;
 
 use crate::inflight::ResponsePermit;
+use crate::ping_guard::OpenRequest;
+use crate::request_body::Framing;
+use crate::rpc_metrics::Call;
 use crate::status::in_etcds_words;
 
 /// Every service whose routes exist, for telling an unknown method from an unknown service.
@@ -26,9 +29,26 @@ const SERVICES: &[&str] = &[
     "grpc.health.v1.Health",
 ];
 
+/// One request while it is being answered: open on its connection, and counted as a call if its method exists.
+pub struct Running {
+    pub open: OpenRequest,
+    pub call: Option<Call>,
+}
+
+impl Running {
+    fn end(&mut self, code: Code) {
+        if let Some(call) = &mut self.call {
+            call.end(code);
+        }
+    }
+}
+
 /// Answers one gRPC request.
-pub async fn call(routes: Routes, request: Request<Body>) -> Response<Body> {
+///
+/// The request counts as open until its answer has left or been dropped.
+pub async fn call(routes: Routes, request: Request<Body>, mut running: Running) -> Response<Body> {
     if let Some(refusal) = refuse(&request) {
+        running.end(Status::from_header_map(refusal.headers()).map_or(Code::Unknown, |status| status.code()));
         return refusal;
     }
     let path = request.uri().path().to_string();
@@ -36,7 +56,7 @@ pub async fn call(routes: Routes, request: Request<Body>) -> Response<Body> {
         Ok(response) => response,
         Err(never) => match never {},
     };
-    finish(&path, response)
+    finish(&path, response, running)
 }
 
 /// Requests that never reach a service.
@@ -75,17 +95,20 @@ fn http_refusal(code: StatusCode, status: Status) -> Response<Body> {
     response
 }
 
-fn finish(path: &str, mut response: Response<Body>) -> Response<Body> {
+fn finish(path: &str, mut response: Response<Body>, mut running: Running) -> Response<Body> {
     if let Some(status) = Status::from_header_map(response.headers()) {
         let status = if status.code() == tonic::Code::Unimplemented && status.message().is_empty() {
             unknown_method(path)
         } else {
             in_etcds_words(status)
         };
+        running.end(status.code());
         response = status.into_http();
     }
     let permit = response.extensions_mut().remove::<ResponsePermit>();
-    response.map(|body| Body::new(PiecewiseBody { body, rest: Bytes::new(), _permit: permit }))
+    response.map(|body| {
+        Body::new(PiecewiseBody { body, rest: Bytes::new(), framing: Framing::default(), running, _permit: permit })
+    })
 }
 
 fn unknown_method(path: &str) -> Status {
@@ -108,6 +131,8 @@ struct PiecewiseBody {
     body: Body,
     /// What is left of the frame being handed out.
     rest: Bytes,
+    framing: Framing,
+    running: Running,
     _permit: Option<ResponsePermit>,
 }
 
@@ -122,8 +147,20 @@ impl http_body::Body for PiecewiseBody {
                 other @ (Poll::Ready(_) | Poll::Pending) => return other,
             };
             match frame.into_data() {
-                Ok(data) => self.rest = data,
-                Err(trailers) => return Poll::Ready(Some(Ok(trailers))),
+                Ok(data) => {
+                    let this = &mut *self;
+                    let complete_before = this.framing.complete;
+                    this.framing.advance(&data);
+                    if let Some(call) = &this.running.call {
+                        call.traffic().sent(data.len(), this.framing.complete - complete_before);
+                    }
+                    this.rest = data;
+                }
+                Err(trailers) => {
+                    let status = trailers.trailers_ref().and_then(Status::from_header_map);
+                    self.running.end(status.map_or(Code::Unknown, |status| status.code()));
+                    return Poll::Ready(Some(Ok(trailers)));
+                }
             }
         }
         let piece_bytes = self.rest.len().min(PIECE_BYTES);

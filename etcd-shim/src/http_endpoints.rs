@@ -2,13 +2,13 @@
 //!
 //! Left out as yet: the JSON gateway below `/v3/`, `/debug/*`, `--cors` other than `*`, `--host-whitelist`.
 
-use std::fmt::Write as _;
-
 use http::{HeaderValue, Method, Request, Response, StatusCode, header};
 use tenure_storage::{AlarmKind, RangeRequest};
 use tonic::body::Body;
 
 use crate::cell::{Cell, Tenant};
+use crate::metrics;
+use crate::rpc_metrics::RpcMetrics;
 use crate::service::{ETCD_VERSION, STORAGE_VERSION};
 use crate::tenant::ConnectionIdentity;
 
@@ -63,10 +63,10 @@ fn local_read(tenant: &Tenant) -> Result<(), String> {
 }
 
 /// Answers one HTTP request.
-pub async fn answer(cell: &Cell, request: &Request<hyper::body::Incoming>) -> Response<Body> {
+pub async fn answer(cell: &Cell, rpc_metrics: &RpcMetrics, request: &Request<hyper::body::Incoming>) -> Response<Body> {
     let tenant = request.extensions().get::<ConnectionIdentity>().and_then(|identity| cell.tenant(identity.tenant()));
     let mut response = match tenant {
-        Some(tenant) => route(cell, &tenant, request).await,
+        Some(tenant) => route(cell, &tenant, rpc_metrics, request).await,
         None => text(StatusCode::FORBIDDEN, "no such tenant\n"),
     };
     let headers = response.headers_mut();
@@ -77,14 +77,20 @@ pub async fn answer(cell: &Cell, request: &Request<hyper::body::Incoming>) -> Re
     response
 }
 
-async fn route(cell: &Cell, tenant: &Tenant, request: &Request<hyper::body::Incoming>) -> Response<Body> {
+async fn route(
+    cell: &Cell,
+    tenant: &Tenant,
+    rpc_metrics: &RpcMetrics,
+    request: &Request<hyper::body::Incoming>,
+) -> Response<Body> {
     if request.method() == Method::OPTIONS {
         return Response::new(Body::empty());
     }
     let path = request.uri().path();
     let query = Query::of(request.uri().query().unwrap_or_default());
     if path == "/metrics" {
-        return metrics(cell, tenant);
+        let body = metrics::render(cell, tenant, rpc_metrics);
+        return with_type(StatusCode::OK, "text/plain; version=0.0.4; charset=utf-8", body);
     }
     if path == "/v3" || path.starts_with("/v3/") {
         let body = r#"{"code":12, "message":"the JSON gateway is not built yet"}"#;
@@ -162,7 +168,7 @@ async fn run_checks(tenant: &Tenant, checks: &[Check], query: &Query) -> Respons
 
 async fn health(tenant: &Tenant, query: &Query) -> Response<Body> {
     let excluded = |name: &str| query.exclude.iter().any(|excluded| excluded == name);
-    let alarm = [("CORRUPT", AlarmKind::CORRUPT), ("NOSPACE", AlarmKind::NOSPACE)]
+    let alarm = [("NOSPACE", AlarmKind::NOSPACE), ("CORRUPT", AlarmKind::CORRUPT)]
         .into_iter()
         .find(|(name, kind)| has_alarm(tenant, *kind) && !excluded(name));
     let reason = if let Some((name, _)) = alarm {
@@ -186,43 +192,6 @@ fn version() -> Response<Body> {
     let body =
         format!(r#"{{"etcdserver":"{ETCD_VERSION}","etcdcluster":"{STORAGE_VERSION}","storage":"{STORAGE_VERSION}"}}"#);
     with_type(StatusCode::OK, "application/json", body)
-}
-
-/// etcd's names for what exists here. The mvcc figures are the tenant's own; the rest is the member's.
-fn metrics(cell: &Cell, tenant: &Tenant) -> Response<Body> {
-    let state = tenant.reader().state();
-    let raft = cell.raft_status();
-    let (streams, watchers) = tenant.reader().watch_counts();
-    let mut out = String::new();
-    let mut metric = |name: &str, kind: &str, value: String| {
-        let _ = writeln!(out, "# TYPE {name} {kind}\n{name} {value}");
-    };
-    metric("etcd_server_has_leader", "gauge", u8::from(cell.leader_id() != 0).to_string());
-    metric("etcd_server_is_leader", "gauge", u8::from(raft.is_leader).to_string());
-    metric("etcd_server_is_learner", "gauge", "0".to_string());
-    metric("etcd_server_proposals_committed_total", "gauge", raft.commit_index.to_string());
-    metric("etcd_server_proposals_applied_total", "gauge", raft.applied_index.to_string());
-    metric("etcd_server_quota_backend_bytes", "gauge", tenant.quota_bytes().to_string());
-    metric("etcd_mvcc_db_total_size_in_bytes", "gauge", state.db_size_bytes().to_string());
-    metric("etcd_mvcc_db_total_size_in_use_in_bytes", "gauge", state.db_in_use_bytes().to_string());
-    metric("etcd_debugging_mvcc_current_revision", "gauge", state.revision.to_string());
-    metric("etcd_debugging_mvcc_compact_revision", "gauge", state.compact_revision.to_string());
-    metric("etcd_debugging_mvcc_keys_total", "gauge", state.usage.live_keys.to_string());
-    metric("etcd_debugging_mvcc_watch_stream_total", "gauge", streams.to_string());
-    metric("etcd_debugging_mvcc_watcher_total", "gauge", watchers.to_string());
-    metric("process_resident_memory_bytes", "gauge", resident_bytes().to_string());
-    let _ = writeln!(
-        out,
-        "# TYPE etcd_server_version gauge\netcd_server_version{{server_version=\"{ETCD_VERSION}\"}} 1\n\
-         # TYPE etcd_cluster_version gauge\netcd_cluster_version{{cluster_version=\"3.7\"}} 1"
-    );
-    with_type(StatusCode::OK, "text/plain; version=0.0.4; charset=utf-8", out)
-}
-
-/// Resident memory of this process from the operating system; 0 where it does not say.
-fn resident_bytes() -> u64 {
-    let statm = std::fs::read_to_string("/proc/self/statm").unwrap_or_default();
-    statm.split(' ').nth(1).and_then(|pages| pages.parse::<u64>().ok()).unwrap_or(0) * 4096
 }
 
 fn text(code: StatusCode, body: &str) -> Response<Body> {

@@ -2,9 +2,8 @@
 //!
 //! Life of a connection: accepted, its tenant decided (see [`crate::tenant`]), TLS if the URL says so, then served until the
 //! client leaves or the server stops. Cleartext HTTP/2 is gRPC, HTTP/1 is HTTP. Under TLS a request is gRPC if it is
-//! HTTP/2 and its content type says so. An error on a connection ends that connection only.
-//!
-//! Left out as yet: counting client pings (a client that pings too often is not sent away).
+//! HTTP/2 and its content type says so. An error on a connection ends that connection only. Clients that ping too often are
+//! sent away, see [`crate::ping_guard`].
 
 use std::io;
 use std::net::SocketAddr;
@@ -27,8 +26,11 @@ use tonic::service::Routes;
 use url::Url;
 
 use crate::cell::Cell;
+use crate::gate::Running;
 use crate::inflight::InFlight;
+use crate::ping_guard::{OpenRequests, PingGuard};
 use crate::request_body::CountedBody;
+use crate::rpc_metrics::RpcMetrics;
 use crate::tenant::{ConnectionIdentity, PeerCertificate, resolve};
 use crate::tls::{Tls, peer_certificate};
 use crate::{gate, http_endpoints};
@@ -52,9 +54,29 @@ const DRAIN_TIMEOUT: Duration = Duration::from_secs(7);
 /// Pause after an accept failed (no file descriptors left, say).
 const ACCEPT_BACKOFF: Duration = Duration::from_millis(100);
 
-/// An idle connection is pinged this often, and closed if it does not answer within the other: etcd's defaults.
-const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(2 * 3600);
-const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(20);
+/// What one connection may do. The defaults are etcd's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ConnectionLimits {
+    /// Requests open at a time; `None` = no limit.
+    pub streams_max: Option<u32>,
+    /// How often a client may ping.
+    pub ping_interval_min: Duration,
+    /// How often an idle client is pinged.
+    pub keepalive_interval: Duration,
+    /// How long it may take to answer, before the connection is closed.
+    pub keepalive_timeout: Duration,
+}
+
+impl Default for ConnectionLimits {
+    fn default() -> Self {
+        ConnectionLimits {
+            streams_max: None,
+            ping_interval_min: Duration::from_secs(5),
+            keepalive_interval: Duration::from_secs(2 * 3600),
+            keepalive_timeout: Duration::from_secs(20),
+        }
+    }
+}
 
 /// Bytes a client may send on one stream before the server has read any of them: small, so that a flood of tiny requests on a
 /// watch stream waits at the client.
@@ -79,9 +101,18 @@ pub struct Listener {
     socket: Socket,
     /// The tenant of all its connections, if it is a tenant's own.
     tenant: Option<String>,
+    serves: Serves,
     tls: Option<Arc<Tls>>,
     /// Whether a certificate decides the tenant where the listener does not.
     client_cert_auth: bool,
+}
+
+/// What a listener answers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Serves {
+    Everything,
+    /// Health, version and metrics alone.
+    HttpOnly,
 }
 
 enum Socket {
@@ -97,6 +128,7 @@ impl Listener {
     pub async fn bind(
         url: &Url,
         tenant: Option<String>,
+        serves: Serves,
         tls: Option<Arc<Tls>>,
         client_cert_auth: bool,
     ) -> Result<Self, ListenError> {
@@ -106,7 +138,13 @@ impl Listener {
             _ => Socket::Tcp(bind_tcp(url).await.map_err(failed)?),
         };
         let secure = matches!(url.scheme(), "https" | "unixs");
-        Ok(Listener { socket, tenant, tls: tls.filter(|_| secure), client_cert_auth: client_cert_auth && secure })
+        Ok(Listener {
+            socket,
+            tenant,
+            serves,
+            tls: tls.filter(|_| secure),
+            client_cert_auth: client_cert_auth && secure,
+        })
     }
 
     /// Where it listens; `None` for a unix socket.
@@ -153,6 +191,8 @@ pub struct Services {
     pub routes: Routes,
     /// Bytes of requests that are not complete yet.
     pub arriving: InFlight,
+    pub rpc_metrics: RpcMetrics,
+    pub limits: ConnectionLimits,
 }
 
 /// Accepts until `stop` turns true, then lets running requests end for a while.
@@ -230,14 +270,14 @@ where
 {
     let Some(tls) = &listener.tls else {
         if let Some(identity) = identify(listener, None) {
-            served(services, TokioIo::new(stream), identity, false, watcher).await;
+            served(services, stream, identity, GrpcIs::Http2.unless(listener.serves), watcher).await;
         }
         return;
     };
     match tokio::time::timeout(HANDSHAKE_TIMEOUT, handshake(tls, stream)).await {
         Ok(Ok((stream, certificate))) => {
             if let Some(identity) = identify(listener, certificate.as_ref()) {
-                served(services, TokioIo::new(stream), identity, true, watcher).await;
+                served(services, stream, identity, GrpcIs::Http2WithContentType.unless(listener.serves), watcher).await;
             }
         }
         Ok(Err(error)) => tracing::debug!(%error, "TLS handshake"),
@@ -270,33 +310,39 @@ fn identify(listener: &Listener, certificate: Option<&PeerCertificate>) -> Optio
     }
 }
 
-async fn served<S>(services: &Services, io: S, identity: ConnectionIdentity, secure: bool, watcher: Watcher)
+async fn served<S>(services: &Services, stream: S, identity: ConnectionIdentity, grpc_is: GrpcIs, watcher: Watcher)
 where
-    S: hyper::rt::Read + hyper::rt::Write + Unpin + Send + 'static,
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
+    let limits = services.limits;
+    let open = OpenRequests::default();
+    let io = TokioIo::new(PingGuard::new(stream, open.clone(), limits.ping_interval_min));
     let mut builder = auto::Builder::new(TokioExecutor::new());
     builder.http1().timer(TokioTimer::new()).header_read_timeout(HANDSHAKE_TIMEOUT);
     builder
         .http2()
         .timer(TokioTimer::new())
-        .keep_alive_interval(KEEPALIVE_INTERVAL)
-        .keep_alive_timeout(KEEPALIVE_TIMEOUT)
+        .keep_alive_interval(limits.keepalive_interval)
+        .keep_alive_timeout(limits.keepalive_timeout)
         .initial_stream_window_size(STREAM_WINDOW_BYTES)
         .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
         .max_header_list_size(HEADERS_BYTES_MAX)
-        .max_concurrent_streams(None);
+        .max_concurrent_streams(limits.streams_max);
     let services = services.clone();
     let service = hyper::service::service_fn(move |mut request: Request<Incoming>| {
-        let Services { cell, routes, arriving } = services.clone();
+        let Services { cell, routes, arriving, rpc_metrics, .. } = services.clone();
+        let open = open.open();
         // A tenant that is gone has nothing to reserve for: its requests are refused before they are read.
         let tenant = cell.tenant(identity.tenant()).map_or(TenantId(0), |tenant| tenant.id());
         request.extensions_mut().insert(identity.clone());
         async move {
-            let response = if is_grpc(&request, secure) {
-                let counted = |body| Body::new(CountedBody::new(body, arriving.reservation(tenant)));
-                gate::call(routes, request.map(counted)).await
+            let response = if grpc_is.grpc(&request) {
+                let call = rpc_metrics.begin(tenant, request.uri().path());
+                let traffic = call.as_ref().map(|call| call.traffic().clone());
+                let counted = |body| Body::new(CountedBody::new(body, arriving.reservation(tenant), traffic));
+                gate::call(routes, request.map(counted), Running { open, call }).await
             } else {
-                http_endpoints::answer(&cell, &request).await
+                http_endpoints::answer(&cell, &rpc_metrics, &request).await
             };
             Ok::<_, std::convert::Infallible>(response)
         }
@@ -307,8 +353,30 @@ where
     }
 }
 
-fn is_grpc(request: &Request<Incoming>, secure: bool) -> bool {
-    let content_type = request.headers().get(http::header::CONTENT_TYPE);
-    let says_grpc = content_type.is_some_and(|value| value.as_bytes().starts_with(b"application/grpc"));
-    request.version() == http::Version::HTTP_2 && (!secure || says_grpc)
+/// Which requests of a connection are gRPC.
+#[derive(Clone, Copy)]
+enum GrpcIs {
+    Nothing,
+    Http2,
+    Http2WithContentType,
+}
+
+impl GrpcIs {
+    fn unless(self, serves: Serves) -> Self {
+        match serves {
+            Serves::Everything => self,
+            Serves::HttpOnly => GrpcIs::Nothing,
+        }
+    }
+
+    fn grpc(self, request: &Request<Incoming>) -> bool {
+        let is_http2 = request.version() == http::Version::HTTP_2;
+        let content_type = request.headers().get(http::header::CONTENT_TYPE);
+        let says_grpc = content_type.is_some_and(|value| value.as_bytes().starts_with(b"application/grpc"));
+        match self {
+            GrpcIs::Nothing => false,
+            GrpcIs::Http2 => is_http2,
+            GrpcIs::Http2WithContentType => is_http2 && says_grpc,
+        }
+    }
 }

@@ -70,6 +70,9 @@ async fn run(flags: Flags) -> anyhow::Result<()> {
     for variable in &flags.unknown_variables {
         tracing::warn!(%variable, "unrecognized environment variable");
     }
+    for flag in &flags.without_effect {
+        tracing::warn!(%flag, "this flag has no effect");
+    }
     let mut terminate = signal(SignalKind::terminate()).context("watch for SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("watch for SIGINT")?;
     let tenure = builder(flags).start().await?;
@@ -98,12 +101,16 @@ fn builder(flags: Flags) -> Builder {
         .quota_backend_bytes(flags.quota_backend_bytes)
         .limits(Limits { max_request_bytes: flags.max_request_bytes, max_txn_ops: flags.max_txn_ops })
         .watch_progress_notify_interval(flags.progress_period)
-        .timing(flags.heartbeat_interval, flags.election_timeout);
+        .timing(flags.heartbeat_interval, flags.election_timeout)
+        .connection_limits(flags.connections);
     if let Some(files) = flags.tls {
         builder = builder.tls(files);
     }
     for url in flags.listen_client_urls {
         builder = builder.listen(url);
+    }
+    for url in flags.listen_metrics_urls {
+        builder = builder.metrics_listen(url);
     }
     for url in flags.advertise_client_urls {
         builder = builder.advertise_client_url(url);

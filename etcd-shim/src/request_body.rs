@@ -15,6 +15,7 @@ use http_body::{Frame, SizeHint};
 use tonic::Status;
 
 use crate::inflight::Reservation;
+use crate::rpc_metrics::Traffic;
 
 /// gRPC's prefix of a message: a flag and four bytes of length.
 const PREFIX_BYTES: usize = 5;
@@ -24,12 +25,14 @@ pub(crate) struct CountedBody<B> {
     body: B,
     framing: Framing,
     reservation: Reservation,
+    /// `None` for a method that does not exist.
+    traffic: Option<Traffic>,
 }
 
 impl<B> CountedBody<B> {
     /// `reservation` must be empty.
-    pub(crate) fn new(body: B, reservation: Reservation) -> Self {
-        CountedBody { body, framing: Framing::default(), reservation }
+    pub(crate) fn new(body: B, reservation: Reservation, traffic: Option<Traffic>) -> Self {
+        CountedBody { body, framing: Framing::default(), reservation, traffic }
     }
 }
 
@@ -52,7 +55,11 @@ where
             Poll::Pending => return Poll::Pending,
         };
         if let Some(data) = frame.data_ref() {
+            let complete_before = self.framing.complete;
             let unfinished_bytes = self.framing.advance(data);
+            if let Some(traffic) = &self.traffic {
+                traffic.received(data.len(), self.framing.complete - complete_before);
+            }
             if !self.reservation.try_reach(unfinished_bytes) {
                 let refusal = Status::resource_exhausted("etcdserver: too many requests");
                 return Poll::Ready(Some(Err(refusal.into())));
@@ -73,7 +80,9 @@ where
 
 /// Where in gRPC's framing a stream of bytes is.
 #[derive(Debug, Default)]
-struct Framing {
+pub(crate) struct Framing {
+    /// Messages that have ended.
+    pub(crate) complete: u64,
     prefix: [u8; PREFIX_BYTES],
     prefix_len: usize,
     /// Of the message whose prefix is complete.
@@ -83,7 +92,7 @@ struct Framing {
 
 impl Framing {
     /// Goes over more bytes; returns how many belong to a message that is not complete yet.
-    fn advance(&mut self, mut data: &[u8]) -> usize {
+    pub(crate) fn advance(&mut self, mut data: &[u8]) -> usize {
         while let Some((first, rest)) = data.split_first() {
             if self.prefix_len < PREFIX_BYTES {
                 self.prefix[self.prefix_len] = *first;
@@ -98,7 +107,7 @@ impl Framing {
                 data = &data[taken..];
             }
             if self.prefix_len == PREFIX_BYTES && self.message_left == 0 {
-                *self = Framing::default();
+                *self = Framing { complete: self.complete + 1, ..Framing::default() };
             }
         }
         self.prefix_len + self.message_got
@@ -136,6 +145,7 @@ mod tests {
                 at = end;
                 let complete = ends.iter().filter(|end| **end <= at).max().unwrap();
                 prop_assert_eq!(unfinished, at - complete);
+                prop_assert_eq!(framing.complete as usize, ends.iter().filter(|end| **end <= at).count() - 1);
             }
         }
     }

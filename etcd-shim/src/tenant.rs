@@ -5,8 +5,7 @@
 
 use std::sync::Arc;
 
-/// The tenant of everyone who says nothing, where nobody has to say anything.
-pub const DEFAULT_TENANT: &str = "default";
+use crate::cell::DEFAULT_TENANT;
 
 /// What stands before the name in a client certificate's URI SAN.
 pub const TENANT_URI_PREFIX: &str = "tenure://tenant/";

@@ -1,0 +1,251 @@
+//! What etcd's gRPC library counts of every call: `grpc_server_*` and the bytes to and from clients (contract 7).
+//!
+//! Counted per tenant, because how much a neighbour does is none of a tenant's business; a tenant that never called costs
+//! nothing. Every method is there from the first scrape on, at zero, so that a rate over a counter's first step is not lost.
+
+use std::collections::HashMap;
+use std::fmt::Write as _;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use parking_lot::RwLock;
+use tenure_storage::TenantId;
+use tonic::Code;
+
+const UNARY: &str = "unary";
+const SERVER_STREAM: &str = "server_stream";
+const BIDI_STREAM: &str = "bidi_stream";
+
+/// Service, method and kind of every call that has a route.
+const METHODS: &[(&str, &str, &str)] = &[
+    ("etcdserverpb.KV", "Range", UNARY),
+    ("etcdserverpb.KV", "RangeStream", SERVER_STREAM),
+    ("etcdserverpb.KV", "Put", UNARY),
+    ("etcdserverpb.KV", "DeleteRange", UNARY),
+    ("etcdserverpb.KV", "Txn", UNARY),
+    ("etcdserverpb.KV", "Compact", UNARY),
+    ("etcdserverpb.Watch", "Watch", BIDI_STREAM),
+    ("etcdserverpb.Lease", "LeaseGrant", UNARY),
+    ("etcdserverpb.Lease", "LeaseRevoke", UNARY),
+    ("etcdserverpb.Lease", "LeaseKeepAlive", BIDI_STREAM),
+    ("etcdserverpb.Lease", "LeaseTimeToLive", UNARY),
+    ("etcdserverpb.Lease", "LeaseLeases", UNARY),
+    ("etcdserverpb.Cluster", "MemberAdd", UNARY),
+    ("etcdserverpb.Cluster", "MemberRemove", UNARY),
+    ("etcdserverpb.Cluster", "MemberUpdate", UNARY),
+    ("etcdserverpb.Cluster", "MemberList", UNARY),
+    ("etcdserverpb.Cluster", "MemberPromote", UNARY),
+    ("etcdserverpb.Maintenance", "Alarm", UNARY),
+    ("etcdserverpb.Maintenance", "Status", UNARY),
+    ("etcdserverpb.Maintenance", "Defragment", UNARY),
+    ("etcdserverpb.Maintenance", "Hash", UNARY),
+    ("etcdserverpb.Maintenance", "HashKV", UNARY),
+    ("etcdserverpb.Maintenance", "Snapshot", SERVER_STREAM),
+    ("etcdserverpb.Maintenance", "MoveLeader", UNARY),
+    ("etcdserverpb.Maintenance", "Downgrade", UNARY),
+    ("etcdserverpb.Auth", "AuthEnable", UNARY),
+    ("etcdserverpb.Auth", "AuthDisable", UNARY),
+    ("etcdserverpb.Auth", "AuthStatus", UNARY),
+    ("etcdserverpb.Auth", "Authenticate", UNARY),
+    ("etcdserverpb.Auth", "UserAdd", UNARY),
+    ("etcdserverpb.Auth", "UserGet", UNARY),
+    ("etcdserverpb.Auth", "UserList", UNARY),
+    ("etcdserverpb.Auth", "UserDelete", UNARY),
+    ("etcdserverpb.Auth", "UserChangePassword", UNARY),
+    ("etcdserverpb.Auth", "UserGrantRole", UNARY),
+    ("etcdserverpb.Auth", "UserRevokeRole", UNARY),
+    ("etcdserverpb.Auth", "RoleAdd", UNARY),
+    ("etcdserverpb.Auth", "RoleGet", UNARY),
+    ("etcdserverpb.Auth", "RoleList", UNARY),
+    ("etcdserverpb.Auth", "RoleDelete", UNARY),
+    ("etcdserverpb.Auth", "RoleGrantPermission", UNARY),
+    ("etcdserverpb.Auth", "RoleRevokePermission", UNARY),
+    ("grpc.health.v1.Health", "Check", UNARY),
+    ("grpc.health.v1.Health", "Watch", SERVER_STREAM),
+];
+
+/// Names of the codes, by number.
+const CODES: [&str; 17] = [
+    "OK",
+    "Canceled",
+    "Unknown",
+    "InvalidArgument",
+    "DeadlineExceeded",
+    "NotFound",
+    "AlreadyExists",
+    "PermissionDenied",
+    "ResourceExhausted",
+    "FailedPrecondition",
+    "Aborted",
+    "OutOfRange",
+    "Unimplemented",
+    "Internal",
+    "Unavailable",
+    "DataLoss",
+    "Unauthenticated",
+];
+
+#[derive(Debug, Default)]
+struct MethodCounters {
+    started: AtomicU64,
+    messages_received: AtomicU64,
+    messages_sent: AtomicU64,
+    handled: [AtomicU64; CODES.len()],
+}
+
+/// One tenant's counters.
+#[derive(Debug)]
+struct TenantCounters {
+    methods: Vec<MethodCounters>,
+    received_bytes: AtomicU64,
+    sent_bytes: AtomicU64,
+}
+
+impl Default for TenantCounters {
+    fn default() -> Self {
+        let methods = METHODS.iter().map(|_| MethodCounters::default()).collect();
+        TenantCounters { methods, received_bytes: AtomicU64::new(0), sent_bytes: AtomicU64::new(0) }
+    }
+}
+
+/// The counters of all tenants. Cheap to clone; all clones count together.
+#[derive(Clone, Debug, Default)]
+pub struct RpcMetrics(Arc<RwLock<HashMap<TenantId, Arc<TenantCounters>>>>);
+
+impl RpcMetrics {
+    fn of(&self, tenant: TenantId) -> Arc<TenantCounters> {
+        if let Some(counters) = self.0.read().get(&tenant) {
+            return Arc::clone(counters);
+        }
+        Arc::clone(self.0.write().entry(tenant).or_default())
+    }
+
+    /// A call begins; `path` is that of its HTTP request. `None` if there is no such method: it is not counted.
+    pub fn begin(&self, tenant: TenantId, path: &str) -> Option<Call> {
+        let (service, name) = path.strip_prefix('/')?.split_once('/')?;
+        let method = METHODS.iter().position(|(known, method, _)| *method == name && *known == service)?;
+        let traffic = Traffic { counters: self.of(tenant), method };
+        traffic.method().started.fetch_add(1, Ordering::Relaxed);
+        Some(Call { traffic, handled: false })
+    }
+
+    /// Appends the tenant's counters in Prometheus' text form.
+    pub fn render(&self, tenant: TenantId, out: &mut String) {
+        let none = Arc::new(TenantCounters::default());
+        let counters = self.0.read().get(&tenant).cloned().unwrap_or(none);
+        let family = |out: &mut String, name: &str, value: &dyn Fn(&MethodCounters) -> &AtomicU64| {
+            let _ = writeln!(out, "# TYPE {name} counter");
+            for ((service, method, kind), counters) in METHODS.iter().zip(&counters.methods) {
+                let value = value(counters).load(Ordering::Relaxed);
+                let _ = writeln!(
+                    out,
+                    "{name}{{grpc_method=\"{method}\",grpc_service=\"{service}\",grpc_type=\"{kind}\"}} {value}"
+                );
+            }
+        };
+        family(out, "grpc_server_started_total", &|method| &method.started);
+        family(out, "grpc_server_msg_received_total", &|method| &method.messages_received);
+        family(out, "grpc_server_msg_sent_total", &|method| &method.messages_sent);
+        let _ = writeln!(out, "# TYPE grpc_server_handled_total counter");
+        for ((service, method, kind), counters) in METHODS.iter().zip(&counters.methods) {
+            for (code, handled) in CODES.iter().zip(&counters.handled) {
+                let value = handled.load(Ordering::Relaxed);
+                let _ = writeln!(
+                    out,
+                    "grpc_server_handled_total{{grpc_code=\"{code}\",grpc_method=\"{method}\",grpc_service=\"{service}\",\
+                     grpc_type=\"{kind}\"}} {value}"
+                );
+            }
+        }
+        for (name, bytes) in [
+            ("etcd_network_client_grpc_received_bytes_total", &counters.received_bytes),
+            ("etcd_network_client_grpc_sent_bytes_total", &counters.sent_bytes),
+        ] {
+            let _ = writeln!(out, "# TYPE {name} counter\n{name} {}", bytes.load(Ordering::Relaxed));
+        }
+    }
+}
+
+/// Where the traffic of one call is counted.
+#[derive(Clone, Debug)]
+pub struct Traffic {
+    counters: Arc<TenantCounters>,
+    method: usize,
+}
+
+impl Traffic {
+    fn method(&self) -> &MethodCounters {
+        &self.counters.methods[self.method]
+    }
+
+    /// Bytes have come in that complete so many messages.
+    pub fn received(&self, bytes: usize, messages: u64) {
+        self.counters.received_bytes.fetch_add(bytes as u64, Ordering::Relaxed);
+        self.method().messages_received.fetch_add(messages, Ordering::Relaxed);
+    }
+
+    /// Bytes go out that complete so many messages.
+    pub fn sent(&self, bytes: usize, messages: u64) {
+        self.counters.sent_bytes.fetch_add(bytes as u64, Ordering::Relaxed);
+        self.method().messages_sent.fetch_add(messages, Ordering::Relaxed);
+    }
+}
+
+/// A call that runs. Dropped without an end it was canceled.
+#[derive(Debug)]
+pub struct Call {
+    traffic: Traffic,
+    handled: bool,
+}
+
+impl Call {
+    pub fn traffic(&self) -> &Traffic {
+        &self.traffic
+    }
+
+    /// The call has been answered with this code.
+    pub fn end(&mut self, code: Code) {
+        if !self.handled {
+            self.handled = true;
+            let number = usize::try_from(i32::from(code)).unwrap_or(0);
+            self.traffic.method().handled[number.min(CODES.len() - 1)].fetch_add(1, Ordering::Relaxed);
+        }
+    }
+}
+
+impl Drop for Call {
+    fn drop(&mut self) {
+        self.end(Code::Cancelled);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_tenant_counts_its_own() {
+        let metrics = RpcMetrics::default();
+        let rendered = |tenant| {
+            let mut out = String::new();
+            metrics.render(tenant, &mut out);
+            out
+        };
+        let mut put = metrics.begin(TenantId(1), "/etcdserverpb.KV/Put").unwrap();
+        put.traffic().received(100, 1);
+        put.end(Code::InvalidArgument);
+        drop(put);
+        drop(metrics.begin(TenantId(1), "/etcdserverpb.Watch/Watch"));
+        assert!(metrics.begin(TenantId(1), "/etcdserverpb.KV/Nope").is_none());
+
+        let labels = "grpc_method=\"Put\",grpc_service=\"etcdserverpb.KV\",grpc_type=\"unary\"";
+        let one = rendered(TenantId(1));
+        assert!(one.contains(&format!("grpc_server_started_total{{{labels}}} 1")));
+        assert!(one.contains(&format!("grpc_server_handled_total{{grpc_code=\"InvalidArgument\",{labels}}} 1")));
+        assert!(one.contains(&format!("grpc_server_handled_total{{grpc_code=\"Canceled\",{labels}}} 0")));
+        assert!(one.contains("grpc_code=\"Canceled\",grpc_method=\"Watch\",grpc_service=\"etcdserverpb.Watch\",grpc_type=\"bidi_stream\"} 1"));
+        assert!(one.contains("etcd_network_client_grpc_received_bytes_total 100"));
+        let other = rendered(TenantId(2));
+        assert!(other.contains(&format!("grpc_server_started_total{{{labels}}} 0")), "nothing of the neighbour's");
+    }
+}
