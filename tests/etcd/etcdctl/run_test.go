@@ -1,203 +1,270 @@
-// Package etcdctl runs the real etcdctl against tenured and, beside it, a real etcd: the same commands in the same order, and
-// everything etcdctl prints must be the same, line by line, revisions included.
+// Package etcdctl runs the real etcdctl against tenured and, beside it, a real etcd: the same commands in the same order. Exit
+// code, standard output and standard error must be the same, line by line, revisions included.
 //
-// Masked is only what two right servers must answer differently, see masks. What Tenure does differently on purpose
+// Masked is only what two right servers must answer differently: see masks. What Tenure does differently on purpose
 // (docs/compatibility.md) or does not have yet (README.md) is left out, with a comment where it would have been.
 package etcdctl
 
 import (
 	"bufio"
 	"bytes"
+	"errors"
 	"fmt"
+	"io"
+	"net/http"
 	"os"
 	"os/exec"
 	"regexp"
-	"strconv"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
 	"time"
 
+	"google.golang.org/protobuf/encoding/prototext"
+	"google.golang.org/protobuf/proto"
+
 	"tenure.dev/tests/harness"
 )
 
-// hang bounds a command that should long be over; it judges nothing.
+// hang bounds a command or a condition that should long be over; it judges nothing.
 const hang = time.Minute
-
-// step is one command of a scenario.
-type step struct {
-	// args of etcdctl, split at spaces except inside single quotes. $LEASE is the id that the scenario's last grant got.
-	args  string
-	stdin string
-	// For commands that do not end by themselves: what to run beside it, and the lines it must print until it is ended.
-	beside []string
-	lines  int
-}
 
 // scenario is a story on two fresh servers.
 type scenario struct {
-	name  string
+	name string
+	// flags of both servers.
 	flags []string
 	// masks beyond those of every scenario.
 	masks []mask
 	steps []step
 }
 
-// mask replaces what differs between two right servers.
-type mask struct {
-	pattern *regexp.Regexp
-	with    string
+// step is one etcdctl command.
+type step struct {
+	// args as one would type them in a shell, with single quotes only. $LEASE1 is the id of the scenario's first lease, and so on.
+	args  string
+	stdin string
+	// talk makes this a command that does not end by itself: it is ended after the last turn.
+	talk []turn
+	// proto is the message that standard output holds, for -w protobuf.
+	proto proto.Message
 }
 
-func hide(pattern, with string) mask { return mask{regexp.MustCompile(pattern), with} }
-
-// masks of every scenario: addresses, ids, terms, and the client's own timings and pointers.
-var masks = []mask{
-	hide(`(http://)?127\.0\.0\.1:\d+`, "ENDPOINT"),
-	hide(`"(cluster_id|member_id|raft_term)":\d+`, `"$1":ID`),
-	hide(`"(ClusterID|MemberID|RaftTerm)" : \d+`, `"$1" : ID`),
-	hide(`took (= )?[\d.]+[µm]?s`, "took TIME"),
-	hide(`"took":"[\d.]+[µm]?s"`, `"took":"TIME"`),
-	hide(`"ts":"[^"]+"`, `"ts":"TIME"`),
-	hide(`etcd-endpoints://0x[0-9a-f]+`, "etcd-endpoints://POINTER"),
+// turn is what happens while a command runs.
+type turn struct {
+	// say is a line for its standard input. A command that is spoken to is ended by the end of its input, others by SIGINT.
+	say string
+	// run is an etcdctl command that runs beside it, and must succeed.
+	run string
+	// watchers is how many watchers the server must have before it goes on.
+	watchers int
+	// lines is how many more lines it must have printed before it goes on.
+	lines int
 }
 
-func (s scenario) run(t *testing.T) {
-	var etcd, tenured *transcript
+func TestEtcdctl(t *testing.T) {
+	for _, s := range slices.Concat(
+		readScenarios, writeScenarios, txnScenarios, watchScenarios, leaseScenarios, maintenanceScenarios, recipeScenarios,
+	) {
+		t.Run(s.name, func(t *testing.T) {
+			t.Parallel()
+			s.compare(t)
+		})
+	}
+}
+
+func (s scenario) compare(t *testing.T) {
+	program := harness.Tool(t, "etcdctl")
+	etcd := &session{scenario: s, program: program, endpoint: harness.StartEtcd(t, s.flags...).Endpoint()}
+	tenured := &session{scenario: s, program: program, endpoint: harness.StartTenured(t, nil, s.flags...).Endpoint()}
 	var both sync.WaitGroup
-	both.Go(func() { etcd = s.on(t, harness.StartEtcd(t, s.flags...)) })
-	both.Go(func() { tenured = s.on(t, harness.StartTenured(t, nil, s.flags...)) })
+	both.Go(etcd.play)
+	both.Go(tenured.play)
 	both.Wait()
-	if t.Failed() {
-		return
-	}
 	for i, step := range s.steps {
-		if etcd.answers[i] != tenured.answers[i] {
-			t.Errorf("etcdctl %s\n%s", step.args, difference(etcd.answers[i], tenured.answers[i]))
+		if diff := difference(etcd.answers[i], tenured.answers[i]); diff != "" {
+			t.Errorf("$ etcdctl %s   (-etcd +tenured)\n%s", step.args, diff)
 		}
 	}
 }
 
-// transcript is what one server made etcdctl print, one answer for each step.
-type transcript struct{ answers []string }
+// session plays a scenario on one server.
+type session struct {
+	scenario scenario
+	program  string
+	endpoint string
+	// leases are the ids granted so far, in hexadecimal.
+	leases []string
+	// answers of the steps so far, masked.
+	answers []string
+}
 
-func (s scenario) on(t *testing.T, server *harness.Server) *transcript {
-	result := &transcript{}
-	lease := ""
-	for _, step := range s.steps {
-		raw, err := step.run(t, server, lease)
+func (s *session) play() {
+	for _, step := range s.scenario.steps {
+		s.answers = append(s.answers, s.masked(s.run(step)))
+	}
+}
+
+// run returns exit code, standard output and standard error as one text.
+func (s *session) run(step step) string {
+	if step.talk != nil {
+		return s.converse(step)
+	}
+	cmd := s.etcdctl(step.args)
+	cmd.Stdin = strings.NewReader(step.stdin)
+	var stdout, stderr bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &stdout, &stderr
+	if err := cmd.Start(); err != nil {
+		return err.Error()
+	}
+	watchdog := time.AfterFunc(hang, func() { _ = cmd.Process.Kill() })
+	defer watchdog.Stop()
+	_ = cmd.Wait()
+	if strings.HasPrefix(step.args, "lease grant") {
+		s.learnLease(stdout.String())
+	}
+	if step.proto != nil {
+		return answer(cmd, decoded(stdout.Bytes(), step.proto), stderr.String())
+	}
+	return answer(cmd, stdout.String(), stderr.String())
+}
+
+// converse runs a command that does not end by itself.
+func (s *session) converse(step step) string {
+	if err := s.awaitWatchers(0); err != nil {
+		return err.Error()
+	}
+	cmd := s.etcdctl(step.args)
+	var stdout, stderr bytes.Buffer
+	cmd.Stderr = &stderr
+	stdin, err := cmd.StdinPipe()
+	if err != nil {
+		return err.Error()
+	}
+	output, err := cmd.StdoutPipe()
+	if err != nil {
+		return err.Error()
+	}
+	if err := cmd.Start(); err != nil {
+		return err.Error()
+	}
+	watchdog := time.AfterFunc(hang, func() { _ = cmd.Process.Kill() })
+	defer watchdog.Stop()
+	lines := bufio.NewReader(output)
+	spoken := false
+	for _, turn := range step.talk {
+		spoken = spoken || turn.say != ""
+		if err := s.take(turn, stdin, lines, &stdout); err != nil {
+			fmt.Fprintf(&stdout, "at %+v: %v\n", turn, err)
+			_ = cmd.Process.Kill()
+			break
+		}
+	}
+	if spoken {
+		_ = stdin.Close()
+	} else {
+		_ = cmd.Process.Signal(os.Interrupt)
+	}
+	_, _ = io.Copy(&stdout, lines)
+	_ = cmd.Wait()
+	return answer(cmd, stdout.String(), stderr.String())
+}
+
+func (s *session) take(turn turn, stdin io.Writer, lines *bufio.Reader, stdout *bytes.Buffer) error {
+	if turn.say != "" {
+		if _, err := io.WriteString(stdin, turn.say+"\n"); err != nil {
+			return err
+		}
+	}
+	if turn.run != "" {
+		if output, err := s.etcdctl(turn.run).CombinedOutput(); err != nil {
+			return fmt.Errorf("%w: %s", err, output)
+		}
+	}
+	if turn.watchers > 0 {
+		if err := s.awaitWatchers(turn.watchers); err != nil {
+			return err
+		}
+	}
+	for range turn.lines {
+		line, err := lines.ReadString('\n')
+		stdout.WriteString(line)
 		if err != nil {
-			t.Errorf("etcdctl %s: %v", step.args, err)
-			return result
+			return err
 		}
-		if granted := regexp.MustCompile(`lease ([0-9a-f]{16}) granted`).FindStringSubmatch(raw); granted != nil {
-			lease = granted[1]
-		}
-		result.answers = append(result.answers, s.masked(raw, lease))
 	}
-	return result
+	return nil
 }
 
-func (s scenario) masked(text, lease string) string {
-	if lease != "" {
-		number, err := strconv.ParseInt(lease, 16, 64)
-		if err == nil {
-			text = strings.ReplaceAll(text, strconv.FormatInt(number, 10), "LEASE")
+// awaitWatchers waits until the server has exactly so many watchers, which only its metrics tell from outside.
+func (s *session) awaitWatchers(want int) error {
+	gauge := fmt.Sprintf("\netcd_debugging_mvcc_watcher_total %d\n", want)
+	for deadline := time.Now().Add(hang); time.Now().Before(deadline); time.Sleep(5 * time.Millisecond) {
+		response, err := http.Get(s.endpoint + "/metrics")
+		if err != nil {
+			return err
 		}
-		text = strings.ReplaceAll(text, lease, "LEASE")
+		metrics, err := io.ReadAll(response.Body)
+		_ = response.Body.Close()
+		if err != nil {
+			return err
+		}
+		if bytes.Contains(metrics, []byte(gauge)) {
+			return nil
+		}
 	}
-	for _, masks := range [][]mask{masks, s.masks} {
-		for _, mask := range masks {
-			text = mask.pattern.ReplaceAllString(text, mask.with)
-		}
+	return errors.New("the server does not have so many watchers")
+}
+
+func (s *session) etcdctl(args string) *exec.Cmd {
+	for i, lease := range s.leases {
+		args = strings.ReplaceAll(args, fmt.Sprintf("$LEASE%d", i+1), lease)
+	}
+	cmd := exec.Command(s.program, words(args)...)
+	// Nothing of the caller's environment: an ETCDCTL_ variable in it would change what is tested.
+	cmd.Env = []string{"PATH=" + os.Getenv("PATH"), "ETCDCTL_ENDPOINTS=" + s.endpoint}
+	return cmd
+}
+
+func answer(cmd *exec.Cmd, stdout, stderr string) string {
+	text := fmt.Sprintf("%s\n%s", cmd.ProcessState, stdout)
+	if stderr != "" {
+		text += "\nstandard error:\n" + stderr
 	}
 	return text
 }
 
-// run returns the exit code, standard output and standard error as one text.
-func (s step) run(t *testing.T, server *harness.Server, lease string) (string, error) {
-	if s.lines > 0 {
-		return s.runUntilLines(t, server, lease)
+// decoded is a readable form of a message, with everything that this etcdctl does not know of.
+func decoded(message []byte, as proto.Message) string {
+	as = as.ProtoReflect().New().Interface()
+	if err := proto.Unmarshal(message, as); err != nil {
+		return fmt.Sprintf("%v: %q", err, message)
 	}
-	cmd := etcdctl(t, server, s.args, lease)
-	cmd.Stdin = strings.NewReader(s.stdin)
-	var stdout, stderr bytes.Buffer
-	cmd.Stdout, cmd.Stderr = &stdout, &stderr
-	if err := cmd.Start(); err != nil {
-		return "", err
-	}
-	watchdog := time.AfterFunc(hang, func() { _ = cmd.Process.Kill() })
-	defer watchdog.Stop()
-	_ = cmd.Wait()
-	return fmt.Sprintf("exit %d\n%s\nstderr:\n%s", cmd.ProcessState.ExitCode(), stdout.String(), stderr.String()), nil
-}
-
-// runUntilLines runs the commands beside it, and ends the command when it has printed as many lines as expected.
-func (s step) runUntilLines(t *testing.T, server *harness.Server, lease string) (string, error) {
-	cmd := etcdctl(t, server, s.args, lease)
-	stdin, err := cmd.StdinPipe()
-	if err != nil {
-		return "", err
-	}
-	output, err := cmd.StdoutPipe()
-	if err != nil {
-		return "", err
-	}
-	if err := cmd.Start(); err != nil {
-		return "", err
-	}
-	watchdog := time.AfterFunc(hang, func() { _ = cmd.Process.Kill() })
-	defer watchdog.Stop()
-	if _, err := stdin.Write([]byte(s.stdin)); err != nil {
-		return "", err
-	}
-	for _, args := range s.beside {
-		if out, err := etcdctl(t, server, args, lease).CombinedOutput(); err != nil {
-			return "", fmt.Errorf("etcdctl %s: %w: %s", args, err, out)
-		}
-	}
-	var lines []string
-	reader := bufio.NewReader(output)
-	for len(lines) < s.lines {
-		line, err := reader.ReadString('\n')
-		if err != nil {
-			return "", fmt.Errorf("ended after %q: %w", lines, err)
-		}
-		lines = append(lines, line)
-	}
-	_ = cmd.Process.Kill()
-	_ = cmd.Wait()
-	return strings.Join(lines, ""), nil
-}
-
-func etcdctl(t *testing.T, server *harness.Server, args, lease string) *exec.Cmd {
-	cmd := exec.Command(harness.Tool(t, "etcdctl"), words(strings.ReplaceAll(args, "$LEASE", lease))...)
-	cmd.Env = append(os.Environ(), "ETCDCTL_ENDPOINTS="+server.Endpoint())
-	return cmd
+	text := prototext.MarshalOptions{Multiline: true, EmitUnknown: true}.Format(as)
+	// The package varies its spaces from build to build, so that nobody relies on them.
+	return regexp.MustCompile(` +`).ReplaceAllString(text, " ")
 }
 
 // words splits at spaces, except inside single quotes.
 func words(text string) []string {
 	var words []string
-	for i, part := range strings.Split(text, "'") {
-		if i%2 == 1 {
-			words = append(words, part)
-		} else {
-			words = append(words, strings.Fields(part)...)
+	var word strings.Builder
+	inWord, quoted := false, false
+	for _, r := range text + " " {
+		switch {
+		case r == '\'':
+			inWord, quoted = true, !quoted
+		case r == ' ' && !quoted:
+			if inWord {
+				words = append(words, word.String())
+			}
+			word.Reset()
+			inWord = false
+		default:
+			word.WriteRune(r)
+			inWord = true
 		}
 	}
 	return words
-}
-
-// difference shows both answers where they differ first, with a few lines around.
-func difference(etcd, tenured string) string {
-	a, b := strings.Split(etcd, "\n"), strings.Split(tenured, "\n")
-	at := 0
-	for at < len(a) && at < len(b) && a[at] == b[at] {
-		at++
-	}
-	around := func(lines []string) string {
-		return strings.Join(lines[max(0, min(at-2, len(lines))):min(len(lines), at+6)], "\n    ")
-	}
-	return fmt.Sprintf("line %d differs\n  etcd:\n    %s\n  tenured:\n    %s", at+1, around(a), around(b))
 }
