@@ -104,10 +104,8 @@ var leaseScenarios = []scenario{
 		"get '' --prefix -w json",
 	))},
 	// It is renewed at once, then every third of its time.
-	{name: "lease kept alive until it is revoked", steps: commands("lease grant 3")},
-}
-
-func init() {
-	kept := &leaseScenarios[len(leaseScenarios)-1]
-	kept.steps = append(kept.steps, step{args: "lease keep-alive $LEASE1", talk: []turn{{lines: 2}, {run: "lease revoke $LEASE1", lines: 1}}})
+	{name: "lease kept alive until it is revoked", steps: []step{
+		{args: "lease grant 3"},
+		{args: "lease keep-alive $LEASE1", talk: []turn{{lines: 2}, {run: "lease revoke $LEASE1", lines: untilItEnds}}},
+	}},
 }

@@ -63,6 +63,9 @@ type turn struct {
 	lines int
 }
 
+// untilItEnds as the lines of a last turn is for a command that then ends by itself.
+const untilItEnds = -1
+
 func TestEtcdctl(t *testing.T) {
 	for _, s := range slices.Concat(
 		readScenarios, writeScenarios, txnScenarios, watchScenarios, leaseScenarios, maintenanceScenarios, recipeScenarios,
@@ -83,6 +86,11 @@ func (s scenario) compare(t *testing.T) {
 	both.Go(tenured.play)
 	both.Wait()
 	for i, step := range s.steps {
+		for name, err := range map[string]error{"etcd": etcd.failures[i], "tenured": tenured.failures[i]} {
+			if err != nil {
+				t.Errorf("$ etcdctl %s   on %s: %v", step.args, name, err)
+			}
+		}
 		if diff := difference(etcd.answers[i], tenured.answers[i]); diff != "" {
 			t.Errorf("$ etcdctl %s   (-etcd +tenured)\n%s", step.args, diff)
 		}
@@ -96,79 +104,85 @@ type session struct {
 	endpoint string
 	// leases are the ids granted so far, in hexadecimal.
 	leases []string
-	// answers of the steps so far, masked.
-	answers []string
+	// answers of the steps so far, masked; failures are of steps that could not be played to the end, nil otherwise.
+	answers  []string
+	failures []error
 }
 
 func (s *session) play() {
 	for _, step := range s.scenario.steps {
-		s.answers = append(s.answers, s.masked(s.run(step)))
+		answer, err := s.run(step)
+		s.answers = append(s.answers, s.masked(answer))
+		s.failures = append(s.failures, err)
 	}
 }
 
 // run returns exit code, standard output and standard error as one text.
-func (s *session) run(step step) string {
-	if step.talk != nil {
-		return s.converse(step)
-	}
-	cmd := s.etcdctl(step.args)
-	cmd.Stdin = strings.NewReader(step.stdin)
-	var stdout, stderr bytes.Buffer
-	cmd.Stdout, cmd.Stderr = &stdout, &stderr
-	if err := cmd.Start(); err != nil {
-		return err.Error()
-	}
-	watchdog := time.AfterFunc(hang, func() { _ = cmd.Process.Kill() })
-	defer watchdog.Stop()
-	_ = cmd.Wait()
-	if strings.HasPrefix(step.args, "lease grant") {
-		s.learnLease(stdout.String())
-	}
-	if step.proto != nil {
-		return answer(cmd, decoded(stdout.Bytes(), step.proto), stderr.String())
-	}
-	return answer(cmd, stdout.String(), stderr.String())
-}
-
-// converse runs a command that does not end by itself.
-func (s *session) converse(step step) string {
-	if err := s.awaitWatchers(0); err != nil {
-		return err.Error()
-	}
+func (s *session) run(step step) (string, error) {
 	cmd := s.etcdctl(step.args)
 	var stdout, stderr bytes.Buffer
 	cmd.Stderr = &stderr
+	// It gets a pipe even if nothing is said to it: its input must not end before it does.
 	stdin, err := cmd.StdinPipe()
 	if err != nil {
-		return err.Error()
+		return "", err
 	}
 	output, err := cmd.StdoutPipe()
 	if err != nil {
-		return err.Error()
+		return "", err
 	}
-	if err := cmd.Start(); err != nil {
-		return err.Error()
-	}
-	watchdog := time.AfterFunc(hang, func() { _ = cmd.Process.Kill() })
-	defer watchdog.Stop()
-	lines := bufio.NewReader(output)
-	spoken := false
-	for _, turn := range step.talk {
-		spoken = spoken || turn.say != ""
-		if err := s.take(turn, stdin, lines, &stdout); err != nil {
-			fmt.Fprintf(&stdout, "at %+v: %v\n", turn, err)
-			_ = cmd.Process.Kill()
-			break
+	if step.talk != nil {
+		if err := s.awaitWatchers(0); err != nil {
+			return "", err
 		}
 	}
-	if spoken {
-		_ = stdin.Close()
+	if err := cmd.Start(); err != nil {
+		return "", err
+	}
+	watchdog := time.AfterFunc(hang, func() { _ = cmd.Process.Kill() })
+	lines := bufio.NewReader(output)
+	if step.talk == nil {
+		// What a command does not read is no failure.
+		go func() { _, _ = io.WriteString(stdin, step.stdin); _ = stdin.Close() }()
 	} else {
-		_ = cmd.Process.Signal(os.Interrupt)
+		err = s.converse(step.talk, cmd.Process, stdin, lines, &stdout)
 	}
 	_, _ = io.Copy(&stdout, lines)
 	_ = cmd.Wait()
-	return answer(cmd, stdout.String(), stderr.String())
+	if !watchdog.Stop() && err == nil {
+		err = errors.New("it did not end")
+	}
+	if strings.HasPrefix(step.args, "lease grant") {
+		s.learnLease(stdout.String())
+	}
+	text := stdout.String()
+	if step.proto != nil {
+		text = decoded(stdout.Bytes(), step.proto)
+	}
+	text = fmt.Sprintf("%s\n%s", cmd.ProcessState, text)
+	if stderr.Len() > 0 {
+		text += "\nstandard error:\n" + stderr.String()
+	}
+	return text, err
+}
+
+// converse takes the turns of a command that runs on, and ends it.
+func (s *session) converse(talk []turn, process *os.Process, stdin io.WriteCloser, lines *bufio.Reader, stdout *bytes.Buffer) error {
+	spoken := false
+	for _, turn := range talk {
+		spoken = spoken || turn.say != ""
+		if err := s.take(turn, stdin, lines, stdout); err != nil {
+			_ = process.Kill()
+			return fmt.Errorf("%+v: %w", turn, err)
+		}
+	}
+	if spoken {
+		return stdin.Close()
+	}
+	if err := process.Signal(os.Interrupt); !errors.Is(err, os.ErrProcessDone) {
+		return err
+	}
+	return nil
 }
 
 func (s *session) take(turn turn, stdin io.Writer, lines *bufio.Reader, stdout *bytes.Buffer) error {
@@ -186,6 +200,10 @@ func (s *session) take(turn turn, stdin io.Writer, lines *bufio.Reader, stdout *
 		if err := s.awaitWatchers(turn.watchers); err != nil {
 			return err
 		}
+	}
+	if turn.lines == untilItEnds {
+		_, err := io.Copy(stdout, lines)
+		return err
 	}
 	for range turn.lines {
 		line, err := lines.ReadString('\n')
@@ -225,14 +243,6 @@ func (s *session) etcdctl(args string) *exec.Cmd {
 	// Nothing of the caller's environment: an ETCDCTL_ variable in it would change what is tested.
 	cmd.Env = []string{"PATH=" + os.Getenv("PATH"), "ETCDCTL_ENDPOINTS=" + s.endpoint}
 	return cmd
-}
-
-func answer(cmd *exec.Cmd, stdout, stderr string) string {
-	text := fmt.Sprintf("%s\n%s", cmd.ProcessState, stdout)
-	if stderr != "" {
-		text += "\nstandard error:\n" + stderr
-	}
-	return text
 }
 
 // decoded is a readable form of a message, with everything that this etcdctl does not know of.
