@@ -33,7 +33,7 @@ use crate::cell::{Cell, CellConfig, DEFAULT_TENANT, OpenError};
 use crate::client::Client;
 use crate::flags::TlsFiles;
 use crate::inflight::{Budget, InFlight};
-use crate::listen::{ConnectionLimits, ListenError, Listener, Serves, Services, serve};
+use crate::listen::{ConnectionLimits, ListenError, Listener, Serves, Services, Stop, serve};
 use crate::rpc_metrics::RpcMetrics;
 use crate::server;
 use crate::service::watch::PROGRESS_PERIOD_DEFAULT;
@@ -80,7 +80,7 @@ pub struct Tenure {
     cell: Cell,
     addresses: Vec<SocketAddr>,
     serving: JoinSet<()>,
-    stop: watch::Sender<bool>,
+    stop: watch::Sender<Stop>,
 }
 
 impl Tenure {
@@ -115,9 +115,22 @@ impl Tenure {
 
     /// Stops: no more connections, running requests end (open streams are cut after some seconds, as in etcd), everything
     /// applied is flushed. The data directory is free again when all clients and watchers are dropped too.
-    pub async fn stop(mut self) {
-        self.stop.send_replace(true);
-        while self.serving.join_next().await.is_some() {}
+    pub async fn stop(self) {
+        self.stop_hurried_by(std::future::pending()).await;
+    }
+
+    /// As [`Tenure::stop`], but requests that still run when `hurry` ends are cut at once.
+    pub async fn stop_hurried_by(mut self, hurry: impl Future<Output = ()>) {
+        self.stop.send_replace(Stop::Drain);
+        let served = async { while self.serving.join_next().await.is_some() {} };
+        tokio::pin!(served);
+        tokio::select! {
+            () = &mut served => {}
+            () = hurry => {
+                self.stop.send_replace(Stop::Cut);
+                served.await;
+            }
+        }
         self.cell.stop().await;
     }
 }
@@ -228,7 +241,7 @@ impl Builder {
             rpc_metrics: RpcMetrics::default(),
             limits: self.connections,
         };
-        let (stop, stopping) = watch::channel(false);
+        let (stop, stopping) = watch::channel(Stop::NotYet);
         let mut serving = JoinSet::new();
         for listener in listeners {
             serving.spawn(serve(listener, services.clone(), stopping.clone()));

@@ -13,13 +13,13 @@ use std::time::Duration;
 
 use http::Request;
 use hyper::body::Incoming;
-use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
 use hyper_util::server::graceful::GracefulShutdown;
 use tenure_storage::TenantId;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpSocket, TcpStream, UnixListener, UnixStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tokio_rustls::LazyConfigAcceptor;
 use tonic::body::Body;
 use tonic::service::Routes;
@@ -50,6 +50,9 @@ const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// How long running requests may go on after the stop: etcd's own.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(7);
+
+/// How long their tasks may take to notice that their connection is gone.
+const CUT_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Pause after an accept failed (no file descriptors left, say).
 const ACCEPT_BACKOFF: Duration = Duration::from_millis(100);
@@ -99,6 +102,11 @@ pub struct ListenError {
 /// A bound socket, and whose connections come in on it.
 pub struct Listener {
     socket: Socket,
+    terms: Terms,
+}
+
+/// What holds for every connection of a listener.
+struct Terms {
     /// The tenant of all its connections, if it is a tenant's own.
     tenant: Option<String>,
     serves: Serves,
@@ -138,13 +146,9 @@ impl Listener {
             _ => Socket::Tcp(bind_tcp(url).await.map_err(failed)?),
         };
         let secure = matches!(url.scheme(), "https" | "unixs");
-        Ok(Listener {
-            socket,
-            tenant,
-            serves,
-            tls: tls.filter(|_| secure),
-            client_cert_auth: client_cert_auth && secure,
-        })
+        let tls = tls.filter(|_| secure);
+        let terms = Terms { tenant, serves, tls, client_cert_auth: client_cert_auth && secure };
+        Ok(Listener { socket, terms })
     }
 
     /// Where it listens; `None` for a unix socket.
@@ -195,21 +199,42 @@ pub struct Services {
     pub limits: ConnectionLimits,
 }
 
-/// Accepts until `stop` turns true, then lets running requests end for a while.
-pub async fn serve(listener: Listener, services: Services, mut stop: watch::Receiver<bool>) {
+/// How far a listener has come to its end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Stop {
+    NotYet,
+    /// No more connections and requests; those that run may end.
+    Drain,
+    /// Those that still run are cut.
+    Cut,
+}
+
+/// Accepts until `stop` says otherwise, then lets running requests end for a while and cuts the others. On return no
+/// connection and no request is left. If the sender of `stop` is gone, everything ends at once.
+pub async fn serve(listener: Listener, services: Services, mut stop: watch::Receiver<Stop>) {
     let slots = Arc::new(Semaphore::new(connections_max()));
-    let graceful = Arc::new(GracefulShutdown::new());
-    let shared = Arc::new((listener, services));
+    let graceful = GracefulShutdown::new();
+    let (cut, cutting) = watch::channel(false);
+    let (sender, mut ended) = mpsc::channel(1);
+    let alive = Alive { _sender: sender };
+    let Listener { socket, terms } = listener;
+    let shared = Arc::new((terms, services));
     loop {
-        let Ok(slot) = Arc::clone(&slots).acquire_owned().await else { break };
         let accepted = tokio::select! {
-            _ = stop.wait_for(|stopping| *stopping) => break,
-            accepted = accept(&shared.0.socket) => accepted,
+            _ = stop.wait_for(|stop| *stop > Stop::NotYet) => break,
+            accepted = accept(&socket, &slots) => accepted,
         };
         match accepted {
-            Ok(stream) => {
-                let (shared, watcher, slot) = (Arc::clone(&shared), graceful.watcher(), slot);
-                tokio::spawn(async move { connection(&shared.0, &shared.1, stream, watcher, slot).await });
+            Ok((stream, slot)) => {
+                let (shared, watcher, alive) = (Arc::clone(&shared), graceful.watcher(), alive.clone());
+                let mut cutting = cutting.clone();
+                tokio::spawn(async move {
+                    let _slot = slot;
+                    tokio::select! {
+                        () = connection(&shared.0, &shared.1, stream, watcher, alive) => {}
+                        _ = cutting.wait_for(|cut| *cut) => {}
+                    }
+                });
             }
             Err(error) => {
                 tracing::warn!(%error, "accept a connection");
@@ -217,12 +242,41 @@ pub async fn serve(listener: Listener, services: Services, mut stop: watch::Rece
             }
         }
     }
-    if let Socket::Unix(_, path) = &shared.0.socket {
+    if let Socket::Unix(_, path) = &socket {
         let _ = std::fs::remove_file(path);
     }
-    drop(shared);
-    if let Ok(graceful) = Arc::try_unwrap(graceful) {
-        let _ = tokio::time::timeout(DRAIN_TIMEOUT, graceful.shutdown()).await;
+    // Who connects now is turned away, not left waiting.
+    drop((socket, shared, alive));
+    tokio::select! {
+        () = graceful.shutdown() => {}
+        () = tokio::time::sleep(DRAIN_TIMEOUT) => {}
+        _ = stop.wait_for(|stop| *stop == Stop::Cut) => {}
+    }
+    cut.send_replace(true);
+    // Nobody sends: it answers when the last connection and the last request are gone.
+    if tokio::time::timeout(CUT_TIMEOUT, ended.recv()).await.is_err() {
+        tracing::warn!("a request goes on after its connection was cut");
+    }
+}
+
+/// Held by everything that a listener started.
+#[derive(Clone)]
+struct Alive {
+    _sender: mpsc::Sender<std::convert::Infallible>,
+}
+
+/// Runs the requests of an HTTP/2 connection.
+impl<F> hyper::rt::Executor<F> for Alive
+where
+    F: Future + Send + 'static,
+    F::Output: Send + 'static,
+{
+    fn execute(&self, request: F) {
+        let alive = self.clone();
+        tokio::spawn(async move {
+            request.await;
+            drop(alive);
+        });
     }
 }
 
@@ -238,46 +292,43 @@ enum Stream {
     Unix(UnixStream),
 }
 
-async fn accept(socket: &Socket) -> io::Result<Stream> {
-    match socket {
+async fn accept(socket: &Socket, slots: &Arc<Semaphore>) -> io::Result<(Stream, OwnedSemaphorePermit)> {
+    let slot = Arc::clone(slots).acquire_owned().await.map_err(io::Error::other)?;
+    let stream = match socket {
         Socket::Tcp(listener) => {
             let (stream, _) = listener.accept().await?;
             stream.set_nodelay(true)?;
-            Ok(Stream::Tcp(stream))
+            Stream::Tcp(stream)
         }
-        Socket::Unix(listener, _) => Ok(Stream::Unix(listener.accept().await?.0)),
-    }
+        Socket::Unix(listener, _) => Stream::Unix(listener.accept().await?.0),
+    };
+    Ok((stream, slot))
 }
 
 type Watcher = hyper_util::server::graceful::Watcher;
 
-async fn connection(
-    listener: &Listener,
-    services: &Services,
-    stream: Stream,
-    watcher: Watcher,
-    _slot: OwnedSemaphorePermit,
-) {
+async fn connection(terms: &Terms, services: &Services, stream: Stream, watcher: Watcher, alive: Alive) {
     match stream {
-        Stream::Tcp(stream) => secured(listener, services, stream, watcher).await,
-        Stream::Unix(stream) => secured(listener, services, stream, watcher).await,
+        Stream::Tcp(stream) => secured(terms, services, stream, watcher, alive).await,
+        Stream::Unix(stream) => secured(terms, services, stream, watcher, alive).await,
     }
 }
 
-async fn secured<S>(listener: &Listener, services: &Services, stream: S, watcher: Watcher)
+async fn secured<S>(terms: &Terms, services: &Services, stream: S, watcher: Watcher, alive: Alive)
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
-    let Some(tls) = &listener.tls else {
-        if let Some(identity) = identify(listener, None) {
-            served(services, stream, identity, GrpcIs::Http2.unless(listener.serves), watcher).await;
+    let Some(tls) = &terms.tls else {
+        if let Some(identity) = identify(terms, None) {
+            served(services, stream, identity, GrpcIs::Http2.unless(terms.serves), watcher, alive).await;
         }
         return;
     };
     match tokio::time::timeout(HANDSHAKE_TIMEOUT, handshake(tls, stream)).await {
         Ok(Ok((stream, certificate))) => {
-            if let Some(identity) = identify(listener, certificate.as_ref()) {
-                served(services, stream, identity, GrpcIs::Http2WithContentType.unless(listener.serves), watcher).await;
+            if let Some(identity) = identify(terms, certificate.as_ref()) {
+                served(services, stream, identity, GrpcIs::Http2WithContentType.unless(terms.serves), watcher, alive)
+                    .await;
             }
         }
         Ok(Err(error)) => tracing::debug!(%error, "TLS handshake"),
@@ -296,9 +347,9 @@ async fn handshake<S: AsyncRead + AsyncWrite + Unpin>(tls: &Tls, stream: S) -> i
     Ok((stream, certificate))
 }
 
-fn identify(listener: &Listener, certificate: Option<&PeerCertificate>) -> Option<ConnectionIdentity> {
-    let certificate = certificate.filter(|_| listener.client_cert_auth);
-    match resolve(listener.tenant.as_deref(), certificate) {
+fn identify(terms: &Terms, certificate: Option<&PeerCertificate>) -> Option<ConnectionIdentity> {
+    let certificate = certificate.filter(|_| terms.client_cert_auth);
+    match resolve(terms.tenant.as_deref(), certificate) {
         Ok(tenant) => {
             let common_name = certificate.and_then(|certificate| certificate.common_name.as_deref());
             Some(ConnectionIdentity::new(&tenant, common_name))
@@ -310,14 +361,20 @@ fn identify(listener: &Listener, certificate: Option<&PeerCertificate>) -> Optio
     }
 }
 
-async fn served<S>(services: &Services, stream: S, identity: ConnectionIdentity, grpc_is: GrpcIs, watcher: Watcher)
-where
+async fn served<S>(
+    services: &Services,
+    stream: S,
+    identity: ConnectionIdentity,
+    grpc_is: GrpcIs,
+    watcher: Watcher,
+    alive: Alive,
+) where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
     let limits = services.limits;
     let open = OpenRequests::default();
     let io = TokioIo::new(PingGuard::new(stream, open.clone(), limits.ping_interval_min));
-    let mut builder = auto::Builder::new(TokioExecutor::new());
+    let mut builder = auto::Builder::new(alive);
     builder.http1().timer(TokioTimer::new()).header_read_timeout(HANDSHAKE_TIMEOUT);
     builder
         .http2()

@@ -90,7 +90,14 @@ async fn run(flags: Flags) -> anyhow::Result<()> {
         anyhow::bail!("this member cannot go on: {failure}");
     }
     tracing::info!("stopping");
-    tenure.stop().await;
+    // Whoever asks twice does not want to wait for clients.
+    let again = async {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+    };
+    tenure.stop_hurried_by(again).await;
     Ok(())
 }
 

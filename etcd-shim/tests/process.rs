@@ -16,12 +16,15 @@ struct Server {
 impl Server {
     /// Starts on free ports and waits for the ready line.
     fn start(tenants: &[&str]) -> Server {
+        let listeners = tenants.iter().map(|tenant| format!("--tenant-listen={tenant}=http://127.0.0.1:0"));
+        Self::start_with(&listeners.collect::<Vec<_>>(), &[])
+    }
+
+    fn start_with(flags: &[String], variables: &[(&str, &str)]) -> Server {
         let data = tempfile::tempdir().unwrap();
         let mut command = Command::new(env!("CARGO_BIN_EXE_tenured"));
         command.arg("--data-dir").arg(data.path().join("d")).args(["-listen-client-urls=http://127.0.0.1:0"]);
-        for tenant in tenants {
-            command.args(["--tenant-listen", &format!("{tenant}=http://127.0.0.1:0")]);
-        }
+        command.args(flags).envs(variables.iter().copied());
         let mut child = command.stderr(Stdio::piped()).spawn().unwrap();
         let mut addresses = Vec::new();
         let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
@@ -37,6 +40,25 @@ impl Server {
         // Keep reading, so that the server never waits for us.
         std::thread::spawn(move || lines.for_each(drop));
         Server { child, addresses, _data: data }
+    }
+
+    fn signal(&self, name: &str) {
+        let pid = self.child.id().to_string();
+        assert!(Command::new("kill").args([name, &pid]).status().unwrap().success());
+    }
+
+    /// An HTTP/2 connection with a watch on it that the server has answered. The client never ends it.
+    fn open_watch(&self) -> TcpStream {
+        let mut stream = TcpStream::connect(self.addresses[0]).unwrap();
+        stream.write_all(WATCH).unwrap();
+        let mut received = Vec::new();
+        while !received.windows(CREATED.len()).any(|bytes| bytes == CREATED) {
+            let mut buffer = [0; 4096];
+            let len = stream.read(&mut buffer).unwrap();
+            assert!(len > 0, "closed: {}", received.escape_ascii());
+            received.extend_from_slice(&buffer[..len]);
+        }
+        stream
     }
 
     fn get(&self, listener: usize, path: &str) -> String {
@@ -65,15 +87,67 @@ fn serves_health_on_every_listener_and_ends_on_sigterm() {
         assert!(server.get(listener, "/metrics").contains("etcd_debugging_mvcc_current_revision 1\n"));
     }
     assert!(server.get(0, "/nope").contains("404 page not found"));
-    let pid = server.child.id().to_string();
-    assert!(Command::new("kill").args(["-TERM", &pid]).status().unwrap().success());
+    server.signal("-TERM");
     assert!(server.child.wait().unwrap().success(), "SIGTERM ends cleanly");
+}
+
+/// Preface, empty SETTINGS, HEADERS of `POST /etcdserverpb.Watch/Watch` with the content type of gRPC, and DATA that creates a
+/// watch on the key `k`.
+const WATCH: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\x00\x00\x00\x04\x00\x00\x00\x00\x00\
+    \x00\x00\x40\x01\x04\x00\x00\x00\x01\
+    \x83\x86\x04\x19/etcdserverpb.Watch/Watch\x01\x01h\x0f\x10\x10application/grpc\x00\x02te\x08trailers\
+    \x00\x00\x0a\x00\x00\x00\x00\x00\x01\x00\x00\x00\x00\x05\x0a\x03\x0a\x01k";
+
+/// `created` in the answer.
+const CREATED: &[u8] = b"\x18\x01";
+
+#[test]
+fn a_watch_that_goes_on_does_not_hold_up_the_end_for_ever() {
+    let mut server = Server::start(&[]);
+    let mut watch = server.open_watch();
+    server.signal("-TERM");
+    assert!(server.child.wait().unwrap().success());
+    let mut rest = Vec::new();
+    // The kernel may report the end as a reset.
+    let _ = watch.read_to_end(&mut rest);
+}
+
+#[test]
+fn whoever_asks_twice_does_not_wait_for_clients() {
+    let mut server = Server::start(&[]);
+    let _watch = server.open_watch();
+    let begun = std::time::Instant::now();
+    server.signal("-INT");
+    // Only the first stops the listener; so the second is sent when nobody listens any more.
+    while TcpStream::connect(server.addresses[0]).is_ok() {
+        std::thread::yield_now();
+    }
+    server.signal("-TERM");
+    assert!(server.child.wait().unwrap().success());
+    assert!(begun.elapsed() < DRAIN, "the drain was cut short");
+}
+
+/// How long a watch may go on after one signal.
+const DRAIN: std::time::Duration = std::time::Duration::from_secs(7);
+
+#[test]
+fn flags_come_from_the_environment_too() {
+    let flags = ["--pre-vote=false", "-experimental-watch-progress-notify-interval=1s"].map(str::to_string);
+    let server = Server::start_with(&flags, &[("ETCD_QUOTA_BACKEND_BYTES", "123456"), ("ETCD_BCRYPT_COST", "4")]);
+    assert!(server.get(0, "/metrics").contains("etcd_server_quota_backend_bytes 123456\n"));
 }
 
 #[test]
 fn what_is_wrong_is_one_line_and_exit_1() {
     let scratch = tempfile::tempdir().unwrap();
-    for arguments in [&["--nope"][..], &["--max-txn-ops=many"], &["--tenant-listen=Bad=http://127.0.0.1:0"]] {
+    for arguments in [
+        &["--nope"][..],
+        &["--max-txn-ops=many"],
+        &["--tenant-listen=Bad=http://127.0.0.1:0"],
+        &["--listen-client-urls=ftp://127.0.0.1:0"],
+        &["--force-new-cluster"],
+        &["--election-timeout=1"],
+    ] {
         let output =
             Command::new(env!("CARGO_BIN_EXE_tenured")).args(arguments).current_dir(scratch.path()).output().unwrap();
         assert_eq!(output.status.code(), Some(1), "{arguments:?}");

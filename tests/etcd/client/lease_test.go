@@ -52,11 +52,10 @@ func leaseRevoke(t *testing.T, m *member, prefix string) {
 	for i := range 10 {
 		m.put(t, fmt.Sprint(prefix, i), "v", clientv3.WithLease(lease))
 	}
-	watcher := m.Watch(testContext(t), prefix, clientv3.WithPrefix(), clientv3.WithCreatedNotify())
-	next(t, watcher)
+	w := m.watch(t, prefix, clientv3.WithPrefix())
 	_, err := m.Revoke(testContext(t), lease)
 	must(t, err)
-	events := next(t, watcher).Events
+	events := w.next(t).Events
 	equal(t, "all keys go at once", len(events), 10)
 	for _, event := range events {
 		equal(t, "kind", event.Type, clientv3.EventTypeDelete)
@@ -70,11 +69,12 @@ func leaseRevoke(t *testing.T, m *member, prefix string) {
 }
 
 func leaseExpires(t *testing.T, m *member, prefix string) {
-	watcher := m.Watch(testContext(t), prefix, clientv3.WithPrefix(), clientv3.WithCreatedNotify())
-	next(t, watcher)
+	w := m.watch(t, prefix, clientv3.WithPrefix())
 	lease := m.grant(t, 2)
 	m.put(t, prefix+"a", "1", clientv3.WithLease(lease))
-	equal(t, "events", texts(collect(t, watcher, 2), prefix), "PUT a=1, DELETE a")
+	events := w.events(t, 2)
+	equal(t, "event", string(events[0].Kv.Value), "1")
+	equal(t, "event", events[1].Type, clientv3.EventTypeDelete)
 	ttl, err := m.TimeToLive(testContext(t), lease)
 	must(t, err)
 	equal(t, "ttl", ttl.TTL, -1)
@@ -142,10 +142,8 @@ func TestLeaseSurvivesRestart(t *testing.T) {
 		_, err = m.KeepAliveOnce(testContext(t), revoked)
 		refused(t, err, rpctypes.ErrLeaseNotFound)
 		equal(t, "revoked key", m.get(t, "revoked").Count, 0)
-		watcher := m.Watch(testContext(t), "short", clientv3.WithRev(only(m.get(t, "long").Kvs).ModRevision))
-		for event := (*clientv3.Event)(nil); event == nil || event.Type != clientv3.EventTypeDelete; {
-			event = next(t, watcher).Events[0]
-		}
+		events := m.watch(t, "short", clientv3.WithRev(only(m.get(t, "long").Kvs).ModRevision)).events(t, 2)
+		equal(t, "the short one expires", events[1].Type, clientv3.EventTypeDelete)
 		equal(t, "long outlives short", m.get(t, "long").Count, 1)
 	})
 }

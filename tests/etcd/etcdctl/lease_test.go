@@ -93,7 +93,7 @@ var leaseScenarios = []scenario{
 		"lease list -w table",
 	)},
 	{name: "lease that expires", steps: join(commands(
-		"lease grant 2",
+		"lease grant 6",
 		"put a v --lease=$LEASE1",
 		"put b v --lease=$LEASE1",
 	), []step{
@@ -105,7 +105,7 @@ var leaseScenarios = []scenario{
 	))},
 	// It is renewed at once, then every third of its time.
 	{name: "lease kept alive until it is revoked", steps: []step{
-		{args: "lease grant 3"},
+		{args: "lease grant 6"},
 		{args: "lease keep-alive $LEASE1", talk: []turn{{lines: 2}, {run: "lease revoke $LEASE1", lines: untilItEnds}}},
 	}},
 }

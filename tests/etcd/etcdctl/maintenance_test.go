@@ -42,10 +42,12 @@ var memberMasks = []mask{
 	hide(`http://localhost:2380`, "ADDRESS"),
 	hide(`(^|\n)[0-9a-f]+, started`, "${1}ID, started"),
 	hide(`│ [0-9a-f]+ │ started`, "│ ID │ started"),
-	hide(`"(ID|cluster_id|member_id)":"?[0-9a-f]+"?`, `"$1":ID`),
-	hide(`"(ID|ClusterID|MemberID)" : [0-9a-f]+`, `"$1" : ID`),
+	hide(`"ID":"?[0-9a-f]+"?`, `"ID":ID`),
+	hide(`"ID" : [0-9a-f]+`, `"ID" : ID`),
 }
 
+// Left out, as README.md says that the server does not have them: snapshot save, move-leader, downgrade, member add, remove, update and
+// promote, auth enable and disable, user and role.
 var maintenanceScenarios = []scenario{
 	{name: "endpoint status", masks: slices.Concat(tablePadding, statusMasks), steps: join(inFormats(nil, "endpoint status"), fruit, inFormats(nil,
 		"endpoint status",
@@ -117,9 +119,9 @@ var maintenanceScenarios = []scenario{
 		"alarm nonsense",
 		"version",
 		"nonsense",
-		"get a --endpoints=",
 	))},
-	// Below the quota etcd refuses on an estimate up to 100 ms old, so the put that is refused is much too large for both.
+	// Below the quota etcd refuses on an estimate up to 100 ms old, so the put that is refused is much too large for both. And nothing
+	// that is refused is invalid besides: which of the two etcd says differs (docs/compatibility.md).
 	{name: "quota", flags: []string{"--quota-backend-bytes=1000000"}, masks: slices.Concat(tablePadding, statusMasks, tookMasks, alarmMasks), steps: join([]step{
 		{args: "put small 1"},
 		{args: "lease grant 100000"},
@@ -128,7 +130,6 @@ var maintenanceScenarios = []scenario{
 		"put small 2",
 		"lease grant 100000",
 		"get small -w json",
-		"lease timetolive $LEASE1 --nonsense",
 		"lease revoke $LEASE1",
 	), []step{
 		{args: "txn", stdin: "\nget small\n\n\n"},

@@ -18,7 +18,7 @@ func hide(pattern, with string) mask { return mask{regexp.MustCompile(pattern), 
 
 var (
 	address       = hide(`(http://)?127\.0\.0\.1:\d+`, "ADDRESS")
-	jsonHeader    = hide(`"cluster_id":\d+,"member_id":\d+(,"revision":\d+)?,"raft_term":\d+`, `"cluster_id":ID,"member_id":ID$1,"raft_term":TERM`)
+	jsonHeader    = hide(`"cluster_id":"?[0-9a-f]+"?,"member_id":"?[0-9a-f]+"?(,"revision":\d+)?,"raft_term":\d+`, `"cluster_id":ID,"member_id":ID$1,"raft_term":TERM`)
 	fieldsHeader  = hide(`"ClusterID" : [0-9a-f]+\n"MemberID" : [0-9a-f]+\n("Revision" : \d+\n)?"RaftTerm" : \d+\n`, "\"ClusterID\" : ID\n\"MemberID\" : ID\n$1\"RaftTerm\" : TERM\n")
 	protobufIDs   = hide(`\b(cluster_id|member_id|raft_term|ID|memberID): \d+`, "$1: ID")
 	logTime       = hide(`"ts":"[^"]+"`, `"ts":"TIME"`)

@@ -1,6 +1,6 @@
 package etcdctl
 
-// lock and elect are made by the client, of leases, txns and watches; the Lock and Election services have no part in it.
+// What the client makes of leases, txns and watches. The Lock and Election services have no part in lock and elect.
 var recipeScenarios = []scenario{
 	// The owner's key is the lock's name and its lease, which nothing else tells.
 	{name: "lock", masks: []mask{hide(`name/[0-9a-f]+`, "name/LEASE")}, steps: join(commands(
@@ -28,4 +28,19 @@ var recipeScenarios = []scenario{
 		"elect --listen name me",
 		"get '' --prefix -w json",
 	))},
+	// The mirror's ways to read and to write, both on the server.
+	{name: "make-mirror", steps: join(fruit, []step{
+		{args: "make-mirror --prefix a --dest-prefix z/ $ENDPOINT", talk: []turn{
+			{appears: "z/pple", watchers: 1},
+			{run: "put avocado 1"},
+			{run: "del apple"},
+			{run: "put a last", appears: "z/"},
+		}},
+		{args: "get '' --prefix -w json"},
+		{args: "make-mirror --prefix z/ --no-dest-prefix --rev=9 $ENDPOINT", talk: []turn{{appears: "vocado"}, {run: "put z/n 1", appears: "n"}}},
+		{args: "get '' --prefix -w json"},
+		{args: "compaction 10"},
+		{args: "make-mirror --prefix a --rev=5 --dest-prefix y/ $ENDPOINT"},
+		{args: "make-mirror"},
+	})},
 }

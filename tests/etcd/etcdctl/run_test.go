@@ -42,13 +42,23 @@ type scenario struct {
 
 // step is one etcdctl command.
 type step struct {
-	// args as one would type them in a shell, with single quotes only. $LEASE1 is the id of the scenario's first lease, and so on.
+	// args as one would type them in a shell, with single quotes only. $LEASE1 is the id of the scenario's first lease, and so on;
+	// $ENDPOINT is the server's address.
 	args  string
 	stdin string
 	// talk makes this a command that does not end by itself: it is ended after the last turn.
 	talk []turn
 	// proto is the message that standard output holds, for -w protobuf.
 	proto proto.Message
+}
+
+// String shows a command as one would type it; a long input is cut.
+func (s step) String() string {
+	text := "etcdctl " + s.args
+	if s.stdin != "" {
+		text += fmt.Sprintf(" <<< %.200q", s.stdin)
+	}
+	return text
 }
 
 // turn is what happens while a command runs.
@@ -59,6 +69,8 @@ type turn struct {
 	run string
 	// watchers is how many watchers the server must have before it goes on.
 	watchers int
+	// appears is a key that must be there before it goes on.
+	appears string
 	// lines is how many more lines it must have printed before it goes on.
 	lines int
 }
@@ -88,11 +100,11 @@ func (s scenario) compare(t *testing.T) {
 	for i, step := range s.steps {
 		for name, err := range map[string]error{"etcd": etcd.failures[i], "tenured": tenured.failures[i]} {
 			if err != nil {
-				t.Errorf("$ etcdctl %s   on %s: %v", step.args, name, err)
+				t.Errorf("$ %s\n  on %s: %v", step, name, err)
 			}
 		}
 		if diff := difference(etcd.answers[i], tenured.answers[i]); diff != "" {
-			t.Errorf("$ etcdctl %s   (-etcd +tenured)\n%s", step.args, diff)
+			t.Errorf("$ %s\n  (-etcd +tenured)\n%s", step, diff)
 		}
 	}
 }
@@ -201,6 +213,11 @@ func (s *session) take(turn turn, stdin io.Writer, lines *bufio.Reader, stdout *
 			return err
 		}
 	}
+	if turn.appears != "" {
+		if err := s.awaitKey(turn.appears); err != nil {
+			return err
+		}
+	}
 	if turn.lines == untilItEnds {
 		_, err := io.Copy(stdout, lines)
 		return err
@@ -218,27 +235,39 @@ func (s *session) take(turn turn, stdin io.Writer, lines *bufio.Reader, stdout *
 // awaitWatchers waits until the server has exactly so many watchers, which only its metrics tell from outside.
 func (s *session) awaitWatchers(want int) error {
 	gauge := fmt.Sprintf("\netcd_debugging_mvcc_watcher_total %d\n", want)
-	for deadline := time.Now().Add(hang); time.Now().Before(deadline); time.Sleep(5 * time.Millisecond) {
+	return await(func() (bool, error) {
 		response, err := http.Get(s.endpoint + "/metrics")
 		if err != nil {
-			return err
+			return false, err
 		}
+		defer response.Body.Close()
 		metrics, err := io.ReadAll(response.Body)
-		_ = response.Body.Close()
-		if err != nil {
+		return bytes.Contains(metrics, []byte(gauge)), err
+	})
+}
+
+func (s *session) awaitKey(key string) error {
+	return await(func() (bool, error) {
+		output, err := s.etcdctl("get --consistency=s " + key).Output()
+		return len(output) > 0, err
+	})
+}
+
+// await asks until it is so.
+func await(is func() (bool, error)) error {
+	for deadline := time.Now().Add(hang); time.Now().Before(deadline); time.Sleep(5 * time.Millisecond) {
+		if so, err := is(); so || err != nil {
 			return err
-		}
-		if bytes.Contains(metrics, []byte(gauge)) {
-			return nil
 		}
 	}
-	return errors.New("the server does not have so many watchers")
+	return errors.New("waited in vain")
 }
 
 func (s *session) etcdctl(args string) *exec.Cmd {
 	for i, lease := range s.leases {
 		args = strings.ReplaceAll(args, fmt.Sprintf("$LEASE%d", i+1), lease)
 	}
+	args = strings.ReplaceAll(args, "$ENDPOINT", s.endpoint)
 	cmd := exec.Command(s.program, words(args)...)
 	// Nothing of the caller's environment: an ETCDCTL_ variable in it would change what is tested.
 	cmd.Env = []string{"PATH=" + os.Getenv("PATH"), "ETCDCTL_ENDPOINTS=" + s.endpoint}

@@ -59,6 +59,7 @@ var txnScenarios = []scenario{
 		{args: "txn --hex", stdin: "\nget cherry\n\n\n"},
 		{args: "get '' --prefix -w json"},
 	})},
+	// Not one that deletes a key and then puts it with --ignore-value: it crashes etcd (docs/compatibility.md).
 	{name: "txn that is refused", steps: join(fruit[:3], []step{
 		{args: "txn", stdin: "\nput twice 1\nput twice 2\n\n\n"},
 		{args: "txn", stdin: "\nput a 1\nput b 1\n\nput twice 1\nput twice 2\n\n"},

@@ -71,7 +71,8 @@ var watchScenarios = []scenario{
 		{args: "watch apple --rev=2 -- no-such-command"},
 	})},
 
-	// A progress response is for all watchers of the stream, and printed for each.
+	// A progress response is for all watchers of the stream, and printed for each. None is asked for before a watch in the past has
+	// printed what there was: etcd does not answer it then (docs/compatibility.md).
 	{name: "interactive watch", steps: join(fruit, []step{
 		{args: "watch -i", talk: []turn{
 			{say: "watch apple", watchers: 1},

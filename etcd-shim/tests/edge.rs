@@ -1,0 +1,251 @@
+//! The edge of a served store: which protocol a connection speaks, whose it is, and how long it may go on.
+//!
+//! Certificates are made here, once per test, so nothing expires and no key is kept.
+
+#![allow(clippy::unwrap_used)]
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::{Bytes, BytesMut};
+use http::Request;
+use prost::Message as _;
+use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair, SanType};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
+use rustls::{ClientConfig, RootCertStore};
+use tenure_etcd_shim::Tenure;
+use tenure_etcd_shim::flags::TlsFiles;
+use tenure_etcd_shim::listen::ConnectionLimits;
+use tenure_etcd_shim::proto::etcdserverpb::{PutRequest, RangeRequest};
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
+use tokio::net::TcpStream;
+use tokio_rustls::TlsConnector;
+
+/// A certificate authority, and what it has signed.
+struct Authority {
+    issuer: Issuer<'static, KeyPair>,
+    certificate: rcgen::Certificate,
+}
+
+/// A certificate with its key.
+struct Identity {
+    certificate: rcgen::Certificate,
+    key: KeyPair,
+}
+
+impl Authority {
+    fn new() -> Self {
+        let key = KeyPair::generate().unwrap();
+        let mut params = CertificateParams::new(Vec::new()).unwrap();
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        let certificate = params.self_signed(&key).unwrap();
+        Authority { issuer: Issuer::new(params, key), certificate }
+    }
+
+    fn sign(&self, uris: &[&str]) -> Identity {
+        let key = KeyPair::generate().unwrap();
+        let mut params = CertificateParams::new(vec!["localhost".to_owned()]).unwrap();
+        for uri in uris {
+            params.subject_alt_names.push(SanType::URI((*uri).try_into().unwrap()));
+        }
+        let certificate = params.signed_by(&key, &self.issuer).unwrap();
+        Identity { certificate, key }
+    }
+
+    fn roots(&self) -> RootCertStore {
+        let mut roots = RootCertStore::empty();
+        roots.add(self.certificate.der().clone()).unwrap();
+        roots
+    }
+}
+
+fn write(dir: &Path, name: &str, pem: &str) -> PathBuf {
+    let path = dir.join(name);
+    std::fs::write(&path, pem).unwrap();
+    path
+}
+
+/// A served store with one TLS listener and a tenant `acme`.
+async fn serve_tls(dir: &Path, server: &Authority, clients: Option<&Authority>) -> Tenure {
+    let identity = server.sign(&[]);
+    let files = TlsFiles {
+        cert_file: write(dir, "server.crt", &identity.certificate.pem()),
+        key_file: write(dir, "server.key", &identity.key.serialize_pem()),
+        trusted_ca_file: clients.map(|ca| write(dir, "ca.crt", &ca.certificate.pem())),
+        client_cert_auth: clients.is_some(),
+    };
+    let builder = Tenure::builder().data_dir(dir.join("data")).tenant("acme").tls(files);
+    builder.listen("https://127.0.0.1:0").start().await.unwrap()
+}
+
+type Secured = tokio_rustls::client::TlsStream<TcpStream>;
+
+/// Connects with TLS, and reads until the server has accepted the client's certificate or not.
+async fn connect(
+    address: SocketAddr,
+    server: &Authority,
+    client: Option<&Identity>,
+    protocol: &[u8],
+) -> std::io::Result<Secured> {
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let config = ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions().unwrap();
+    let config = config.with_root_certificates(server.roots());
+    let mut config = match client {
+        None => config.with_no_client_auth(),
+        Some(identity) => {
+            let chain: Vec<CertificateDer<'static>> = vec![identity.certificate.der().clone()];
+            let key = PrivateKeyDer::try_from(identity.key.serialize_der()).unwrap();
+            config.with_client_auth_cert(chain, key).unwrap()
+        }
+    };
+    config.alpn_protocols = vec![protocol.to_vec()];
+    let stream = TcpStream::connect(address).await?;
+    TlsConnector::from(Arc::new(config)).connect(ServerName::try_from("localhost").unwrap(), stream).await
+}
+
+/// One gRPC call; the answer's message, or that nothing at the other end speaks gRPC.
+async fn unary<S>(stream: S, path: &str, message: &[u8]) -> Result<Bytes, h2::Error>
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let (requests, connection) = h2::client::handshake(stream).await?;
+    tokio::spawn(connection);
+    let request = Request::post(format!("https://localhost{path}")).header("content-type", "application/grpc");
+    let request = request.header("te", "trailers").body(()).unwrap();
+    let (response, mut body) = requests.ready().await?.send_request(request, false)?;
+    let mut framed = BytesMut::from(&[0u8][..]);
+    framed.extend_from_slice(&u32::try_from(message.len()).unwrap().to_be_bytes());
+    framed.extend_from_slice(message);
+    body.send_data(framed.freeze(), true)?;
+    let mut response = response.await?.into_body();
+    let mut answer = BytesMut::new();
+    while let Some(data) = response.data().await {
+        answer.extend_from_slice(&data?);
+    }
+    let Some(trailers) = response.trailers().await? else { return Err(h2::Reason::PROTOCOL_ERROR.into()) };
+    assert_eq!(trailers.get("grpc-status").unwrap(), "0", "{trailers:?}");
+    Ok(answer.split_off(5).freeze())
+}
+
+async fn put<S>(stream: S, key: &'static str) -> Result<Bytes, h2::Error>
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let request = PutRequest { key: key.into(), value: "v".into(), ..PutRequest::default() };
+    unary(stream, "/etcdserverpb.KV/Put", &request.encode_to_vec()).await
+}
+
+async fn http1<S: AsyncRead + AsyncWrite + Unpin>(mut stream: S, path: &str) -> std::io::Result<String> {
+    let request = format!("GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n");
+    stream.write_all(request.as_bytes()).await?;
+    let mut answer = Vec::new();
+    stream.read_to_end(&mut answer).await?;
+    Ok(String::from_utf8_lossy(&answer).into_owned())
+}
+
+async fn revision(tenure: &Tenure, tenant: &str) -> i64 {
+    tenure.cell().tenant(tenant).unwrap().reader().state().revision
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_tls_port_speaks_what_was_negotiated() {
+    let dir = tempfile::tempdir().unwrap();
+    let authority = Authority::new();
+    let tenure = serve_tls(dir.path(), &authority, None).await;
+    let address = tenure.addresses()[0];
+
+    put(connect(address, &authority, None, b"h2").await.unwrap(), "k").await.unwrap();
+    assert_eq!(revision(&tenure, "default").await, 2);
+    let version = http1(connect(address, &authority, None, b"http/1.1").await.unwrap(), "/version").await.unwrap();
+    assert!(version.contains("\"etcdserver\":\"3."), "{version}");
+
+    // A client that trusts somebody else, and one that speaks no TLS at all, get nowhere and disturb nobody.
+    assert!(connect(address, &Authority::new(), None, b"h2").await.is_err());
+    let cleartext = http1(TcpStream::connect(address).await.unwrap(), "/version").await.unwrap_or_default();
+    assert!(!cleartext.contains("etcdserver"), "{cleartext}");
+    put(connect(address, &authority, None, b"h2").await.unwrap(), "k").await.unwrap();
+    tenure.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_client_certificate_says_whose_a_connection_is() {
+    let dir = tempfile::tempdir().unwrap();
+    let (server, clients) = (Authority::new(), Authority::new());
+    let tenure = serve_tls(dir.path(), &server, Some(&clients)).await;
+    let address = tenure.addresses()[0];
+
+    let acme = clients.sign(&["tenure://tenant/acme"]);
+    put(connect(address, &server, Some(&acme), b"h2").await.unwrap(), "k").await.unwrap();
+    assert_eq!((revision(&tenure, "acme").await, revision(&tenure, "default").await), (2, 1));
+    let read = RangeRequest { key: "k".into(), ..RangeRequest::default() }.encode_to_vec();
+    let default = clients.sign(&["tenure://tenant/default"]);
+    let default = connect(address, &server, Some(&default), b"h2").await.unwrap();
+    let answer = unary(default, "/etcdserverpb.KV/Range", &read).await.unwrap();
+    assert!(!answer.windows(2).any(|bytes| bytes == b"\x0a\x01"), "acme's key is not default's");
+
+    // No tenant in it, two of them, one that does not exist, a stranger's signature, no certificate.
+    let refused = [
+        Some(clients.sign(&[])),
+        Some(clients.sign(&["https://tenant/acme"])),
+        Some(clients.sign(&["tenure://tenant/acme", "tenure://tenant/default"])),
+        Some(Authority::new().sign(&["tenure://tenant/acme"])),
+        None,
+    ];
+    for identity in &refused {
+        // With TLS 1.3 the client is through before the server has looked at its certificate: the first call tells.
+        if let Ok(stream) = connect(address, &server, identity.as_ref(), b"h2").await {
+            assert!(put(stream, "x").await.is_err());
+        }
+    }
+    assert_eq!((revision(&tenure, "acme").await, revision(&tenure, "default").await), (2, 1));
+    tenure.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_cleartext_port_speaks_both_protocols() {
+    let dir = tempfile::tempdir().unwrap();
+    let builder = Tenure::builder().data_dir(dir.path()).listen("http://127.0.0.1:0");
+    let tenure = builder.metrics_listen("http://127.0.0.1:0").start().await.unwrap();
+    let [clients, metrics] = *tenure.addresses() else { panic!("two listeners") };
+    let stream = async |address| TcpStream::connect(address).await.unwrap();
+    put(stream(clients).await, "k").await.unwrap();
+    assert!(http1(stream(clients).await, "/version").await.unwrap().contains("etcdserver"));
+
+    let scraped = http1(stream(metrics).await, "/metrics").await.unwrap();
+    let put_calls = "{grpc_code=\"OK\",grpc_method=\"Put\",grpc_service=\"etcdserverpb.KV\",grpc_type=\"unary\"} 1";
+    assert!(scraped.contains(&format!("grpc_server_handled_total{put_calls}")), "{scraped}");
+    assert!(scraped.contains("etcd_disk_wal_fsync_duration_seconds_bucket{le=\"0.001\"}"));
+    assert!(put(stream(metrics).await, "k").await.is_err(), "no clients here");
+    tenure.stop().await;
+}
+
+const PREFACE_AND_SETTINGS: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\x00\x00\x00\x04\x00\x00\x00\x00\x00";
+const PING: &[u8] = b"\x00\x00\x08\x06\x00\x00\x00\x00\x00pingping";
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_client_that_pings_too_often_is_sent_away() {
+    let dir = tempfile::tempdir().unwrap();
+    let patient = ConnectionLimits { ping_interval_min: Duration::ZERO, ..ConnectionLimits::default() };
+    let tenure = Tenure::builder()
+        .data_dir(dir.path())
+        .listen("http://127.0.0.1:0")
+        .connection_limits(patient)
+        .start()
+        .await
+        .unwrap();
+    let mut stream = TcpStream::connect(tenure.addresses()[0]).await.unwrap();
+    stream.write_all(PREFACE_AND_SETTINGS).await.unwrap();
+    // No request is open, so not even the patient interval counts. The first is free, then there are two strikes.
+    for _ in 0..4 {
+        stream.write_all(PING).await.unwrap();
+    }
+    let mut answer = Vec::new();
+    // The end may come as a reset, because not everything that was sent has been read.
+    let _ = stream.read_to_end(&mut answer).await;
+    let goaway = b"\x00\x00\x00\x0btoo_many_pings";
+    assert!(answer.windows(goaway.len()).any(|bytes| bytes == goaway), "{}", answer.escape_ascii());
+    put(TcpStream::connect(tenure.addresses()[0]).await.unwrap(), "k").await.unwrap();
+    tenure.stop().await;
+}
