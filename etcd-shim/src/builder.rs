@@ -127,6 +127,7 @@ impl Tenure {
         tokio::select! {
             () = &mut served => {}
             () = hurry => {
+                tracing::info!("cut the requests that still run");
                 self.stop.send_replace(Stop::Cut);
                 served.await;
             }
