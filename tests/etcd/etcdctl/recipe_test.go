@@ -34,7 +34,7 @@ var recipeScenarios = []scenario{
 			{appears: "z/pple", watchers: 1},
 			{run: "put avocado 1"},
 			{run: "del apple"},
-			{run: "put a last", appears: "z/"},
+			{run: "put az last", appears: "z/z"},
 		}},
 		{args: "get '' --prefix -w json"},
 		{args: "make-mirror --prefix z/ --no-dest-prefix --rev=9 $ENDPOINT", talk: []turn{{appears: "vocado"}, {run: "put z/n 1", appears: "n"}}},
