@@ -32,6 +32,7 @@ use url::Url;
 use crate::cell::{Cell, CellConfig, DEFAULT_TENANT, OpenError};
 use crate::client::Client;
 use crate::flags::TlsFiles;
+use crate::http_endpoints::HttpAccess;
 use crate::inflight::{Budget, InFlight};
 use crate::listen::{ConnectionLimits, ListenError, Listener, Serves, Services, Stop, serve};
 use crate::rpc_metrics::RpcMetrics;
@@ -51,6 +52,7 @@ pub struct Builder {
     advertise_client_urls: Vec<String>,
     tls: Option<TlsFiles>,
     connections: ConnectionLimits,
+    access: HttpAccess,
 }
 
 #[derive(Clone, Debug)]
@@ -95,6 +97,7 @@ impl Tenure {
             advertise_client_urls: Vec::new(),
             tls: None,
             connections: ConnectionLimits::default(),
+            access: HttpAccess::default(),
         }
     }
 
@@ -220,6 +223,19 @@ impl Builder {
         self
     }
 
+    /// Which web pages and host names the HTTP side serves. Default: all.
+    pub fn http_access(mut self, access: HttpAccess) -> Self {
+        self.access = access;
+        self
+    }
+
+    /// What etcd's formulas make the ids of a new data directory from. An existing one keeps its ids.
+    pub fn bootstrap(mut self, peer_urls: Vec<String>, cluster_token: impl Into<String>) -> Self {
+        self.cell.peer_urls = peer_urls;
+        self.cell.cluster_token = cluster_token.into();
+        self
+    }
+
     /// Opens the store and serves. Must be called in a multi-threaded tokio runtime with its drivers enabled; the member
     /// lives there.
     ///
@@ -240,6 +256,7 @@ impl Builder {
             routes: server::routes(&context, self.progress_period),
             arriving: InFlight::new(Budget::default()),
             rpc_metrics: RpcMetrics::default(),
+            access: Arc::new(self.access.clone()),
             limits: self.connections,
         };
         let (stop, stopping) = watch::channel(Stop::NotYet);

@@ -1,6 +1,7 @@
 //! etcd's command line: one or two dashes, `--f v`, `--f=v`, bare booleans, `ETCD_*` variables behind the flags.
 //!
-//! Flags of etcd that need nothing here are taken with a warning; what is asked for and not built is refused by name. Everything wrong is one line; the program then exits with 1.
+//! Every flag of etcd is known. Those that mean nothing for one member are taken with a warning; what is asked for and not
+//! built is refused by name, because whoever set it relies on it. Everything wrong is one line; the program then exits with 1.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -9,130 +10,192 @@ use std::time::Duration;
 use url::Url;
 
 use crate::cell::check_tenant_name;
+use crate::http_endpoints::HttpAccess;
+use crate::ids::{CLUSTER_TOKEN_DEFAULT, PEER_URL_DEFAULT};
 use crate::listen::ConnectionLimits;
+use crate::logging::{LogFormat, LogOutput, LogSettings};
 use crate::service::{MAX_REQUEST_BYTES, MAX_TXN_OPS};
 
-/// A flag and whether it stands alone (`--f`), as Go's booleans do.
-const FLAGS: &[(&str, bool, &str)] = &[
-    ("data-dir", false, "directory of everything kept (default ${name}.tenure)"),
-    ("name", false, "this member's name (default \"default\")"),
+/// What a flag's value is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    /// True or false; stands alone (`--f`) too, as Go's do.
+    Switch,
+    Number,
+    /// As Go writes it: `5s`, `1h30m`.
+    Duration,
+    Text,
+}
+
+/// Name, kind and help of the flags that act, by group.
+type Group = (&'static str, &'static [(&'static str, Kind, &'static str)]);
+
+const FLAGS: &[Group] = &[
     (
-        "listen-client-urls",
-        false,
-        "URLs of the tenant by certificate, or of \"default\" (default http://localhost:2379)",
+        "Member",
+        &[
+            ("data-dir", Kind::Text, "directory of everything kept (default ${name}.tenure)"),
+            ("name", Kind::Text, "this member's name (default \"default\")"),
+            ("heartbeat-interval", Kind::Number, "milliseconds between heartbeats (default 100)"),
+            ("election-timeout", Kind::Number, "milliseconds without a leader before an election (default 1000)"),
+            ("initial-advertise-peer-urls", Kind::Text, "of a new data directory: what its member id is made from"),
+            ("initial-cluster-token", Kind::Text, "of a new data directory: what its ids are made from"),
+            ("initial-cluster", Kind::Text, "NAME=URL of the one member"),
+        ],
     ),
-    ("advertise-client-urls", false, "URLs told to clients (default: where it listens)"),
-    ("tenant-listen", false, "NAME=URL: a listener of one tenant's own; may be given again"),
-    ("cert-file", false, "server certificate, PEM"),
-    ("key-file", false, "its key, PEM"),
-    ("trusted-ca-file", false, "CA of client certificates, PEM"),
-    ("client-cert-auth", true, "demand a client certificate"),
-    ("quota-backend-bytes", false, "bytes each tenant may hold (0 = 2 GiB, negative = no limit)"),
-    ("max-request-bytes", false, "largest write (default 1572864)"),
-    ("max-txn-ops", false, "most operations of a txn (default 128)"),
-    ("watch-progress-notify-interval", false, "period of watch progress (default 10m)"),
-    ("heartbeat-interval", false, "milliseconds between heartbeats (default 100)"),
-    ("election-timeout", false, "milliseconds without a leader before an election (default 1000)"),
-    ("max-concurrent-streams", false, "requests open at a time on one connection (default: no limit)"),
-    ("grpc-keepalive-min-time", false, "how often a client may ping (default 5s)"),
-    ("grpc-keepalive-interval", false, "how often an idle client is pinged (default 2h)"),
-    ("grpc-keepalive-timeout", false, "how long it may take to answer (default 20s)"),
-    ("listen-metrics-urls", false, "URLs that serve /metrics and health alone, of \"default\""),
-    ("log-level", false, "debug, info, warn, error, panic or fatal (default info)"),
-    ("version", true, "print the version and exit"),
-    ("help", true, "print this and exit"),
+    (
+        "Clients",
+        &[
+            (
+                "listen-client-urls",
+                Kind::Text,
+                "URLs of the tenant by certificate, or of \"default\" (default http://localhost:2379)",
+            ),
+            ("advertise-client-urls", Kind::Text, "URLs told to clients (default: where it listens)"),
+            ("tenant-listen", Kind::Text, "NAME=URL: a listener of one tenant's own; may be given again"),
+            ("max-concurrent-streams", Kind::Number, "requests open at a time on one connection (default: no limit)"),
+            ("grpc-keepalive-min-time", Kind::Duration, "how often a client may ping (default 5s)"),
+            ("grpc-keepalive-interval", Kind::Duration, "how often an idle client is pinged (default 2h)"),
+            ("grpc-keepalive-timeout", Kind::Duration, "how long it may take to answer (default 20s)"),
+            ("cors", Kind::Text, "origins of web pages that may read answers (default *)"),
+            (
+                "host-whitelist",
+                Kind::Text,
+                "host names that cleartext HTTP requests may call this server by (default *)",
+            ),
+        ],
+    ),
+    (
+        "TLS",
+        &[
+            ("cert-file", Kind::Text, "server certificate, PEM"),
+            ("key-file", Kind::Text, "its key, PEM"),
+            ("trusted-ca-file", Kind::Text, "CA of client certificates, PEM"),
+            ("client-cert-auth", Kind::Switch, "demand a client certificate"),
+        ],
+    ),
+    (
+        "Limits",
+        &[
+            ("quota-backend-bytes", Kind::Number, "bytes each tenant may hold (0 = 2 GiB, negative = no limit)"),
+            ("max-request-bytes", Kind::Number, "largest write (default 1572864)"),
+            ("max-txn-ops", Kind::Number, "most operations of a txn (default 128)"),
+            ("watch-progress-notify-interval", Kind::Duration, "period of watch progress (default 10m)"),
+        ],
+    ),
+    (
+        "Logs and metrics",
+        &[
+            ("log-level", Kind::Text, "debug, info, warn, error, panic or fatal (default info)"),
+            ("log-format", Kind::Text, "json or console (default json)"),
+            ("log-outputs", Kind::Text, "default, stderr, stdout or files, separated by commas (default stderr)"),
+            ("logger", Kind::Text, "zap: that its lines look like this is all there is to it"),
+            ("listen-metrics-urls", Kind::Text, "URLs that serve /metrics and health alone, of \"default\""),
+            ("metrics", Kind::Text, "basic"),
+            ("version", Kind::Switch, "print the version and exit"),
+            ("help", Kind::Switch, "print this and exit"),
+        ],
+    ),
 ];
 
-/// Flags of etcd that a store of one member can take without acting on them, and whether they stand alone. Each one given
-/// is named in a warning.
-const WITHOUT_EFFECT: &[(&str, bool)] = &[
-    ("snapshot-count", false),
-    ("initial-election-tick-advance", true),
-    ("listen-peer-urls", false),
-    ("max-snapshots", false),
-    ("max-wals", false),
-    ("backend-bbolt-freelist-type", false),
-    ("backend-batch-interval", false),
-    ("backend-batch-limit", false),
-    ("socket-reuse-port", true),
-    ("socket-reuse-address", true),
-    ("raft-read-timeout", false),
-    ("raft-write-timeout", false),
-    ("feature-gates", false),
-    ("initial-advertise-peer-urls", false),
-    ("initial-cluster-state", false),
-    ("initial-cluster-token", false),
-    ("strict-reconfig-check", true),
-    ("pre-vote", true),
-    ("v2-deprecation", false),
-    ("peer-cert-file", false),
-    ("peer-key-file", false),
-    ("peer-client-cert-auth", true),
-    ("peer-client-cert-file", false),
-    ("peer-client-key-file", false),
-    ("peer-trusted-ca-file", false),
-    ("peer-cert-allowed-cn", false),
-    ("peer-cert-allowed-hostname", false),
-    ("peer-auto-tls", true),
-    ("peer-crl-file", false),
-    ("peer-skip-client-san-verification", true),
-    ("client-cert-file", false),
-    ("client-key-file", false),
-    ("self-signed-cert-validity", false),
-    ("auth-token", false),
-    ("auth-token-ttl", false),
-    ("bcrypt-cost", false),
-    ("enable-pprof", true),
-    ("metrics", false),
-    ("logger", false),
-    ("log-outputs", false),
-    ("log-format", false),
-    ("enable-log-rotation", true),
-    ("log-rotation-config-json", false),
-    ("warning-unary-request-duration", false),
-    ("warning-apply-duration", false),
-    ("enable-distributed-tracing", true),
-    ("distributed-tracing-address", false),
-    ("distributed-tracing-service-name", false),
-    ("distributed-tracing-instance-id", false),
-    ("distributed-tracing-sampling-rate", false),
-    ("corrupt-check-time", false),
-    ("compact-hash-check-time", false),
-    ("compaction-batch-limit", false),
-    ("compaction-sleep-interval", false),
-    ("downgrade-check-time", false),
-    ("snapshot-catchup-entries", false),
-    ("bootstrap-defrag-threshold-megabytes", false),
-    ("memory-mlock", true),
-    ("max-learners", false),
-    ("unsafe-no-fsync", true),
+/// Flags of etcd that a store of one member can take without acting on them. Each one given is named in a warning.
+const WITHOUT_EFFECT: &[(&str, Kind)] = &[
+    ("snapshot-count", Kind::Number),
+    ("initial-election-tick-advance", Kind::Switch),
+    ("listen-peer-urls", Kind::Text),
+    ("max-snapshots", Kind::Number),
+    ("max-wals", Kind::Number),
+    ("backend-bbolt-freelist-type", Kind::Text),
+    ("backend-batch-interval", Kind::Duration),
+    ("backend-batch-limit", Kind::Number),
+    ("socket-reuse-port", Kind::Switch),
+    ("socket-reuse-address", Kind::Switch),
+    ("raft-read-timeout", Kind::Duration),
+    ("raft-write-timeout", Kind::Duration),
+    ("feature-gates", Kind::Text),
+    ("initial-cluster-state", Kind::Text),
+    ("strict-reconfig-check", Kind::Switch),
+    ("pre-vote", Kind::Switch),
+    ("v2-deprecation", Kind::Text),
+    ("peer-cert-file", Kind::Text),
+    ("peer-key-file", Kind::Text),
+    ("peer-client-cert-auth", Kind::Switch),
+    ("peer-client-cert-file", Kind::Text),
+    ("peer-client-key-file", Kind::Text),
+    ("peer-trusted-ca-file", Kind::Text),
+    ("peer-cert-allowed-cn", Kind::Text),
+    ("peer-cert-allowed-hostname", Kind::Text),
+    ("peer-auto-tls", Kind::Switch),
+    ("peer-crl-file", Kind::Text),
+    ("peer-skip-client-san-verification", Kind::Switch),
+    ("client-cert-file", Kind::Text),
+    ("client-key-file", Kind::Text),
+    ("self-signed-cert-validity", Kind::Number),
+    ("auth-token", Kind::Text),
+    ("auth-token-ttl", Kind::Number),
+    ("bcrypt-cost", Kind::Number),
+    ("enable-pprof", Kind::Switch),
+    ("enable-grpc-gateway", Kind::Switch),
+    ("enable-log-rotation", Kind::Switch),
+    ("log-rotation-config-json", Kind::Text),
+    ("warning-unary-request-duration", Kind::Duration),
+    ("warning-apply-duration", Kind::Duration),
+    ("enable-distributed-tracing", Kind::Switch),
+    ("distributed-tracing-address", Kind::Text),
+    ("distributed-tracing-service-name", Kind::Text),
+    ("distributed-tracing-instance-id", Kind::Text),
+    ("distributed-tracing-sampling-rate", Kind::Number),
+    ("corrupt-check-time", Kind::Duration),
+    ("compact-hash-check-time", Kind::Duration),
+    ("experimental-initial-corrupt-check", Kind::Switch),
+    ("compaction-batch-limit", Kind::Number),
+    ("compaction-sleep-interval", Kind::Duration),
+    ("downgrade-check-time", Kind::Duration),
+    ("snapshot-catchup-entries", Kind::Number),
+    ("bootstrap-defrag-threshold-megabytes", Kind::Number),
+    ("memory-mlock", Kind::Switch),
+    ("max-learners", Kind::Number),
+    ("unsafe-no-fsync", Kind::Switch),
+    ("discovery-dial-timeout", Kind::Duration),
+    ("discovery-request-timeout", Kind::Duration),
+    ("discovery-keepalive-time", Kind::Duration),
+    ("discovery-keepalive-timeout", Kind::Duration),
+    ("discovery-insecure-transport", Kind::Switch),
+    ("discovery-insecure-skip-tls-verify", Kind::Switch),
+    ("discovery-cert", Kind::Text),
+    ("discovery-key", Kind::Text),
+    ("discovery-cacert", Kind::Text),
+    ("discovery-user", Kind::Text),
+    ("discovery-password", Kind::Text),
+    ("discovery-srv-name", Kind::Text),
+    ("discovery-fallback", Kind::Text),
+    ("discovery-proxy", Kind::Text),
 ];
 
-/// Flags of etcd that must not be passed over in silence, because whoever sets them relies on them: whether they stand
-/// alone, and the values that ask for nothing.
-const NOT_BUILT: &[(&str, bool, &[&str])] = &[
-    ("wal-dir", false, &[""]),
-    ("auto-compaction-retention", false, &["", "0"]),
-    ("auto-compaction-mode", false, &["periodic", "revision"]),
-    ("client-crl-file", false, &[""]),
-    ("client-cert-allowed-hostname", false, &[""]),
-    ("auto-tls", true, &["false"]),
-    ("cipher-suites", false, &[""]),
-    ("tls-min-version", false, &["", "TLS1.2"]),
-    ("tls-max-version", false, &["", "TLS1.3"]),
-    ("cors", false, &["", "*"]),
-    ("host-whitelist", false, &["", "*"]),
-    ("force-new-cluster", true, &["false"]),
-    ("listen-client-http-urls", false, &[""]),
-    ("config-file", false, &[""]),
-    ("discovery", false, &[""]),
-    ("discovery-token", false, &[""]),
-    ("discovery-endpoints", false, &[""]),
-    ("discovery-srv", false, &[""]),
+/// Flags of etcd that must not be passed over in silence, because whoever sets them relies on them; and the values that ask
+/// for nothing.
+const NOT_BUILT: &[(&str, Kind, &[&str])] = &[
+    ("wal-dir", Kind::Text, &[""]),
+    ("auto-compaction-retention", Kind::Text, &["", "0"]),
+    ("auto-compaction-mode", Kind::Text, &["periodic", "revision"]),
+    ("client-crl-file", Kind::Text, &[""]),
+    ("client-cert-allowed-hostname", Kind::Text, &[""]),
+    ("auto-tls", Kind::Switch, &["false"]),
+    ("cipher-suites", Kind::Text, &[""]),
+    ("tls-min-version", Kind::Text, &["", "TLS1.2"]),
+    ("tls-max-version", Kind::Text, &["", "TLS1.3"]),
+    ("force-new-cluster", Kind::Switch, &["false"]),
+    ("listen-client-http-urls", Kind::Text, &[""]),
+    ("config-file", Kind::Text, &[""]),
+    ("discovery", Kind::Text, &[""]),
+    ("discovery-token", Kind::Text, &[""]),
+    ("discovery-endpoints", Kind::Text, &[""]),
+    ("discovery-srv", Kind::Text, &[""]),
 ];
 
-/// Old spellings that etcd took and Kubernetes' tests still use.
-const ALIASES: &[(&str, &str)] = &[("experimental-watch-progress-notify-interval", "watch-progress-notify-interval")];
+/// What stands before the name of a flag that etcd once tried out. Kubernetes' tests still use
+/// `--experimental-watch-progress-notify-interval`.
+const TRIED_OUT: &str = "experimental-";
 
 /// The smallest period of watch progress, as in etcd.
 const PROGRESS_PERIOD_MIN: Duration = Duration::from_millis(100);
@@ -155,7 +218,11 @@ pub struct Flags {
     pub progress_period: Duration,
     pub heartbeat_interval: Duration,
     pub election_timeout: Duration,
-    pub log_level: String,
+    /// What the ids of a new data directory are made from.
+    pub advertise_peer_urls: Vec<String>,
+    pub cluster_token: String,
+    pub log: LogSettings,
+    pub access: HttpAccess,
     /// URLs of listeners that answer no gRPC.
     pub listen_metrics_urls: Vec<Url>,
     pub connections: ConnectionLimits,
@@ -209,8 +276,15 @@ pub fn parse(
 
 /// What `--help` prints.
 pub fn usage() -> String {
-    let lines = FLAGS.iter().map(|(name, _, text)| format!("  --{name}\n        {text}\n"));
-    format!("Usage: tenured [flags]\n\nEvery flag can be set as ETCD_<NAME> too.\n\n{}", lines.collect::<String>())
+    let mut text =
+        "Usage: tenured [flags]\n\nEvery flag can be set as ETCD_<NAME> too. etcd's other flags are taken with a\n\
+                    warning where nothing depends on them, and refused by name where something does.\n"
+            .to_string();
+    for (group, flags) in FLAGS {
+        text.push_str(&format!("\n{group}:\n"));
+        text.extend(flags.iter().map(|(name, _, help)| format!("  --{name}\n        {help}\n")));
+    }
+    text
 }
 
 /// Flags as text, the last one of each first-come name winning; `tenant-listen` collects.
@@ -231,12 +305,12 @@ impl Given {
                 Some((name, value)) => (name, Some(value.to_string())),
                 None => (body, None),
             };
-            let Some((name, alone)) = known(name) else {
+            let Some((name, kind)) = known(name) else {
                 return Err(FlagError(format!("flag provided but not defined: -{name}")));
             };
             let value = match value {
                 Some(value) => value,
-                None if alone => "true".to_string(),
+                None if kind == Kind::Switch => "true".to_string(),
                 None => arguments.next().ok_or_else(|| FlagError(format!("flag needs an argument: -{name}")))?,
             };
             self.set(name, value);
@@ -275,11 +349,62 @@ impl Given {
 
     fn is_set(&self, name: &str) -> Result<bool, FlagError> {
         let Some(value) = self.values.get(name) else { return Ok(false) };
-        match value.as_str() {
-            "1" | "t" | "T" | "true" | "TRUE" | "True" => Ok(true),
-            "0" | "f" | "F" | "false" | "FALSE" | "False" => Ok(false),
-            _ => Err(bad(name, value, "want true or false")),
+        parse_switch(value).ok_or_else(|| bad(name, value, "want true or false"))
+    }
+
+    /// Also of flags that have no effect: a value that is none is a mistake all the same.
+    fn check_kinds(&self) -> Result<(), FlagError> {
+        for (name, value) in &self.values {
+            let kind = known(name).map_or(Kind::Text, |(_, kind)| kind);
+            match kind {
+                Kind::Switch if parse_switch(value).is_none() => return Err(bad(name, value, "want true or false")),
+                Kind::Number if value.parse::<i64>().is_err() => return Err(bad(name, value, "want a number")),
+                Kind::Duration if parse_duration(value).is_none() => {
+                    return Err(bad(name, value, "want a duration such as 5s or 10m"));
+                }
+                Kind::Switch | Kind::Number | Kind::Duration | Kind::Text => {}
+            }
         }
+        Ok(())
+    }
+
+    /// A list between commas; `None` if it is to be all (`*`) or nothing is said.
+    fn listed(&self, name: &str) -> Option<Vec<String>> {
+        let list = self.values.get(name).filter(|list| !list.is_empty())?;
+        let items: Vec<String> = list.split(',').map(str::trim).map(str::to_string).collect();
+        (!items.iter().any(|item| item == "*")).then_some(items)
+    }
+
+    fn one_of<T: Copy>(&self, name: &str, choices: &[(&str, T)]) -> Result<T, FlagError> {
+        let names: Vec<&str> = choices.iter().map(|(name, _)| *name).collect();
+        let value = self.text(name, names[0]);
+        let chosen = choices.iter().find(|(name, _)| *name == value);
+        chosen.map(|(_, choice)| *choice).ok_or_else(|| bad(name, &value, &format!("want {}", names.join(" or "))))
+    }
+
+    fn log(&self) -> Result<LogSettings, FlagError> {
+        let level = self.text("log-level", "info");
+        if !["debug", "info", "warn", "error", "dpanic", "panic", "fatal"].contains(&level.as_str()) {
+            return Err(bad("log-level", &level, "want debug, info, warn, error, panic or fatal"));
+        }
+        self.one_of("logger", &[("zap", ())])?;
+        let format = self.one_of("log-format", &[("json", LogFormat::Json), ("console", LogFormat::Console)])?;
+        let outputs = self.text("log-outputs", "default");
+        let outputs = outputs.split(',').map(|output| match output.trim() {
+            "" | "systemd/journal" => Err(bad("log-outputs", output, "want default, stderr, stdout or a file")),
+            "default" | "stderr" | "/dev/stderr" => Ok(LogOutput::Stderr),
+            "stdout" | "/dev/stdout" => Ok(LogOutput::Stdout),
+            path => Ok(LogOutput::File(path.into())),
+        });
+        Ok(LogSettings { level, format, outputs: outputs.collect::<Result<_, _>>()? })
+    }
+
+    fn access(&self) -> Result<HttpAccess, FlagError> {
+        let origins = self.listed("cors");
+        for origin in origins.iter().flatten() {
+            Url::parse(origin).map_err(|error| bad("cors", origin, &error.to_string()))?;
+        }
+        Ok(HttpAccess { origins, hosts: self.listed("host-whitelist") })
     }
 
     fn text(&self, name: &str, default: &str) -> String {
@@ -306,7 +431,8 @@ impl Given {
             )));
         }
         let given = |name: &&'static str| self.values.contains_key(name);
-        Ok(WITHOUT_EFFECT.iter().map(|(name, _)| *name).filter(given).collect())
+        let extensive = self.one_of("metrics", &[("basic", None), ("extensive", Some("metrics"))])?;
+        Ok(WITHOUT_EFFECT.iter().map(|(name, _)| *name).filter(given).chain(extensive).collect())
     }
 
     fn connection_limits(&self) -> Result<ConnectionLimits, FlagError> {
@@ -332,6 +458,7 @@ impl Given {
     }
 
     fn check(self, unknown_variables: Vec<String>) -> Result<Flags, FlagError> {
+        self.check_kinds()?;
         let without_effect = self.check_unused()?;
         let name = self.text("name", "default");
         let tls = self.tls()?;
@@ -343,10 +470,6 @@ impl Given {
         let advertise_client_urls = advertise.split(',').map(str::to_string).collect();
         let tenant_listen =
             self.tenant_listen.iter().map(|pair| tenant_listen(pair, tls.is_some())).collect::<Result<_, _>>()?;
-        let log_level = self.text("log-level", "info");
-        if !["debug", "info", "warn", "error", "dpanic", "panic", "fatal"].contains(&log_level.as_str()) {
-            return Err(bad("log-level", &log_level, "want debug, info, warn, error, panic or fatal"));
-        }
         let heartbeat_interval = Duration::from_millis(self.number("heartbeat-interval", 100)?);
         let election_timeout = Duration::from_millis(self.number("election-timeout", 1_000)?);
         if heartbeat_interval.is_zero()
@@ -371,7 +494,14 @@ impl Given {
             progress_period: self.progress_period()?,
             heartbeat_interval,
             election_timeout,
-            log_level,
+            advertise_peer_urls: self
+                .text("initial-advertise-peer-urls", PEER_URL_DEFAULT)
+                .split(',')
+                .map(|url| url.trim().to_string())
+                .collect(),
+            cluster_token: self.text("initial-cluster-token", CLUSTER_TOKEN_DEFAULT),
+            log: self.log()?,
+            access: self.access()?,
             listen_metrics_urls,
             connections: self.connection_limits()?,
             without_effect,
@@ -415,14 +545,23 @@ impl Given {
     }
 }
 
-/// The name of a flag as it is kept, and whether it stands alone.
-fn known(name: &str) -> Option<(&'static str, bool)> {
-    let name = ALIASES.iter().find(|(old, _)| *old == name).map_or(name, |(_, new)| new);
-    let acting = FLAGS.iter().map(|(known, alone, _)| (*known, *alone));
-    let unused = WITHOUT_EFFECT.iter().copied();
-    let not_built = NOT_BUILT.iter().map(|(known, alone, _)| (*known, *alone));
-    let mut all = acting.chain(unused).chain(not_built).chain([("initial-cluster", false)]);
-    all.find(|(known, _)| *known == name)
+/// The name of a flag as it is kept, and what its value is.
+fn known(name: &str) -> Option<(&'static str, Kind)> {
+    let exactly = |name: &str| {
+        let acting = FLAGS.iter().flat_map(|(_, flags)| *flags).map(|(known, kind, _)| (*known, *kind));
+        let not_built = NOT_BUILT.iter().map(|(known, kind, _)| (*known, *kind));
+        let mut all = acting.chain(WITHOUT_EFFECT.iter().copied()).chain(not_built);
+        all.find(|(known, _)| *known == name)
+    };
+    exactly(name).or_else(|| exactly(name.strip_prefix(TRIED_OUT)?))
+}
+
+fn parse_switch(value: &str) -> Option<bool> {
+    match value {
+        "1" | "t" | "T" | "true" | "TRUE" | "True" => Some(true),
+        "0" | "f" | "F" | "false" | "FALSE" | "False" => Some(false),
+        _ => None,
+    }
 }
 
 fn bad(name: &str, value: &str, want: &str) -> FlagError {
@@ -537,6 +676,12 @@ mod tests {
             (&["--listen-client-urls=https://127.0.0.1:1"], "TLS needs --cert-file and --key-file"),
             (&["--listen-client-urls=http://127.0.0.1"], "want host:port"),
             (&["--log-level=loud"], "want debug, info, warn, error, panic or fatal"),
+            (&["--log-format=xml"], "invalid value \"xml\" for flag -log-format: want json or console"),
+            (&["--log-outputs=systemd/journal"], "want default, stderr, stdout or a file"),
+            (&["--cors=nonsense"], "invalid value \"nonsense\" for flag -cors"),
+            (&["--pre-vote=maybe"], "invalid value \"maybe\" for flag -pre-vote: want true or false"),
+            (&["--snapshot-count=x"], "invalid value \"x\" for flag -snapshot-count: want a number"),
+            (&["--warning-apply-duration=5"], "want a duration such as 5s or 10m"),
         ] {
             let error = run(arguments, &[]).unwrap_err();
             assert!(error.contains(text) && !error.contains('\n'), "{arguments:?}: {error}");
@@ -550,6 +695,10 @@ mod tests {
         assert_eq!(run(&arguments, &[]).unwrap().without_effect, ["pre-vote", "bcrypt-cost"]);
         let limits = run(&["--max-concurrent-streams=7", "--grpc-keepalive-min-time=1s"], &[]).unwrap().connections;
         assert_eq!((limits.streams_max, limits.ping_interval_min), (Some(7), Duration::from_secs(1)));
+        let access = run(&["--cors=http://a.example:80", "--host-whitelist=a, b"], &[]).unwrap().access;
+        assert_eq!(access.origins.unwrap(), ["http://a.example:80"]);
+        assert_eq!(access.hosts.unwrap(), ["a", "b"]);
+        assert_eq!(run(&["--metrics=extensive"], &[]).unwrap().without_effect, ["metrics"]);
     }
 
     #[test]

@@ -1,12 +1,14 @@
 //! The HTTP side of a client port (contract 3.3): health, version, metrics. Each answers for the connection's tenant.
 //!
-//! Left out as yet: the JSON gateway below `/v3/`, `/debug/*`, `--cors` other than `*`, `--host-whitelist`.
+//! Left out as yet: the JSON gateway below `/v3/`, whose paths say so; profiles (`/debug/pprof/`).
 
-use http::{HeaderValue, Method, Request, Response, StatusCode, header};
+use http::uri::Authority;
+use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, header};
 use tenure_storage::{AlarmKind, RangeRequest};
 use tonic::body::Body;
 
 use crate::cell::{Cell, Tenant};
+use crate::listen::Serves;
 use crate::metrics;
 use crate::rpc_metrics::RpcMetrics;
 use crate::service::{ETCD_VERSION, STORAGE_VERSION};
@@ -62,52 +64,201 @@ fn local_read(tenant: &Tenant) -> Result<(), String> {
     read.map(|_| ()).map_err(|error| error.to_string())
 }
 
-/// Answers one HTTP request.
-pub async fn answer(cell: &Cell, rpc_metrics: &RpcMetrics, request: &Request<hyper::body::Incoming>) -> Response<Body> {
-    let tenant = request.extensions().get::<ConnectionIdentity>().and_then(|identity| cell.tenant(identity.tenant()));
-    let mut response = match tenant {
-        Some(tenant) => route(cell, &tenant, rpc_metrics, request).await,
-        None => text(StatusCode::FORBIDDEN, "no such tenant\n"),
-    };
-    let headers = response.headers_mut();
-    headers.insert(header::ACCESS_CONTROL_ALLOW_ORIGIN, HeaderValue::from_static("*"));
-    headers.insert(header::ACCESS_CONTROL_ALLOW_METHODS, HeaderValue::from_static("POST, GET, OPTIONS, PUT, DELETE"));
-    headers
-        .insert(header::ACCESS_CONTROL_ALLOW_HEADERS, HeaderValue::from_static("accept, content-type, authorization"));
-    response
+/// Which web pages and which host names the HTTP side serves: `--cors` and `--host-whitelist`.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct HttpAccess {
+    /// Origins whose pages may read answers; `None` = any.
+    pub origins: Option<Vec<String>>,
+    /// Host names that a cleartext client may call this server by; `None` = any. A page that a browser loaded from elsewhere
+    /// cannot get in by a name that was made to point here.
+    pub hosts: Option<Vec<String>>,
 }
 
-async fn route(
-    cell: &Cell,
-    tenant: &Tenant,
-    rpc_metrics: &RpcMetrics,
-    request: &Request<hyper::body::Incoming>,
-) -> Response<Body> {
-    if request.method() == Method::OPTIONS {
-        return Response::new(Body::empty());
+/// What answers the HTTP requests of one listener.
+pub(crate) struct Endpoints<'a> {
+    pub(crate) cell: &'a Cell,
+    pub(crate) rpc_metrics: &'a RpcMetrics,
+    pub(crate) access: &'a HttpAccess,
+    pub(crate) serves: Serves,
+    pub(crate) secure: bool,
+}
+
+impl Endpoints<'_> {
+    /// Answers one request.
+    pub(crate) async fn answer(&self, request: &Request<hyper::body::Incoming>) -> Response<Body> {
+        let identity = request.extensions().get::<ConnectionIdentity>();
+        let Some(tenant) = identity.and_then(|identity| self.cell.tenant(identity.tenant())) else {
+            return error(StatusCode::FORBIDDEN, "no such tenant\n");
+        };
+        if self.serves == Serves::HttpOnly {
+            return self.observe(&tenant, request).await;
+        }
+        if !self.secure && !self.is_host_served(request) {
+            return error(
+                StatusCode::MISDIRECTED_REQUEST,
+                "this server is not called by that host name: see --host-whitelist\n",
+            );
+        }
+        let mut headers = self.cors_headers(request);
+        let mut response = match *request.method() {
+            Method::OPTIONS => Response::new(Body::empty()),
+            _ => self.route(&tenant, request).await,
+        };
+        // In front, as etcd sends them.
+        headers.extend(std::mem::take(response.headers_mut()));
+        *response.headers_mut() = headers;
+        response
     }
-    let path = request.uri().path();
-    let query = Query::of(request.uri().query().unwrap_or_default());
-    if path == "/metrics" {
-        let body = metrics::render(cell, tenant, rpc_metrics);
-        return with_type(StatusCode::OK, "text/plain; version=0.0.4; charset=utf-8", body);
+
+    fn is_host_served(&self, request: &Request<hyper::body::Incoming>) -> bool {
+        let Some(hosts) = &self.access.hosts else { return true };
+        let named = request.headers().get(header::HOST).and_then(|host| host.to_str().ok());
+        let host = named.or(request.uri().authority().map(Authority::as_str)).unwrap_or_default();
+        let without_port = match host.strip_prefix('[') {
+            Some(address) => address.split(']').next(),
+            None => host.split(':').next(),
+        };
+        hosts.iter().any(|known| Some(known.as_str()) == without_port)
     }
-    if path == "/v3" || path.starts_with("/v3/") {
-        let body = r#"{"code":12, "message":"the JSON gateway is not built yet"}"#;
-        return with_type(StatusCode::NOT_IMPLEMENTED, "application/json", body.to_string());
+
+    fn cors_headers(&self, request: &Request<hyper::body::Incoming>) -> HeaderMap {
+        let origin = match &self.access.origins {
+            None => Some(HeaderValue::from_static("*")),
+            Some(known) => {
+                let origin = request.headers().get(header::ORIGIN).cloned();
+                origin.filter(|origin| known.iter().any(|known| known.as_bytes() == origin.as_bytes()))
+            }
+        };
+        let mut headers = HeaderMap::new();
+        if let Some(origin) = origin {
+            let allowed = HeaderValue::from_static("accept, content-type, authorization");
+            headers.insert(header::ACCESS_CONTROL_ALLOW_HEADERS, allowed);
+            let methods = HeaderValue::from_static("POST, GET, OPTIONS, PUT, DELETE");
+            headers.insert(header::ACCESS_CONTROL_ALLOW_METHODS, methods);
+            headers.insert(header::ACCESS_CONTROL_ALLOW_ORIGIN, origin);
+        }
+        headers
     }
-    let known = checks_of(path).is_some() || matches!(path, "/health" | "/version");
-    if known && request.method() != Method::GET {
-        let mut refusal = text(StatusCode::METHOD_NOT_ALLOWED, "Method Not Allowed\n");
-        refusal.headers_mut().insert(header::ALLOW, HeaderValue::from_static("GET"));
-        return refusal;
+
+    async fn route(&self, tenant: &Tenant, request: &Request<hyper::body::Incoming>) -> Response<Body> {
+        let path = request.uri().path();
+        match path {
+            "/version" | "/debug/vars" if request.method() != Method::GET => only_get(),
+            "/version" => version(),
+            "/debug/vars" => variables(),
+            "/v3" => {
+                let mut moved = with_type(StatusCode::MOVED_PERMANENTLY, "text/html; charset=utf-8", String::new());
+                moved.headers_mut().insert(header::LOCATION, HeaderValue::from_static("/v3/"));
+                moved
+            }
+            _ => match path.strip_prefix("/v3/").or_else(|| path.strip_prefix("/v3beta/")) {
+                Some(call) => gateway(call, request.method()),
+                None => self.observe(tenant, request).await,
+            },
+        }
     }
-    match (path, checks_of(path)) {
-        (_, Some(checks)) => run_checks(tenant, &checks, &query).await,
-        ("/health", None) => health(tenant, &query).await,
-        ("/version", None) => version(),
-        (_, None) => text(StatusCode::NOT_FOUND, "404 page not found\n"),
+
+    /// Health and metrics: what a listener for them alone answers.
+    async fn observe(&self, tenant: &Tenant, request: &Request<hyper::body::Incoming>) -> Response<Body> {
+        let path = request.uri().path();
+        let query = Query::of(request.uri().query().unwrap_or_default());
+        let checks = checks_of(path);
+        match (path, checks) {
+            ("/metrics", _) => {
+                let body = metrics::render(self.cell, tenant, self.rpc_metrics);
+                with_type(StatusCode::OK, "text/plain; version=0.0.4; charset=utf-8; escaping=underscores", body)
+            }
+            ("/health", _) | (_, Some(_)) if request.method() != Method::GET => only_get(),
+            ("/health", _) => health(tenant, &query).await,
+            (_, Some(checks)) => run_checks(tenant, &checks, &query).await,
+            (_, None) => error(StatusCode::NOT_FOUND, "404 page not found\n"),
+        }
     }
+}
+
+/// Paths of the JSON gateway, below `/v3/`.
+const GATEWAY: &[&str] = &[
+    "kv/range",
+    "kv/put",
+    "kv/deleterange",
+    "kv/txn",
+    "kv/compaction",
+    "kv/lease/revoke",
+    "kv/lease/timetolive",
+    "kv/lease/leases",
+    "watch",
+    "lease/grant",
+    "lease/revoke",
+    "lease/keepalive",
+    "lease/timetolive",
+    "lease/leases",
+    "cluster/member/add",
+    "cluster/member/remove",
+    "cluster/member/update",
+    "cluster/member/list",
+    "cluster/member/promote",
+    "maintenance/alarm",
+    "maintenance/status",
+    "maintenance/defragment",
+    "maintenance/hash",
+    "maintenance/hashkv",
+    "maintenance/snapshot",
+    "maintenance/transfer-leadership",
+    "maintenance/downgrade",
+    "auth/enable",
+    "auth/disable",
+    "auth/status",
+    "auth/authenticate",
+    "auth/user/add",
+    "auth/user/get",
+    "auth/user/list",
+    "auth/user/delete",
+    "auth/user/changepw",
+    "auth/user/grant",
+    "auth/user/revoke",
+    "auth/role/add",
+    "auth/role/get",
+    "auth/role/list",
+    "auth/role/delete",
+    "auth/role/grant",
+    "auth/role/revoke",
+    "lock/lock",
+    "lock/unlock",
+    "election/campaign",
+    "election/proclaim",
+    "election/leader",
+    "election/observe",
+    "election/resign",
+];
+
+/// The answer of a gateway that serves nothing yet.
+fn gateway(call: &str, method: &Method) -> Response<Body> {
+    let (code, grpc_code, message) = if !GATEWAY.contains(&call) {
+        (StatusCode::NOT_FOUND, tonic::Code::NotFound, "Not Found")
+    } else if method != Method::POST {
+        (StatusCode::NOT_IMPLEMENTED, tonic::Code::Unimplemented, "Method Not Allowed")
+    } else {
+        (StatusCode::NOT_IMPLEMENTED, tonic::Code::Unimplemented, "the JSON gateway is not built yet")
+    };
+    let body = format!(r#"{{"code":{}, "message":"{message}"}}"#, i32::from(grpc_code));
+    with_type(code, "application/json", body)
+}
+
+fn only_get() -> Response<Body> {
+    let mut refusal = error(StatusCode::METHOD_NOT_ALLOWED, "Method Not Allowed\n");
+    refusal.headers_mut().insert(header::ALLOW, HeaderValue::from_static("GET"));
+    refusal
+}
+
+/// What this process says of itself. Its command line names tenants, so it is not in it.
+fn variables() -> Response<Body> {
+    let files_max = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
+    let body = serde_json::json!({
+        "file_descriptor_limit": files_max,
+        "memstats": { "Sys": metrics::resident_bytes() },
+        "tenured": env!("CARGO_PKG_VERSION"),
+    });
+    with_type(StatusCode::OK, "application/json; charset=utf-8", format!("{body:#}\n"))
 }
 
 /// The checks behind a path; `None` if it is no path of checks.
@@ -160,9 +311,9 @@ async fn run_checks(tenant: &Tenant, checks: &[Check], query: &Query) -> Respons
         }
     }
     match (failed, query.verbose) {
-        (true, _) => text(StatusCode::SERVICE_UNAVAILABLE, &format!("{lines}\n")),
-        (false, true) => text(StatusCode::OK, &format!("{lines}ok\n")),
-        (false, false) => text(StatusCode::OK, "ok\n"),
+        (true, _) => error(StatusCode::SERVICE_UNAVAILABLE, &format!("{lines}\n")),
+        (false, true) => not_sniffed(text(StatusCode::OK, &format!("{lines}ok\n"))),
+        (false, false) => not_sniffed(text(StatusCode::OK, "ok\n")),
     }
 }
 
@@ -183,7 +334,7 @@ async fn health(tenant: &Tenant, query: &Query) -> Response<Body> {
         None => text(StatusCode::OK, r#"{"health":"true","reason":""}"#),
         Some(reason) => {
             let body = format!("{{\"health\":\"false\",\"reason\":{}}}\n", serde_json::Value::String(reason));
-            text(StatusCode::SERVICE_UNAVAILABLE, &body)
+            error(StatusCode::SERVICE_UNAVAILABLE, &body)
         }
     }
 }
@@ -192,6 +343,16 @@ fn version() -> Response<Body> {
     let body =
         format!(r#"{{"etcdserver":"{ETCD_VERSION}","etcdcluster":"{STORAGE_VERSION}","storage":"{STORAGE_VERSION}"}}"#);
     with_type(StatusCode::OK, "application/json", body)
+}
+
+fn error(code: StatusCode, body: &str) -> Response<Body> {
+    not_sniffed(text(code, body))
+}
+
+/// Browsers are to take the content type for what it says.
+fn not_sniffed(mut response: Response<Body>) -> Response<Body> {
+    response.headers_mut().insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+    response
 }
 
 fn text(code: StatusCode, body: &str) -> Response<Body> {

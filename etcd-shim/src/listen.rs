@@ -26,14 +26,15 @@ use tonic::service::Routes;
 use url::Url;
 
 use crate::cell::Cell;
+use crate::gate;
 use crate::gate::Running;
+use crate::http_endpoints::{Endpoints, HttpAccess};
 use crate::inflight::InFlight;
 use crate::ping_guard::{OpenRequests, PingGuard};
 use crate::request_body::CountedBody;
 use crate::rpc_metrics::RpcMetrics;
 use crate::tenant::{ConnectionIdentity, PeerCertificate, resolve};
 use crate::tls::{Tls, peer_certificate};
-use crate::{gate, http_endpoints};
 
 /// Most connections open at one listener. At the bound further ones wait in the operating system's backlog.
 const CONNECTIONS_MAX: usize = 20_000;
@@ -119,7 +120,7 @@ struct Terms {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Serves {
     Everything,
-    /// Health, version and metrics alone.
+    /// Health and metrics alone.
     HttpOnly,
 }
 
@@ -196,6 +197,7 @@ pub struct Services {
     /// Bytes of requests that are not complete yet.
     pub arriving: InFlight,
     pub rpc_metrics: RpcMetrics,
+    pub access: Arc<HttpAccess>,
     pub limits: ConnectionLimits,
 }
 
@@ -320,15 +322,14 @@ where
 {
     let Some(tls) = &terms.tls else {
         if let Some(identity) = identify(terms, None) {
-            served(services, stream, identity, GrpcIs::Http2.unless(terms.serves), watcher, alive).await;
+            served(terms, services, stream, identity, watcher, alive).await;
         }
         return;
     };
     match tokio::time::timeout(HANDSHAKE_TIMEOUT, handshake(tls, stream)).await {
         Ok(Ok((stream, certificate))) => {
             if let Some(identity) = identify(terms, certificate.as_ref()) {
-                served(services, stream, identity, GrpcIs::Http2WithContentType.unless(terms.serves), watcher, alive)
-                    .await;
+                served(terms, services, stream, identity, watcher, alive).await;
             }
         }
         Ok(Err(error)) => tracing::debug!(%error, "TLS handshake"),
@@ -362,10 +363,10 @@ fn identify(terms: &Terms, certificate: Option<&PeerCertificate>) -> Option<Conn
 }
 
 async fn served<S>(
+    terms: &Terms,
     services: &Services,
     stream: S,
     identity: ConnectionIdentity,
-    grpc_is: GrpcIs,
     watcher: Watcher,
     alive: Alive,
 ) where
@@ -379,6 +380,7 @@ async fn served<S>(
     builder
         .http2()
         .timer(TokioTimer::new())
+        .auto_date_header(false)
         .keep_alive_interval(limits.keepalive_interval)
         .keep_alive_timeout(limits.keepalive_timeout)
         .initial_stream_window_size(STREAM_WINDOW_BYTES)
@@ -386,8 +388,10 @@ async fn served<S>(
         .max_header_list_size(HEADERS_BYTES_MAX)
         .max_concurrent_streams(limits.streams_max);
     let services = services.clone();
+    let (serves, secure) = (terms.serves, terms.tls.is_some());
+    let grpc_is = GrpcIs::on(serves, secure);
     let service = hyper::service::service_fn(move |mut request: Request<Incoming>| {
-        let Services { cell, routes, arriving, rpc_metrics, .. } = services.clone();
+        let Services { cell, routes, arriving, rpc_metrics, access, .. } = services.clone();
         let open = open.open();
         // A tenant that is gone has nothing to reserve for: its requests are refused before they are read.
         let tenant = cell.tenant(identity.tenant()).map_or(TenantId(0), |tenant| tenant.id());
@@ -399,7 +403,9 @@ async fn served<S>(
                 let counted = |body| Body::new(CountedBody::new(body, arriving.reservation(tenant), traffic));
                 gate::call(routes, request.map(counted), Running { open, call }).await
             } else {
-                http_endpoints::answer(&cell, &rpc_metrics, &request).await
+                Endpoints { cell: &cell, rpc_metrics: &rpc_metrics, access: &access, serves, secure }
+                    .answer(&request)
+                    .await
             };
             Ok::<_, std::convert::Infallible>(response)
         }
@@ -419,10 +425,11 @@ enum GrpcIs {
 }
 
 impl GrpcIs {
-    fn unless(self, serves: Serves) -> Self {
-        match serves {
-            Serves::Everything => self,
-            Serves::HttpOnly => GrpcIs::Nothing,
+    fn on(serves: Serves, secure: bool) -> Self {
+        match (serves, secure) {
+            (Serves::HttpOnly, _) => GrpcIs::Nothing,
+            (Serves::Everything, false) => GrpcIs::Http2,
+            (Serves::Everything, true) => GrpcIs::Http2WithContentType,
         }
     }
 

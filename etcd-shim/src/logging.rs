@@ -1,6 +1,10 @@
 //! Log lines as etcd writes them: one JSON object a line on stderr, with `level`, `ts`, `caller` and `msg`.
 
 use std::fmt::{self, Write as _};
+use std::fs::OpenOptions;
+use std::io;
+use std::path::PathBuf;
+use std::sync::Mutex;
 
 use serde_json::{Map, Value};
 use tracing::field::{Field, Visit};
@@ -11,21 +15,79 @@ use tracing_subscriber::fmt::time::{FormatTime, SystemTime};
 use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
 use tracing_subscriber::registry::LookupSpan;
 
-/// Sends every log line of this process to stderr from here on. `level` is one of etcd's names; those above error mean error.
-pub fn start(level: &str) {
-    let level = match level {
+/// What `--log-level`, `--log-format` and `--log-outputs` say.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LogSettings {
+    /// One of etcd's names; those above error mean error.
+    pub level: String,
+    pub format: LogFormat,
+    pub outputs: Vec<LogOutput>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LogFormat {
+    Json,
+    /// The same fields between tabs, for people.
+    Console,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum LogOutput {
+    Stderr,
+    Stdout,
+    /// Appended to.
+    File(PathBuf),
+}
+
+/// Sends every log line of this process where the settings say, from here on.
+///
+/// # Errors
+/// If a file cannot be opened.
+pub fn start(settings: &LogSettings) -> io::Result<()> {
+    let level = match settings.level.as_str() {
         "debug" => LevelFilter::DEBUG,
         "info" => LevelFilter::INFO,
         "warn" => LevelFilter::WARN,
         _ => LevelFilter::ERROR,
     };
-    let subscriber =
-        tracing_subscriber::fmt().with_writer(std::io::stderr).with_max_level(level).event_format(Lines).finish();
+    let outputs = settings.outputs.iter().map(LogOutput::open).collect::<io::Result<_>>()?;
+    let subscriber = tracing_subscriber::fmt()
+        .with_writer(Mutex::new(Outputs(outputs)))
+        .with_max_level(level)
+        .event_format(Lines(settings.format))
+        .finish();
     // Fails only if the embedding program has set its own; then that one stands.
     let _ = tracing::subscriber::set_global_default(subscriber);
+    Ok(())
 }
 
-struct Lines;
+impl LogOutput {
+    fn open(&self) -> io::Result<Box<dyn io::Write + Send>> {
+        Ok(match self {
+            LogOutput::Stderr => Box::new(io::stderr()),
+            LogOutput::Stdout => Box::new(io::stdout()),
+            LogOutput::File(path) => Box::new(OpenOptions::new().create(true).append(true).open(path)?),
+        })
+    }
+}
+
+/// Everything written goes to each of them. One that fails does not keep a line from the others.
+struct Outputs(Vec<Box<dyn io::Write + Send>>);
+
+impl io::Write for Outputs {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        for output in &mut self.0 {
+            let _ = output.write_all(bytes);
+        }
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.0.iter_mut().try_for_each(|output| output.flush())
+    }
+}
+
+struct Lines(LogFormat);
 
 impl<S, N> FormatEvent<S, N> for Lines
 where
@@ -46,6 +108,10 @@ where
             Level::DEBUG | Level::TRACE => "debug",
         };
         let caller = format!("{}:{}", metadata.target(), metadata.line().unwrap_or(0));
+        if self.0 == LogFormat::Console {
+            let message = message.as_str().unwrap_or_default();
+            return writeln!(writer, "{time}\t{level}\t{caller}\t{message}\t{}", Value::Object(fields.0));
+        }
         let mut line =
             format!(r#"{{"level":"{level}","ts":"{time}","caller":{},"msg":{message}"#, Value::String(caller));
         for (name, value) in fields.0 {

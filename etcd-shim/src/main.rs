@@ -46,7 +46,9 @@ fn version() -> String {
 }
 
 fn start(flags: Flags) -> ExitCode {
-    logging::start(&flags.log_level);
+    if let Err(error) = logging::start(&flags.log) {
+        return fail(&format!("open the log: {error}"));
+    }
     raise_files_limit();
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
@@ -109,7 +111,9 @@ fn builder(flags: Flags) -> Builder {
         .limits(Limits { max_request_bytes: flags.max_request_bytes, max_txn_ops: flags.max_txn_ops })
         .watch_progress_notify_interval(flags.progress_period)
         .timing(flags.heartbeat_interval, flags.election_timeout)
-        .connection_limits(flags.connections);
+        .connection_limits(flags.connections)
+        .http_access(flags.access)
+        .bootstrap(flags.advertise_peer_urls, flags.cluster_token);
     if let Some(files) = flags.tls {
         builder = builder.tls(files);
     }

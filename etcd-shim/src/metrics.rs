@@ -74,10 +74,8 @@ fn histogram(out: &mut String, name: &str, snapshot: &HistogramSnapshot) {
 
 /// Of this process, from the operating system; what it does not say is left out.
 fn of_process(out: &mut String) {
-    let page_bytes = rustix::param::page_size() as u64;
-    let statm = std::fs::read_to_string("/proc/self/statm").unwrap_or_default();
-    if let Some(pages) = statm.split(' ').nth(1).and_then(|pages| pages.parse::<u64>().ok()) {
-        metric(out, "process_resident_memory_bytes", "gauge", pages * page_bytes);
+    if let Some(bytes) = resident_bytes() {
+        metric(out, "process_resident_memory_bytes", "gauge", bytes);
     }
     if let Ok(files) = std::fs::read_dir("/proc/self/fd") {
         metric(out, "process_open_fds", "gauge", files.count());
@@ -91,4 +89,11 @@ fn of_process(out: &mut String) {
         "# TYPE process_cpu_seconds_total counter\nprocess_cpu_seconds_total {}.{:09}",
         used.tv_sec, used.tv_nsec
     );
+}
+
+/// Resident memory of this process; `None` where the system does not say.
+pub(crate) fn resident_bytes() -> Option<u64> {
+    let statm = std::fs::read_to_string("/proc/self/statm").ok()?;
+    let pages: u64 = statm.split(' ').nth(1)?.parse().ok()?;
+    Some(pages * rustix::param::page_size() as u64)
 }
