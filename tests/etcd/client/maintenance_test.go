@@ -8,7 +8,9 @@ import (
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
+	"google.golang.org/grpc/codes"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
+	"google.golang.org/grpc/status"
 )
 
 func TestCompact(t *testing.T) {
@@ -77,6 +79,8 @@ func maintenanceStatus(t *testing.T, m *member, prefix string) {
 	must(t, err)
 	equal(t, "members", len(members.Members), 1)
 	equal(t, "member", members.Members[0].ID, after.Header.MemberId)
+	equal(t, "name", members.Members[0].Name, "default")
+	equal(t, "a list of members has no revision", members.Header.Revision, 0)
 	equal(t, "client urls", fmt.Sprint(members.Members[0].ClientURLs), fmt.Sprint([]string{m.server.Endpoint()}))
 }
 
@@ -85,47 +89,156 @@ func maintenanceDefragment(t *testing.T, m *member, prefix string) {
 	_, err := m.Defragment(testContext(t), m.server.Endpoint())
 	must(t, err)
 	equal(t, "value", string(only(m.get(t, prefix+"a").Kvs).Value), "1")
+	// The only call of all whose answer has no header.
+	resp, err := pb.NewMaintenanceClient(m.ActiveConnection()).Defragment(testContext(t), &pb.DefragmentRequest{})
+	must(t, err)
+	equal(t, "header", resp.Header == nil, true)
 }
 
 func maintenanceHealth(t *testing.T, m *member, _ string) {
 	resp, err := healthpb.NewHealthClient(m.ActiveConnection()).Check(testContext(t), &healthpb.HealthCheckRequest{})
 	must(t, err)
 	equal(t, "status", resp.Status, healthpb.HealthCheckResponse_SERVING)
+	_, err = healthpb.NewHealthClient(m.ActiveConnection()).Check(testContext(t), &healthpb.HealthCheckRequest{Service: "etcdserverpb.KV"})
+	equal(t, "code", status.Code(err), codes.NotFound)
+	equal(t, "text", status.Convert(err).Message(), "unknown service")
 }
 
-// The same history hashes alike: a tenant can be compared with the etcd it came from.
+// The same history hashes alike: a tenant can be compared with the etcd it came from. Also after a restart.
 func TestHashOfHistory(t *testing.T) {
 	p := newPair(t)
+	p.same(t, &pb.HashKVRequest{})
+	p.same(t, &pb.LeaseGrantRequest{ID: 1, TTL: 6000})
 	for seed := range 300 {
 		p.same(t, randomTxn(newRandom(uint64(1000+seed)), 1))
 	}
-	p.same(t, &pb.HashKVRequest{})
 	last := p.etcd.revision(t)
-	p.same(t, &pb.HashKVRequest{Revision: last / 2})
-	p.same(t, &pb.CompactionRequest{Revision: last / 3, Physical: true})
-	p.same(t, &pb.HashKVRequest{Revision: last / 2})
-	p.same(t, &pb.HashKVRequest{Revision: last})
+	compacted := last / 3
+	// Not the compaction's own revision: see TestRefusalsSame.
+	revisions := []int64{0, compacted - 1, compacted + 1, last / 2, last, last + 1}
+	hashAll := func() {
+		t.Helper()
+		for _, revision := range revisions {
+			p.same(t, &pb.HashKVRequest{Revision: revision})
+		}
+	}
+	hashAll()
+	p.same(t, &pb.CompactionRequest{Revision: compacted, Physical: true})
+	hashAll()
+	p.etcd.server.Restart()
+	p.tenured.server.Restart()
+	hashAll()
+	p.same(t, &pb.CompactionRequest{Revision: last, Physical: true})
+	p.same(t, &pb.PutRequest{Key: []byte("k"), Value: []byte("behind everything")})
+	p.same(t, &pb.HashKVRequest{})
+	p.same(t, &pb.RangeRequest{Key: []byte{0}, RangeEnd: []byte{0}})
 }
 
-// A full store refuses what would grow it; reading, deleting and disarming go on. Which write fills it differs: Tenure counts
-// exactly, etcd by pages and late.
+// A store that was never compacted says -1, and its revision 0 can be compacted, once.
+func TestCompactNothingSame(t *testing.T) {
+	p := newPair(t)
+	for range 2 {
+		p.same(t, &pb.CompactionRequest{})
+		p.same(t, &pb.RangeRequest{Key: []byte("k"), Revision: 1})
+		p.same(t, &pb.HashKVRequest{Revision: 1})
+	}
+	p.same(t, &pb.CompactionRequest{Revision: 1})
+	p.same(t, &pb.CompactionRequest{Revision: 1})
+	p.same(t, &pb.PutRequest{Key: []byte("k")})
+	// Not 0 for the current one: there etcd finds what it hashed before it compacted revision 0.
+	p.same(t, &pb.HashKVRequest{Revision: 2})
+}
+
+// What was compacted stays so over kill -9, and so does what was not.
+func TestCompactSurvivesRestart(t *testing.T) {
+	onBoth(t, nil, func(t *testing.T, m *member) {
+		first := m.put(t, "a", "1")
+		for i := range 20 {
+			m.put(t, "a", fmt.Sprint(i+2))
+		}
+		_, err := m.Compact(testContext(t), first+10)
+		must(t, err)
+		m.server.Restart()
+		_, err = m.Get(testContext(t), "a", clientv3.WithRev(first+9))
+		refused(t, err, rpctypes.ErrCompacted)
+		equal(t, "at", string(only(m.get(t, "a", clientv3.WithRev(first+10)).Kvs).Value), "11")
+		_, err = m.Compact(testContext(t), first+10)
+		refused(t, err, rpctypes.ErrCompacted)
+		equal(t, "now", shown(only(m.get(t, "a").Kvs), first), "a=21 create+0 mod+20 version 21 lease 0")
+		equal(t, "next", m.put(t, "a", "next"), first+21)
+	})
+}
+
+// A full store refuses what would grow it; reading, deleting and disarming go on, also after a restart. Which write fills it
+// differs: Tenure counts exactly, etcd by pages and late.
 func TestQuota(t *testing.T) {
 	onBoth(t, []string{"--quota-backend-bytes=1000000"}, func(t *testing.T, m *member) {
-		m.put(t, "small", "1")
+		lease := m.grant(t, 600)
+		m.put(t, "small", "1", clientv3.WithLease(lease))
 		_, err := m.Put(testContext(t), "large", repeat(1_200_000))
 		refused(t, err, rpctypes.ErrNoSpace)
-		_, err = m.Put(testContext(t), "small", "2")
-		refused(t, err, rpctypes.ErrNoSpace)
-		_, err = m.Grant(testContext(t), 60)
-		refused(t, err, rpctypes.ErrNoSpace)
-		alarms, err := m.AlarmList(testContext(t))
+		for range 2 {
+			_, err = m.Put(testContext(t), "small", "2")
+			refused(t, err, rpctypes.ErrNoSpace)
+			_, err = m.Txn(testContext(t)).Then(clientv3.OpGet("small"), clientv3.OpPut("small", "2")).Commit()
+			refused(t, err, rpctypes.ErrNoSpace)
+			// What a txn might write counts, whichever branch it takes.
+			_, err = m.Txn(testContext(t)).Else(clientv3.OpPut("small", "2")).Commit()
+			refused(t, err, rpctypes.ErrNoSpace)
+			_, err = m.Grant(testContext(t), 60)
+			refused(t, err, rpctypes.ErrNoSpace)
+			equal(t, "reads", m.get(t, "small").Count, 1)
+			commit(t, m.Txn(testContext(t)).Then(clientv3.OpGet("small"), clientv3.OpDelete("missing")))
+			_, err = m.KeepAliveOnce(testContext(t), lease)
+			must(t, err)
+
+			alarms, err := m.AlarmList(testContext(t))
+			must(t, err)
+			equal(t, "alarms", len(alarms.Alarms), 1)
+			equal(t, "kind", alarms.Alarms[0].Alarm, pb.AlarmType_NOSPACE)
+			equal(t, "member", alarms.Alarms[0].MemberID, alarms.Header.MemberId)
+			state, err := m.Status(testContext(t), m.server.Endpoint())
+			must(t, err)
+			equal(t, "quota", state.DbSizeQuota, 1_000_000)
+			if errors := fmt.Sprint(state.Errors); len(state.Errors) != 1 || !strings.Contains(errors, "NOSPACE") {
+				t.Errorf("status tells errors %s", errors)
+			}
+			m.server.Restart()
+		}
+		_, err = m.Compact(testContext(t), m.revision(t))
 		must(t, err)
-		equal(t, "alarms", len(alarms.Alarms), 1)
-		equal(t, "kind", alarms.Alarms[0].Alarm, pb.AlarmType_NOSPACE)
-		equal(t, "reads", m.get(t, "small").Count, 1)
 		m.delete(t, "small")
+		_, err = m.Revoke(testContext(t), lease)
+		must(t, err)
+		disarmed, err := m.AlarmDisarm(testContext(t), &clientv3.AlarmMember{})
+		must(t, err)
+		equal(t, "disarmed", len(disarmed.Alarms), 1)
+		m.put(t, "small", "3")
+	})
+}
+
+// The way out of a full store: delete, compact, defragment, disarm.
+func TestQuotaRecovery(t *testing.T) {
+	onBoth(t, []string{"--quota-backend-bytes=4000000"}, func(t *testing.T, m *member) {
+		var err error
+		for i := 0; err == nil; i++ {
+			_, err = m.Put(testContext(t), fmt.Sprint("fill/", i), repeat(50_000))
+		}
+		refused(t, err, rpctypes.ErrNoSpace)
+		m.delete(t, "fill/", clientv3.WithPrefix())
+		_, err = m.Compact(testContext(t), m.revision(t), clientv3.WithCompactPhysical())
+		must(t, err)
+		_, err = m.Defragment(testContext(t), m.server.Endpoint())
+		must(t, err)
+		state, err := m.Status(testContext(t), m.server.Endpoint())
+		must(t, err)
+		if state.DbSize > 1_000_000 {
+			t.Errorf("%d bytes are held by an empty store", state.DbSize)
+		}
+		_, err = m.Put(testContext(t), "a", "1")
+		refused(t, err, rpctypes.ErrNoSpace)
 		_, err = m.AlarmDisarm(testContext(t), &clientv3.AlarmMember{})
 		must(t, err)
-		m.put(t, "small", "3")
+		m.put(t, "a", repeat(50_000))
 	})
 }

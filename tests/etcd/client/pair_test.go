@@ -7,6 +7,7 @@ import (
 
 	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/encoding/prototext"
 	"google.golang.org/protobuf/proto"
@@ -31,6 +32,9 @@ func newPair(t *testing.T, flags ...string) pair {
 func (p pair) same(t *testing.T, request proto.Message) proto.Message {
 	t.Helper()
 	want, wantErr := call(testContext(t), p.etcd.ActiveConnection(), request)
+	if status.Code(wantErr) == codes.Unavailable {
+		t.Fatalf("etcd: %v", wantErr)
+	}
 	got, gotErr := call(testContext(t), p.tenured.ActiveConnection(), request)
 	if status.Code(gotErr) != status.Code(wantErr) || status.Convert(gotErr).Message() != status.Convert(wantErr).Message() {
 		t.Errorf("%s\netcd:    %s\ntenured: %s", textOf(request), answer(want, wantErr), answer(got, gotErr))
@@ -58,23 +62,24 @@ func textOf(message proto.Message) string {
 
 // call sends one unary request and takes what differs between any two members out of the answer's header.
 func call(ctx context.Context, conn grpc.ClientConnInterface, request proto.Message) (proto.Message, error) {
+	ready := grpc.WaitForReady(true) // a test may just have restarted the server
 	switch request := request.(type) {
 	case *pb.RangeRequest:
-		return anonymous(pb.NewKVClient(conn).Range(ctx, request))
+		return anonymous(pb.NewKVClient(conn).Range(ctx, request, ready))
 	case *pb.PutRequest:
-		return anonymous(pb.NewKVClient(conn).Put(ctx, request))
+		return anonymous(pb.NewKVClient(conn).Put(ctx, request, ready))
 	case *pb.DeleteRangeRequest:
-		return anonymous(pb.NewKVClient(conn).DeleteRange(ctx, request))
+		return anonymous(pb.NewKVClient(conn).DeleteRange(ctx, request, ready))
 	case *pb.TxnRequest:
-		return anonymous(pb.NewKVClient(conn).Txn(ctx, request))
+		return anonymous(pb.NewKVClient(conn).Txn(ctx, request, ready))
 	case *pb.CompactionRequest:
-		return anonymous(pb.NewKVClient(conn).Compact(ctx, request))
+		return anonymous(pb.NewKVClient(conn).Compact(ctx, request, ready))
 	case *pb.LeaseGrantRequest:
-		return anonymous(pb.NewLeaseClient(conn).LeaseGrant(ctx, request))
+		return anonymous(pb.NewLeaseClient(conn).LeaseGrant(ctx, request, ready))
 	case *pb.LeaseRevokeRequest:
-		return anonymous(pb.NewLeaseClient(conn).LeaseRevoke(ctx, request))
+		return anonymous(pb.NewLeaseClient(conn).LeaseRevoke(ctx, request, ready))
 	case *pb.HashKVRequest:
-		return anonymous(pb.NewMaintenanceClient(conn).HashKV(ctx, request))
+		return anonymous(pb.NewMaintenanceClient(conn).HashKV(ctx, request, ready))
 	default:
 		panic(fmt.Sprintf("no call for %T", request))
 	}

@@ -58,6 +58,9 @@ func randomOp(r *rand.Rand, depth int) *pb.RequestOp {
 	switch kind := r.IntN(8); {
 	case kind < 3:
 		put := &pb.PutRequest{Key: randomKey(r), Value: []byte{byte('0' + r.IntN(4))}, PrevKv: r.IntN(2) == 0}
+		if r.IntN(12) == 0 {
+			put.Lease = 1 + r.Int64N(3)
+		}
 		return &pb.RequestOp{Request: &pb.RequestOp_RequestPut{RequestPut: put}}
 	case kind == 3:
 		remove := &pb.DeleteRangeRequest{PrevKv: r.IntN(2) == 0}
@@ -68,6 +71,10 @@ func randomOp(r *rand.Rand, depth int) *pb.RequestOp {
 	default:
 		get := &pb.RangeRequest{Limit: int64(r.IntN(3)), CountOnly: r.IntN(5) == 0, KeysOnly: r.IntN(5) == 0}
 		get.Key, get.RangeEnd = randomBounds(r)
+		get.SortOrder, get.SortTarget = pb.RangeRequest_SortOrder(r.IntN(3)), pb.RangeRequest_SortTarget(r.IntN(5))
+		if r.IntN(6) == 0 {
+			get.Revision = pick[int64](r, -1, 1, 5, 30, 100, 1<<40)
+		}
 		return &pb.RequestOp{Request: &pb.RequestOp_RequestRange{RequestRange: get}}
 	}
 }

@@ -71,6 +71,22 @@ func (w *watching) events(t *testing.T, count int) []*clientv3.Event {
 	return events
 }
 
+// upTo are the events up to the first one of a key, that one included.
+func (w *watching) upTo(t *testing.T, key string) []*clientv3.Event {
+	t.Helper()
+	var events []*clientv3.Event
+	for {
+		resp := w.next(t)
+		must(t, resp.Err())
+		for _, event := range resp.Events {
+			events = append(events, event)
+			if string(event.Kv.Key) == key {
+				return events
+			}
+		}
+	}
+}
+
 // ended demands that the watch sends nothing more but its end.
 func (w *watching) ended(t *testing.T) {
 	t.Helper()
