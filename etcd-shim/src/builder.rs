@@ -165,10 +165,22 @@ impl Builder {
         self
     }
 
+    /// As [`Builder::listen`], for gRPC alone.
+    pub fn grpc_listen(mut self, url: impl Into<String>) -> Self {
+        self.listen.push(Listen { url: url.into(), tenant: None, serves: Serves::Grpc });
+        self
+    }
+
+    /// As [`Builder::listen`], for HTTP alone.
+    pub fn http_listen(mut self, url: impl Into<String>) -> Self {
+        self.listen.push(Listen { url: url.into(), tenant: None, serves: Serves::Http });
+        self
+    }
+
     /// Serves `/metrics` and the health checks of the tenant `default`, and no clients.
     pub fn metrics_listen(mut self, url: impl Into<String>) -> Self {
         let tenant = Some(DEFAULT_TENANT.to_string());
-        self.listen.push(Listen { url: url.into(), tenant, serves: Serves::HttpOnly });
+        self.listen.push(Listen { url: url.into(), tenant, serves: Serves::Metrics });
         self
     }
 
@@ -282,7 +294,8 @@ impl Builder {
     }
 
     fn member_names(&self) -> MemberNames {
-        let listened = self.listen.iter().filter(|listen| listen.tenant.is_none());
+        let serves_grpc = |serves| matches!(serves, Serves::Everything | Serves::Grpc);
+        let listened = self.listen.iter().filter(|listen| listen.tenant.is_none() && serves_grpc(listen.serves));
         let client_urls = match self.advertise_client_urls.as_slice() {
             [] => listened.map(|listen| listen.url.clone()).collect(),
             given => given.to_vec(),

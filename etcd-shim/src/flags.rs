@@ -51,6 +51,7 @@ const FLAGS: &[Group] = &[
                 Kind::Text,
                 "URLs of the tenant by certificate, or of \"default\" (default http://localhost:2379)",
             ),
+            ("listen-client-http-urls", Kind::Text, "URLs that serve HTTP; --listen-client-urls then serve gRPC alone"),
             ("advertise-client-urls", Kind::Text, "URLs told to clients (default: where it listens)"),
             ("tenant-listen", Kind::Text, "NAME=URL: a listener of one tenant's own; may be given again"),
             ("max-concurrent-streams", Kind::Number, "requests open at a time on one connection (default: no limit)"),
@@ -185,7 +186,6 @@ const NOT_BUILT: &[(&str, Kind, &[&str])] = &[
     ("tls-min-version", Kind::Text, &["", "TLS1.2"]),
     ("tls-max-version", Kind::Text, &["", "TLS1.3"]),
     ("force-new-cluster", Kind::Switch, &["false"]),
-    ("listen-client-http-urls", Kind::Text, &[""]),
     ("config-file", Kind::Text, &[""]),
     ("discovery", Kind::Text, &[""]),
     ("discovery-token", Kind::Text, &[""]),
@@ -209,6 +209,8 @@ pub struct Flags {
     pub data_dir: PathBuf,
     pub name: String,
     pub listen_client_urls: Vec<Url>,
+    /// If there are any, the URLs above serve gRPC alone.
+    pub listen_client_http_urls: Vec<Url>,
     pub advertise_client_urls: Vec<String>,
     pub tenant_listen: Vec<(String, Url)>,
     pub tls: Option<TlsFiles>,
@@ -464,6 +466,8 @@ impl Given {
         let tls = self.tls()?;
         let listen = self.text("listen-client-urls", "http://localhost:2379");
         let listen_client_urls = self.urls("listen-client-urls", &listen, tls.is_some())?;
+        let http = self.text("listen-client-http-urls", "");
+        let listen_client_http_urls = self.urls("listen-client-http-urls", &http, tls.is_some())?;
         let listen_metrics_urls =
             self.urls("listen-metrics-urls", &self.text("listen-metrics-urls", ""), tls.is_some())?;
         let advertise = self.values.get("advertise-client-urls").map_or(listen.as_str(), String::as_str);
@@ -485,6 +489,7 @@ impl Given {
         Ok(Flags {
             data_dir: self.text("data-dir", &format!("{name}.tenure")).into(),
             listen_client_urls,
+            listen_client_http_urls,
             advertise_client_urls,
             tenant_listen,
             tls,

@@ -3,10 +3,12 @@
 
 use std::pin::Pin;
 use std::task::{Context, Poll};
+use std::time::Duration;
 
 use bytes::Bytes;
-use http::{HeaderValue, Method, Request, Response, StatusCode, header};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode, header};
 use http_body::{Frame, SizeHint};
+use tokio::time::{Instant, Sleep};
 use tonic::body::Body;
 use tonic::service::Routes;
 use tonic::{Code, Status};
@@ -45,18 +47,62 @@ impl Running {
 
 /// Answers one gRPC request.
 ///
-/// The request counts as open until its answer has left or been dropped.
-pub async fn call(routes: Routes, request: Request<Body>, mut running: Running) -> Response<Body> {
+/// The request counts as open until its answer has left or been dropped. What the client said about how long it waits holds
+/// for all of the answer.
+pub async fn call(routes: Routes, mut request: Request<Body>, mut running: Running) -> Response<Body> {
     if let Some(refusal) = refuse(&request) {
         running.end(Status::from_header_map(refusal.headers()).map_or(Code::Unknown, |status| status.code()));
         return refusal;
     }
+    // As etcd does, only who sends gzip is answered in gzip: everybody says that they understand it.
+    if request.headers().get(GRPC_ENCODING).is_none_or(|encoding| encoding != "gzip") {
+        request.headers_mut().remove(GRPC_ACCEPT_ENCODING);
+    }
     let path = request.uri().path().to_string();
-    let response = match routes.oneshot(request).await {
-        Ok(response) => response,
+    let content_type = request.headers().get(header::CONTENT_TYPE).cloned();
+    let deadline =
+        request.headers().get(GRPC_TIMEOUT).and_then(timeout).and_then(|timeout| Instant::now().checked_add(timeout));
+    let answer = routes.oneshot(request);
+    let response = match deadline {
+        None => answer.await,
+        Some(deadline) => match tokio::time::timeout_at(deadline, answer).await {
+            Ok(response) => response,
+            Err(_) => Ok(deadline_exceeded().into_http()),
+        },
+    };
+    let mut response = match response {
+        Ok(response) => finish(&path, response, deadline, running),
         Err(never) => match never {},
     };
-    finish(&path, response, running)
+    if let Some(content_type) = content_type {
+        response.headers_mut().insert(header::CONTENT_TYPE, content_type);
+    }
+    response
+}
+
+const GRPC_ENCODING: HeaderName = HeaderName::from_static("grpc-encoding");
+const GRPC_ACCEPT_ENCODING: HeaderName = HeaderName::from_static("grpc-accept-encoding");
+const GRPC_TIMEOUT: HeaderName = HeaderName::from_static("grpc-timeout");
+
+/// gRPC's timeouts: up to eight digits and a unit. Others are none.
+fn timeout(value: &HeaderValue) -> Option<Duration> {
+    let (unit, digits) = value.as_bytes().split_last()?;
+    let digits = std::str::from_utf8(digits).ok().filter(|digits| (1..=8).contains(&digits.len()))?;
+    let count: u32 = digits.parse().ok()?;
+    let one = match unit {
+        b'H' => Duration::from_secs(3600),
+        b'M' => Duration::from_secs(60),
+        b'S' => Duration::from_secs(1),
+        b'm' => Duration::from_millis(1),
+        b'u' => Duration::from_micros(1),
+        b'n' => Duration::from_nanos(1),
+        _ => return None,
+    };
+    one.checked_mul(count)
+}
+
+fn deadline_exceeded() -> Status {
+    Status::deadline_exceeded("context deadline exceeded")
 }
 
 /// Requests that never reach a service.
@@ -65,7 +111,7 @@ fn refuse(request: &Request<Body>) -> Option<Response<Body>> {
         return Some(http_refusal(
             StatusCode::METHOD_NOT_ALLOWED,
             Status::internal(format!(
-                "http2Server.operateHeaders parsed a :method field: {:?} which should be POST",
+                "Received a HEADERS frame with :method {:?} which should be POST",
                 request.method().as_str()
             )),
         ));
@@ -95,7 +141,7 @@ fn http_refusal(code: StatusCode, status: Status) -> Response<Body> {
     response
 }
 
-fn finish(path: &str, mut response: Response<Body>, mut running: Running) -> Response<Body> {
+fn finish(path: &str, mut response: Response<Body>, deadline: Option<Instant>, mut running: Running) -> Response<Body> {
     if let Some(status) = Status::from_header_map(response.headers()) {
         let status = if status.code() == tonic::Code::Unimplemented && status.message().is_empty() {
             unknown_method(path)
@@ -107,14 +153,22 @@ fn finish(path: &str, mut response: Response<Body>, mut running: Running) -> Res
     }
     let permit = response.extensions_mut().remove::<ResponsePermit>();
     response.map(|body| {
-        Body::new(PiecewiseBody { body, rest: Bytes::new(), framing: Framing::default(), running, _permit: permit })
+        Body::new(PiecewiseBody {
+            body,
+            rest: Bytes::new(),
+            framing: Framing::default(),
+            running,
+            deadline,
+            overdue: None,
+            _permit: permit,
+        })
     })
 }
 
 fn unknown_method(path: &str) -> Status {
-    let mut parts = path.trim_start_matches('/').rsplitn(2, '/');
-    let method = parts.next().unwrap_or_default();
-    let service = parts.next().unwrap_or_default();
+    let Some((service, method)) = path.strip_prefix('/').unwrap_or(path).rsplit_once('/') else {
+        return Status::unimplemented(format!("malformed method name: {path:?}"));
+    };
     if SERVICES.contains(&service) {
         return Status::unimplemented(format!("unknown method {method} for service {service}"));
     }
@@ -133,7 +187,19 @@ struct PiecewiseBody {
     rest: Bytes,
     framing: Framing,
     running: Running,
+    deadline: Option<Instant>,
+    /// Ends at the deadline; made when there is something to wait for.
+    overdue: Option<Pin<Box<Sleep>>>,
     _permit: Option<ResponsePermit>,
+}
+
+impl PiecewiseBody {
+    /// Whether the client waits no longer, asked while there is nothing to send.
+    fn is_overdue(&mut self, context: &mut Context<'_>) -> bool {
+        let Some(deadline) = self.deadline else { return false };
+        let overdue = self.overdue.get_or_insert_with(|| Box::pin(tokio::time::sleep_until(deadline)));
+        overdue.as_mut().poll(context).is_ready()
+    }
 }
 
 impl http_body::Body for PiecewiseBody {
@@ -144,6 +210,16 @@ impl http_body::Body for PiecewiseBody {
         if self.rest.is_empty() {
             let frame = match Pin::new(&mut self.body).poll_frame(context) {
                 Poll::Ready(Some(Ok(frame))) => frame,
+                Poll::Pending if self.is_overdue(context) => {
+                    self.deadline = None;
+                    self.body = Body::empty();
+                    let mut trailers = HeaderMap::new();
+                    let status = deadline_exceeded();
+                    self.running.end(status.code());
+                    // Fails only if the message is not ASCII.
+                    let _ = status.add_header(&mut trailers);
+                    return Poll::Ready(Some(Ok(Frame::trailers(trailers))));
+                }
                 other @ (Poll::Ready(_) | Poll::Pending) => return other,
             };
             match frame.into_data() {
@@ -173,5 +249,32 @@ impl http_body::Body for PiecewiseBody {
 
     fn size_hint(&self) -> SizeHint {
         SizeHint::default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn timeouts_are_grpcs() {
+        for (text, wanted) in [
+            ("1n", Some(Duration::from_nanos(1))),
+            ("34S", Some(Duration::from_secs(34))),
+            ("99999999H", Some(Duration::from_secs(99_999_999 * 3600))),
+            ("100000000m", None),
+            ("5", None),
+            ("S", None),
+            ("1x", None),
+        ] {
+            assert_eq!(timeout(&HeaderValue::from_static(text)), wanted, "{text}");
+        }
+    }
+
+    #[test]
+    fn what_is_no_method_is_named() {
+        assert_eq!(unknown_method("/foo").message(), "malformed method name: \"/foo\"");
+        assert_eq!(unknown_method("/a.B/C").message(), "unknown service a.B");
+        assert_eq!(unknown_method("/etcdserverpb.KV/C").message(), "unknown method C for service etcdserverpb.KV");
     }
 }

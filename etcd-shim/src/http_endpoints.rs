@@ -90,7 +90,7 @@ impl Endpoints<'_> {
         let Some(tenant) = identity.and_then(|identity| self.cell.tenant(identity.tenant())) else {
             return error(StatusCode::FORBIDDEN, "no such tenant\n");
         };
-        if self.serves == Serves::HttpOnly {
+        if self.serves == Serves::Metrics {
             return self.observe(&tenant, request).await;
         }
         if !self.secure && !self.is_host_served(request) {
@@ -147,7 +147,11 @@ impl Endpoints<'_> {
             "/version" => version(),
             "/debug/vars" => variables(),
             "/v3" => {
-                let mut moved = with_type(StatusCode::MOVED_PERMANENTLY, "text/html; charset=utf-8", String::new());
+                let mut moved = with_type(
+                    StatusCode::MOVED_PERMANENTLY,
+                    "text/html; charset=utf-8",
+                    "<a href=\"/v3/\">Moved Permanently</a>.\n\n".to_string(),
+                );
                 moved.headers_mut().insert(header::LOCATION, HeaderValue::from_static("/v3/"));
                 moved
             }
@@ -246,7 +250,9 @@ fn gateway(call: &str, method: &Method) -> Response<Body> {
 
 fn only_get() -> Response<Body> {
     let mut refusal = error(StatusCode::METHOD_NOT_ALLOWED, "Method Not Allowed\n");
-    refusal.headers_mut().insert(header::ALLOW, HeaderValue::from_static("GET"));
+    let mut headers = HeaderMap::from_iter([(header::ALLOW, HeaderValue::from_static("GET"))]);
+    headers.extend(std::mem::take(refusal.headers_mut()));
+    *refusal.headers_mut() = headers;
     refusal
 }
 

@@ -120,8 +120,11 @@ struct Terms {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Serves {
     Everything,
+    Grpc,
+    /// All of HTTP, and no gRPC.
+    Http,
     /// Health and metrics alone.
-    HttpOnly,
+    Metrics,
 }
 
 enum Socket {
@@ -376,6 +379,12 @@ async fn served<S>(
     let open = OpenRequests::default();
     let io = TokioIo::new(PingGuard::new(stream, open.clone(), limits.ping_interval_min));
     let mut builder = auto::Builder::new(alive);
+    // The other protocol ends the connection.
+    match terms.serves {
+        Serves::Everything | Serves::Metrics => {}
+        Serves::Grpc => builder = builder.http2_only(),
+        Serves::Http => builder = builder.http1_only(),
+    }
     builder.http1().timer(TokioTimer::new()).header_read_timeout(HANDSHAKE_TIMEOUT);
     builder
         .http2()
@@ -427,8 +436,8 @@ enum GrpcIs {
 impl GrpcIs {
     fn on(serves: Serves, secure: bool) -> Self {
         match (serves, secure) {
-            (Serves::HttpOnly, _) => GrpcIs::Nothing,
-            (Serves::Everything, false) => GrpcIs::Http2,
+            (Serves::Http | Serves::Metrics, _) => GrpcIs::Nothing,
+            (Serves::Grpc, _) | (Serves::Everything, false) => GrpcIs::Http2,
             (Serves::Everything, true) => GrpcIs::Http2WithContentType,
         }
     }

@@ -118,7 +118,10 @@ fn builder(flags: Flags) -> Builder {
         builder = builder.tls(files);
     }
     for url in flags.listen_client_urls {
-        builder = builder.listen(url);
+        builder = if flags.listen_client_http_urls.is_empty() { builder.listen(url) } else { builder.grpc_listen(url) };
+    }
+    for url in flags.listen_client_http_urls {
+        builder = builder.http_listen(url);
     }
     for url in flags.listen_metrics_urls {
         builder = builder.metrics_listen(url);
