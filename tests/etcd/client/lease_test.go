@@ -75,9 +75,14 @@ func leaseRevoke(t *testing.T, m *member, prefix string) {
 
 func leaseExpires(t *testing.T, m *member, prefix string) {
 	w := m.watch(t, prefix, clientv3.WithPrefix())
+	before := time.Now()
 	lease := m.grant(t, 2)
 	m.put(t, prefix+"a", "1", clientv3.WithLease(lease))
 	events := w.events(t, 2)
+	// Late is allowed, early is not.
+	if lived := time.Since(before); lived < 2*time.Second {
+		t.Errorf("a lease of 2 s ended after %v", lived)
+	}
 	equal(t, "event", string(events[0].Kv.Value), "1")
 	equal(t, "event", events[1].Type, clientv3.EventTypeDelete)
 	ttl, err := m.TimeToLive(testContext(t), lease)
@@ -173,7 +178,7 @@ func TestLeaseSurvivesRestart(t *testing.T) {
 		_, err := m.Revoke(testContext(t), revoked)
 		must(t, err)
 		m.put(t, "short", "1", clientv3.WithLease(short))
-		m.server.Restart()
+		m.restart(t)
 		equal(t, "keys", fmt.Sprint(m.leaseKeys(t, long)), "[long]")
 		leases, err := m.Leases(testContext(t))
 		must(t, err)

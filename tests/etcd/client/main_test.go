@@ -17,6 +17,7 @@ import (
 	"go.etcd.io/etcd/api/v3/mvccpb"
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.uber.org/zap"
+	"google.golang.org/grpc"
 
 	"tenure.dev/tests/harness"
 )
@@ -100,6 +101,16 @@ func testContext(t *testing.T) context.Context {
 	ctx, cancel := context.WithTimeout(context.Background(), hang)
 	t.Cleanup(cancel)
 	return ctx
+}
+
+// restart is kill -9 and a start; the client is connected again when it returns, so that also a write, which the client
+// does not repeat, may follow.
+func (m *member) restart(t *testing.T) {
+	t.Helper()
+	m.server.Restart()
+	_, err := etcdserverpb.NewKVClient(m.ActiveConnection()).Range(
+		testContext(t), &etcdserverpb.RangeRequest{Key: []byte("restart")}, grpc.WaitForReady(true))
+	must(t, err)
 }
 
 // put writes a key and returns the revision.

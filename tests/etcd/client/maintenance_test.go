@@ -125,8 +125,8 @@ func TestHashOfHistory(t *testing.T) {
 	hashAll()
 	p.same(t, &pb.CompactionRequest{Revision: compacted, Physical: true})
 	hashAll()
-	p.etcd.server.Restart()
-	p.tenured.server.Restart()
+	p.etcd.restart(t)
+	p.tenured.restart(t)
 	hashAll()
 	p.same(t, &pb.CompactionRequest{Revision: last, Physical: true})
 	p.same(t, &pb.PutRequest{Key: []byte("k"), Value: []byte("behind everything")})
@@ -158,7 +158,7 @@ func TestCompactSurvivesRestart(t *testing.T) {
 		}
 		_, err := m.Compact(testContext(t), first+10)
 		must(t, err)
-		m.server.Restart()
+		m.restart(t)
 		_, err = m.Get(testContext(t), "a", clientv3.WithRev(first+9))
 		refused(t, err, rpctypes.ErrCompacted)
 		equal(t, "at", string(only(m.get(t, "a", clientv3.WithRev(first+10)).Kvs).Value), "11")
@@ -203,7 +203,7 @@ func TestQuota(t *testing.T) {
 			if errors := fmt.Sprint(state.Errors); len(state.Errors) != 1 || !strings.Contains(errors, "NOSPACE") {
 				t.Errorf("status tells errors %s", errors)
 			}
-			m.server.Restart()
+			m.restart(t)
 		}
 		_, err = m.Compact(testContext(t), m.revision(t))
 		must(t, err)

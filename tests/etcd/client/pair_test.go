@@ -62,24 +62,23 @@ func textOf(message proto.Message) string {
 
 // call sends one unary request and takes what differs between any two members out of the answer's header.
 func call(ctx context.Context, conn grpc.ClientConnInterface, request proto.Message) (proto.Message, error) {
-	ready := grpc.WaitForReady(true) // a test may just have restarted the server
 	switch request := request.(type) {
 	case *pb.RangeRequest:
-		return anonymous(pb.NewKVClient(conn).Range(ctx, request, ready))
+		return anonymous(pb.NewKVClient(conn).Range(ctx, request))
 	case *pb.PutRequest:
-		return anonymous(pb.NewKVClient(conn).Put(ctx, request, ready))
+		return anonymous(pb.NewKVClient(conn).Put(ctx, request))
 	case *pb.DeleteRangeRequest:
-		return anonymous(pb.NewKVClient(conn).DeleteRange(ctx, request, ready))
+		return anonymous(pb.NewKVClient(conn).DeleteRange(ctx, request))
 	case *pb.TxnRequest:
-		return anonymous(pb.NewKVClient(conn).Txn(ctx, request, ready))
+		return anonymous(pb.NewKVClient(conn).Txn(ctx, request))
 	case *pb.CompactionRequest:
-		return anonymous(pb.NewKVClient(conn).Compact(ctx, request, ready))
+		return anonymous(pb.NewKVClient(conn).Compact(ctx, request))
 	case *pb.LeaseGrantRequest:
-		return anonymous(pb.NewLeaseClient(conn).LeaseGrant(ctx, request, ready))
+		return anonymous(pb.NewLeaseClient(conn).LeaseGrant(ctx, request))
 	case *pb.LeaseRevokeRequest:
-		return anonymous(pb.NewLeaseClient(conn).LeaseRevoke(ctx, request, ready))
+		return anonymous(pb.NewLeaseClient(conn).LeaseRevoke(ctx, request))
 	case *pb.HashKVRequest:
-		return anonymous(pb.NewMaintenanceClient(conn).HashKV(ctx, request, ready))
+		return anonymous(pb.NewMaintenanceClient(conn).HashKV(ctx, request))
 	default:
 		panic(fmt.Sprintf("no call for %T", request))
 	}

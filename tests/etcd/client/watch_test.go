@@ -487,7 +487,7 @@ func TestWatchResumes(t *testing.T) {
 				<-written
 			}
 			// In the middle of a write, most likely.
-			m.server.Restart()
+			m.restart(t)
 		}
 		for range perRound {
 			<-written
