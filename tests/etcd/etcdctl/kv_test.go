@@ -111,6 +111,7 @@ var readScenarios = []scenario{
 		"get a --keys-only --count-only",
 		"get a --count-only",
 		"get a --print-value-only -w json",
+		"get a --consistency=x",
 		"get a --order=SIDEWAYS",
 		"get a --sort-by=COLOUR",
 		"get a --min-mod-rev=5 --max-mod-rev=4",

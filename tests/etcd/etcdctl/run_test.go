@@ -18,6 +18,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -46,6 +47,8 @@ type step struct {
 	// $ENDPOINT is the server's address.
 	args  string
 	stdin string
+	// until is what the command must print before it counts; it is run again until it does.
+	until string
 	// talk makes this a command that does not end by itself: it is ended after the last turn.
 	talk []turn
 	// proto is the message that standard output holds, for -w protobuf.
@@ -63,7 +66,7 @@ func (s step) String() string {
 
 // turn is what happens while a command runs.
 type turn struct {
-	// say is a line for its standard input. A command that is spoken to is ended by the end of its input, others by SIGINT.
+	// say is a line for its standard input. A command that is spoken to is ended by the end of its input, others by SIGTERM.
 	say string
 	// run is an etcdctl command that runs beside it, and must succeed.
 	run string
@@ -131,6 +134,11 @@ func (s *session) play() {
 
 // run returns exit code, standard output and standard error as one text.
 func (s *session) run(step step) (string, error) {
+	if step.until != "" {
+		if err := s.awaitOutput(step.args, step.until); err != nil {
+			return "", err
+		}
+	}
 	cmd := s.etcdctl(step.args)
 	var stdout, stderr bytes.Buffer
 	cmd.Stderr = &stderr
@@ -191,7 +199,7 @@ func (s *session) converse(talk []turn, process *os.Process, stdin io.WriteClose
 	if spoken {
 		return stdin.Close()
 	}
-	if err := process.Signal(os.Interrupt); !errors.Is(err, os.ErrProcessDone) {
+	if err := process.Signal(syscall.SIGTERM); !errors.Is(err, os.ErrProcessDone) {
 		return err
 	}
 	return nil
@@ -214,7 +222,7 @@ func (s *session) take(turn turn, stdin io.Writer, lines *bufio.Reader, stdout *
 		}
 	}
 	if turn.appears != "" {
-		if err := s.awaitKey(turn.appears); err != nil {
+		if err := s.awaitOutput("get --keys-only "+turn.appears, turn.appears); err != nil {
 			return err
 		}
 	}
@@ -246,10 +254,11 @@ func (s *session) awaitWatchers(want int) error {
 	})
 }
 
-func (s *session) awaitKey(key string) error {
+// awaitOutput runs a command until it prints this.
+func (s *session) awaitOutput(args, want string) error {
 	return await(func() (bool, error) {
-		output, err := s.etcdctl("get --consistency=s " + key).Output()
-		return len(output) > 0, err
+		output, err := s.etcdctl(args).Output()
+		return bytes.Contains(output, []byte(want)), err
 	})
 }
 
