@@ -20,6 +20,7 @@
 //! Listeners are bound before the store is opened: a port that is taken shows at once, and clients that connect early wait
 //! instead of being turned away. They are served once the log is replayed.
 
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -300,7 +301,14 @@ impl Builder {
             [] => listened.map(|listen| listen.url.clone()).collect(),
             given => given.to_vec(),
         };
-        MemberNames { name: self.name.clone(), peer_urls: self.cell.peer_urls.clone(), client_urls }
+        let mut tenant_client_urls = BTreeMap::<String, Vec<String>>::new();
+        for listen in self.listen.iter().filter(|listen| serves_grpc(listen.serves)) {
+            if let Some(tenant) = &listen.tenant {
+                tenant_client_urls.entry(tenant.clone()).or_default().push(listen.url.clone());
+            }
+        }
+        let peer_urls = self.cell.peer_urls.clone();
+        MemberNames { name: self.name.clone(), peer_urls, client_urls, tenant_client_urls }
     }
 }
 

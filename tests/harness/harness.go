@@ -17,6 +17,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -177,15 +178,24 @@ func (s *Server) Terminate() *os.ProcessState {
 // Pid of the running process.
 func (s *Server) Pid() int { return s.cmd.Process.Pid }
 
+// nextPort counts through ports below those that the system gives to outgoing connections, which would take one between its
+// choice here and the server's start. Test programs that run side by side begin at different places.
+var nextPort atomic.Uint32
+
 // freeURL finds a loopback port that nothing listens on now.
 func freeURL(t testing.TB) string {
 	t.Helper()
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
+	const lowest, ports = 10_000, 20_000
+	for range ports {
+		port := lowest + (uint32(os.Getpid())*64+nextPort.Add(1))%ports
+		listener, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", port))
+		if err == nil {
+			defer listener.Close()
+			return fmt.Sprintf("http://%s", listener.Addr())
+		}
 	}
-	defer listener.Close()
-	return fmt.Sprintf("http://%s", listener.Addr())
+	t.Fatal("no free port")
+	return ""
 }
 
 // tailWriter keeps the last lines of a process's output for the report of a failure.

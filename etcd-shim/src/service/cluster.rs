@@ -34,7 +34,7 @@ impl Cluster for ClusterService {
             id: tenant.member_id(),
             name: names.name.clone(),
             peer_ur_ls: names.peer_urls.clone(),
-            client_ur_ls: names.client_urls.clone(),
+            client_ur_ls: names.client_urls_of(tenant.name()).to_vec(),
             is_learner: false,
         };
         // Headers of this service carry no revision.

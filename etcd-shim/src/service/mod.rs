@@ -17,6 +17,7 @@ pub(crate) mod testing;
 mod tests;
 pub mod watch;
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use tenure_storage::{AlarmKind, Command, Outcome, Refusal, Reply};
@@ -59,7 +60,18 @@ impl Default for Limits {
 pub struct MemberNames {
     pub name: String,
     pub peer_urls: Vec<String>,
+    /// Where clients whose certificate says whose they are connect, and those of `default`.
     pub client_urls: Vec<String>,
+    /// The listeners of a tenant's own, by its name. Only these are told to its clients: behind any other URL they would be
+    /// another tenant.
+    pub tenant_client_urls: BTreeMap<String, Vec<String>>,
+}
+
+impl MemberNames {
+    /// Where clients of that tenant connect.
+    pub fn client_urls_of(&self, tenant: &str) -> &[String] {
+        self.tenant_client_urls.get(tenant).unwrap_or(&self.client_urls)
+    }
 }
 
 /// What every service needs. Cheap to clone.

@@ -37,6 +37,7 @@ impl TestCell {
             name: "default".to_string(),
             peer_urls: vec!["http://localhost:2380".to_string()],
             client_urls: vec!["http://localhost:2379".to_string()],
+            tenant_client_urls: [("other".to_string(), vec!["http://localhost:2401".to_string()])].into(),
         };
         Context {
             cell: self.cell.clone(),

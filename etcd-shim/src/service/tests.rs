@@ -122,6 +122,10 @@ async fn a_member_list_has_one_member_and_no_revision() {
     let [member] = &list.members[..] else { panic!("one member") };
     assert_eq!((member.id, &member.name), (header.member_id, &context.member.name));
     assert_eq!(member.client_ur_ls, context.member.client_urls);
+
+    // A client that follows the list must stay the tenant it is.
+    let list = cluster.member_list(request("other", pb::MemberListRequest::default())).await.unwrap().into_inner();
+    assert_eq!(list.members[0].client_ur_ls, ["http://localhost:2401"]);
 }
 
 #[tokio::test]

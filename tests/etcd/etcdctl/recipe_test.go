@@ -28,16 +28,19 @@ var recipeScenarios = []scenario{
 		"elect --listen name me",
 		"get '' --prefix -w json",
 	))},
-	// The mirror's ways to read and to write, both on the server.
+	// It reads and writes on the same server, so each of its writes is waited for before the next command.
 	{name: "make-mirror", steps: join(fruit, []step{
 		{args: "make-mirror --prefix a --dest-prefix z/ $ENDPOINT", talk: []turn{
-			{appears: "z/pple", watchers: 1},
-			{run: "put avocado 1"},
-			{run: "del apple"},
-			{run: "put az last", appears: "z/z"},
+			{ask: "get z/pple", told: "green", watchers: 1},
+			{run: "put avocado 1", ask: "get z/vocado", told: "1"},
+			{run: "del apple", ask: "get z/pple --count-only -w fields", told: `"Count" : 0`},
+			{run: "put az last", ask: "get z/z", told: "last"},
 		}},
 		{args: "get '' --prefix -w json"},
-		{args: "make-mirror --prefix z/ --no-dest-prefix --rev=9 $ENDPOINT", talk: []turn{{appears: "vocado"}, {run: "put z/n 1", appears: "n"}}},
+		{args: "make-mirror --prefix z/ --no-dest-prefix --rev=9 $ENDPOINT", talk: []turn{
+			{ask: "get z", told: "last"},
+			{run: "put z/n 1", ask: "get n", told: "1"},
+		}},
 		{args: "get '' --prefix -w json"},
 		{args: "compaction 10"},
 		{args: "make-mirror --prefix a --rev=5 --dest-prefix y/ $ENDPOINT"},

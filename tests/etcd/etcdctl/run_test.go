@@ -1,5 +1,5 @@
-// Package etcdctl runs the real etcdctl against tenured and, beside it, a real etcd: the same commands in the same order. Exit
-// code, standard output and standard error must be the same, line by line, revisions included.
+// Package etcdctl runs the real etcdctl against two tenants of a tenured and, beside it, a real etcd: the same commands in the same
+// order. Exit code, standard output and standard error must be the same, line by line, revisions included.
 //
 // Masked is only what two right servers must answer differently: see masks. What Tenure does differently on purpose
 // (docs/compatibility.md) or does not have yet (README.md) is left out, with a comment where it would have been.
@@ -31,7 +31,7 @@ import (
 // hang bounds a command or a condition that should long be over; it judges nothing.
 const hang = time.Minute
 
-// scenario is a story on two fresh servers.
+// scenario is a story on fresh servers.
 type scenario struct {
 	name string
 	// flags of both servers.
@@ -72,8 +72,8 @@ type turn struct {
 	run string
 	// watchers is how many watchers the server must have before it goes on.
 	watchers int
-	// appears is a key that must be there before it goes on.
-	appears string
+	// ask is an etcdctl command that must print told before it goes on.
+	ask, told string
 	// lines is how many more lines it must have printed before it goes on.
 	lines int
 }
@@ -92,28 +92,37 @@ func TestEtcdctl(t *testing.T) {
 	}
 }
 
+// compare plays the scenario on etcd and on two tenants of one tenured at the same time: each must answer as etcd does.
 func (s scenario) compare(t *testing.T) {
 	program := harness.Tool(t, "etcdctl")
-	etcd := &session{scenario: s, program: program, endpoint: harness.StartEtcd(t, s.flags...).Endpoint()}
-	tenured := &session{scenario: s, program: program, endpoint: harness.StartTenured(t, nil, s.flags...).Endpoint()}
-	var both sync.WaitGroup
-	both.Go(etcd.play)
-	both.Go(tenured.play)
-	both.Wait()
+	etcd := harness.StartEtcd(t, s.flags...)
+	tenured := harness.StartTenured(t, []string{"acme"}, s.flags...)
+	sessions := []*session{
+		{name: "etcd", endpoint: etcd.Endpoint()},
+		{name: "tenured", endpoint: tenured.Endpoint()},
+		{name: "tenured, tenant acme", endpoint: tenured.Endpoints["acme"]},
+	}
+	var all sync.WaitGroup
+	for _, session := range sessions {
+		session.scenario, session.program = s, program
+		all.Go(session.play)
+	}
+	all.Wait()
 	for i, step := range s.steps {
-		for name, err := range map[string]error{"etcd": etcd.failures[i], "tenured": tenured.failures[i]} {
-			if err != nil {
-				t.Errorf("$ %s\n  on %s: %v", step, name, err)
+		for _, session := range sessions {
+			if err := session.failures[i]; err != nil {
+				t.Errorf("$ %s\n  on %s: %v", step, session.name, err)
 			}
-		}
-		if diff := difference(etcd.answers[i], tenured.answers[i]); diff != "" {
-			t.Errorf("$ %s\n  (-etcd +tenured)\n%s", step, diff)
+			if diff := difference(sessions[0].answers[i], session.answers[i]); diff != "" {
+				t.Errorf("$ %s\n  (-etcd +%s)\n%s", step, session.name, diff)
+			}
 		}
 	}
 }
 
-// session plays a scenario on one server.
+// session plays a scenario on one etcd, be it a tenant.
 type session struct {
+	name     string
 	scenario scenario
 	program  string
 	endpoint string
@@ -221,8 +230,8 @@ func (s *session) take(turn turn, stdin io.Writer, lines *bufio.Reader, stdout *
 			return err
 		}
 	}
-	if turn.appears != "" {
-		if err := s.awaitOutput("get --keys-only "+turn.appears, turn.appears); err != nil {
+	if turn.ask != "" {
+		if err := s.awaitOutput(turn.ask, turn.told); err != nil {
 			return err
 		}
 	}
