@@ -145,7 +145,7 @@ mod tests {
                 at = end;
                 let complete = ends.iter().filter(|end| **end <= at).max().unwrap();
                 prop_assert_eq!(unfinished, at - complete);
-                prop_assert_eq!(framing.complete as usize, ends.iter().filter(|end| **end <= at).count() - 1);
+                prop_assert_eq!(framing.complete + 1, ends.iter().filter(|end| **end <= at).count() as u64);
             }
         }
     }
