@@ -304,7 +304,9 @@ impl Builder {
         let mut tenant_client_urls = BTreeMap::<String, Vec<String>>::new();
         for listen in self.listen.iter().filter(|listen| serves_grpc(listen.serves)) {
             if let Some(tenant) = &listen.tenant {
-                tenant_client_urls.entry(tenant.clone()).or_default().push(listen.url.clone());
+                // As a person writes it: a parsed URL has got a slash behind its authority.
+                let url = listen.url.trim_end_matches('/').to_string();
+                tenant_client_urls.entry(tenant.clone()).or_default().push(url);
             }
         }
         let peer_urls = self.cell.peer_urls.clone();
