@@ -12,7 +12,7 @@ FUZZ_SECONDS ?= 600
 KUBERNETES = $(shell sed -n 's|.*k8s.io/kubernetes \(v[0-9.]*\).*|\1|p' tests/apiserver/go.mod)
 KUBERNETES_VERSION = -X k8s.io/component-base/version.gitVersion=$(KUBERNETES)
 
-.PHONY: run build test test-rust test-go test-etcd test-apiserver tools lint fuzz needs needs-go needs-fuzz
+.PHONY: run build programs test test-rust test-go test-etcd test-apiserver tools lint fuzz needs needs-go needs-fuzz
 
 # Builds and serves: tenant `default` on 127.0.0.1:2379, data in ./default.tenure. Flags: make run ARGS="--name m1".
 run: build
@@ -24,16 +24,20 @@ build: needs
 # Every test there is, on real processes where that is what is tested.
 test: test-rust test-go
 
+# tenured as `test-rust` builds it too: with the features that the tests' own dependencies bring, so that nothing is built twice.
+programs: needs
+	cargo test --release --locked --workspace --no-run
+
 test-rust: needs
 	cargo test --release --locked --workspace
 
 # What etcd's own clients and Kubernetes say: tests in Go.
 test-go: test-etcd test-apiserver
 
-test-etcd: build tools
+test-etcd: programs tools
 	cd tests/etcd && go vet ./... && go test -count=1 -v ./...
 
-test-apiserver: build tools
+test-apiserver: programs tools
 	cd tests/apiserver && go vet ./... && go test -count=1 -v ./...
 
 tools: needs-go

@@ -58,7 +58,7 @@ func startControlPlane(t *testing.T, server *harness.Server, tenant string) *con
 	if err := os.WriteFile(tokens, []byte(token+`,admin,1,"system:masters"`+"\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	address := freeAddress(t)
+	address := harness.FreeAddress(t)
 	_, port, _ := net.SplitHostPort(address)
 	cp := &controlPlane{
 		tenant: tenant,
@@ -226,16 +226,6 @@ func serviceAccountKeys(t *testing.T, dir string) (private, public string) {
 	private = write("service-account.key", "RSA PRIVATE KEY", x509.MarshalPKCS1PrivateKey(key))
 	public = write("service-account.pub", "PUBLIC KEY", publicBytes)
 	return private, public
-}
-
-func freeAddress(t *testing.T) string {
-	t.Helper()
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer listener.Close()
-	return listener.Addr().String()
 }
 
 func tail(path string, lines int) string {

@@ -182,8 +182,13 @@ func (s *Server) Pid() int { return s.cmd.Process.Pid }
 // choice here and the server's start. Test programs that run side by side begin at different places.
 var nextPort atomic.Uint32
 
-// freeURL finds a loopback port that nothing listens on now.
 func freeURL(t testing.TB) string {
+	t.Helper()
+	return "http://" + FreeAddress(t)
+}
+
+// FreeAddress finds a loopback address, host and port, that nothing listens on now.
+func FreeAddress(t testing.TB) string {
 	t.Helper()
 	const lowest, ports = 10_000, 20_000
 	for range ports {
@@ -191,7 +196,7 @@ func freeURL(t testing.TB) string {
 		listener, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", port))
 		if err == nil {
 			defer listener.Close()
-			return fmt.Sprintf("http://%s", listener.Addr())
+			return listener.Addr().String()
 		}
 	}
 	t.Fatal("no free port")

@@ -18,7 +18,8 @@ pub(crate) struct Overlay<R> {
     batch: Batch,
     /// What each changed key held before, while a txn that may have to be taken back runs.
     journal: Option<Vec<Undo>>,
-    /// Rows asked for so far: a measure of work that is equal on all members, as time is not.
+    /// Rows asked for so far: a measure of work that is equal on all members, as time is not. Reads that only some members
+    /// make go through [`Overlay::uncounted`].
     visited: Cell<u64>,
 }
 
@@ -72,6 +73,14 @@ impl<R: Reader> Overlay<R> {
     /// Rows that reads through this overlay have visited.
     pub(crate) fn visited_rows(&self) -> u64 {
         self.visited.get()
+    }
+
+    /// Reads without counting: for what a member reads because of its own watchers.
+    pub(crate) fn uncounted<T>(&self, read: impl FnOnce(&Self) -> T) -> T {
+        let visited = self.visited.get();
+        let found = read(self);
+        self.visited.set(visited);
+        found
     }
 
     pub(crate) fn into_batch(self) -> Batch {

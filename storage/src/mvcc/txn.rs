@@ -21,9 +21,6 @@ use crate::types::{
     Compare, CompareResult, CompareTarget, RangeRequest, TenantId, TxnOp, TxnOpReply, TxnReply, TxnRequest,
 };
 
-/// Puts that stay far below [`TXN_ROWS_MAX`], so that they need no journal.
-const PUTS_SURELY_WITHIN_BOUNDS: usize = 1_000;
-
 /// The branch a txn takes, and the plans of the txns nested in that branch, in op order.
 struct Plan {
     succeeded: bool,
@@ -212,14 +209,13 @@ fn run<R: Reader>(writer: &mut Writer<'_, R>, txn: &TxnRequest, plan: &Plan, bou
 
 /// Runs a txn. On a refusal nothing has changed.
 pub(crate) fn txn<R: Reader>(writer: &mut Writer<'_, R>, txn: &TxnRequest) -> Step<TxnReply> {
-    let mut bounds = Bounds::new(writer.overlay.visited_rows());
+    let bounds = Bounds::new(writer.overlay.visited_rows());
+    txn_within(writer, txn, bounds)
+}
+
+fn txn_within<R: Reader>(writer: &mut Writer<'_, R>, txn: &TxnRequest, mut bounds: Bounds) -> Step<TxnReply> {
     let plan = accept!(plan(writer.overlay, writer.tenant, txn, &bounds));
     accept!(check(writer, txn, &plan));
-    if !may_refuse_while_running(txn, &plan) {
-        let reply = run(writer, txn, &plan, &mut bounds)?;
-        assert!(reply.is_ok(), "whatever can refuse was checked");
-        return Ok(reply);
-    }
     let usage = writer.row.usage;
     writer.overlay.begin();
     let reply = run(writer, txn, &plan, &mut bounds)?;
@@ -232,16 +228,6 @@ pub(crate) fn txn<R: Reader>(writer: &mut Writer<'_, R>, txn: &TxnRequest) -> St
         }
     }
     Ok(reply)
-}
-
-/// Whether the branch taken may still refuse after a change: not so for plain puts, which is what Kubernetes sends.
-fn may_refuse_while_running(txn: &TxnRequest, plan: &Plan) -> bool {
-    let ops = branch(txn, plan.succeeded);
-    ops.len() > PUTS_SURELY_WITHIN_BOUNDS
-        || ops.iter().any(|op| match op {
-            TxnOp::Put(put) => put.ignore_value || put.ignore_lease || put.prev_kv,
-            TxnOp::Range(_) | TxnOp::DeleteRange(_) | TxnOp::Txn(_) => true,
-        })
 }
 
 /// Runs a txn of ranges only, at one point in time, outside `apply`.
@@ -296,4 +282,77 @@ pub fn quota_cost(txn: &TxnRequest) -> u64 {
 /// etcd's estimate of a put in bytes.
 pub fn put_cost(key_len: usize, value_len: usize) -> u64 {
     256 + (key_len + value_len) as u64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::engine::{Engine, MemoryEngine};
+    use crate::key::meta::TenantRow;
+    use crate::types::{DeleteRangeRequest, KeyRange, LeaseId, PutRequest};
+
+    const TENANT: TenantId = TenantId(1);
+
+    fn put(key: String) -> TxnOp {
+        TxnOp::Put(PutRequest {
+            key: key.into(),
+            value: Bytes::from_static(b"v"),
+            lease: LeaseId::NONE,
+            prev_kv: false,
+            ignore_value: false,
+            ignore_lease: false,
+        })
+    }
+
+    fn everything() -> KeyRange {
+        KeyRange::From(Bytes::from_static(b"k"))
+    }
+
+    /// A store of a hundred keys, not yet written to its engine.
+    fn filled<R: Reader>(overlay: &mut Overlay<R>, row: &mut TenantRow, capture_prev: bool) {
+        let mut writer = Writer::new(overlay, TENANT, row, capture_prev);
+        let success = (0..100).map(|n| put(format!("k{n:03}"))).collect();
+        txn(&mut writer, &TxnRequest { success, ..TxnRequest::default() }).unwrap().unwrap();
+        writer.finish();
+    }
+
+    /// A bound on work is a replicated decision, so work must not depend on who watches on this member.
+    #[test]
+    fn work_is_equal_whoever_watches() {
+        let visited = [false, true].map(|capture_prev| {
+            let engine = MemoryEngine::new();
+            let (mut overlay, mut row) = (Overlay::new(engine.view()), TenantRow::new("t".to_string()));
+            filled(&mut overlay, &mut row, capture_prev);
+            let mut writer = Writer::new(&mut overlay, TENANT, &mut row, capture_prev);
+            let delete = DeleteRangeRequest { range: KeyRange::Single(Bytes::from_static(b"k001")), prev_kv: false };
+            let success = vec![
+                put("k000".to_string()),
+                TxnOp::DeleteRange(delete),
+                put("k001".to_string()),
+                TxnOp::DeleteRange(DeleteRangeRequest { range: everything(), prev_kv: false }),
+                TxnOp::Range(RangeRequest::new(everything())),
+            ];
+            txn(&mut writer, &TxnRequest { success, ..TxnRequest::default() }).unwrap().unwrap();
+            overlay.visited_rows()
+        });
+        assert_eq!(visited[0], visited[1]);
+    }
+
+    /// The last condition may use up the bound, so that it is the first put that is refused.
+    #[test]
+    fn what_the_conditions_used_up_refuses_even_a_plain_put() {
+        let engine = MemoryEngine::new();
+        let (mut overlay, mut row) = (Overlay::new(engine.view()), TenantRow::new("t".to_string()));
+        filled(&mut overlay, &mut row, false);
+        let before = row.clone();
+        let rows_end = overlay.visited_rows() + 10;
+        let mut writer = Writer::new(&mut overlay, TENANT, &mut row, false);
+        let compares =
+            vec![Compare { range: everything(), result: CompareResult::Greater, target: CompareTarget::Version(0) }];
+        let request = TxnRequest { compares, success: vec![put("new".to_string())], failure: Vec::new() };
+        let bounds = Bounds { reply_bytes_left: TXN_REPLY_BYTES_MAX, rows_end };
+        assert_eq!(txn_within(&mut writer, &request, bounds).unwrap(), Err(Refusal::TxnTooLarge));
+        assert!(writer.finish().is_empty());
+        assert_eq!(row, before);
+    }
 }

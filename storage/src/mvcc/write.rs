@@ -113,7 +113,7 @@ impl<'a, R: Reader> Writer<'a, R> {
         }
         let wants_old = put.prev_kv || put.ignore_value || self.capture_prev;
         let old = match live {
-            Some(live) if wants_old => Some(read::stored(self.overlay, self.tenant, &put.key, live.at)?),
+            Some(live) if wants_old => Some(self.replaced(&put.key, live.at)?),
             Some(_) | None => None,
         };
         let value = match &old {
@@ -148,6 +148,11 @@ impl<'a, R: Reader> Writer<'a, R> {
         Ok(Ok(old.filter(|_| put.prev_kv)))
     }
 
+    /// The version that a change replaces. Not counted as work: whether it is read depends on this member's watchers too.
+    fn replaced(&self, key: &[u8], at: Revision) -> Result<Bytes, Fault> {
+        self.overlay.uncounted(|overlay| read::stored(overlay, self.tenant, key, at))
+    }
+
     /// Deletes every key of the range; answers how many, and what they were if asked.
     pub(crate) fn delete_range(&mut self, delete: &DeleteRangeRequest) -> Result<(u64, Vec<Bytes>), Fault> {
         let mut doomed = Vec::new();
@@ -167,7 +172,7 @@ impl<'a, R: Reader> Writer<'a, R> {
     fn delete(&mut self, key: &Bytes, live: Head, want_old: bool) -> Result<Option<Bytes>, Fault> {
         assert!(!live.tombstone, "only what exists is deleted");
         let old = match want_old || self.capture_prev {
-            true => Some(read::stored(self.overlay, self.tenant, key, live.at)?),
+            true => Some(self.replaced(key, live.at)?),
             false => None,
         };
         let at = self.take_sub();
@@ -236,7 +241,9 @@ impl<'a, R: Reader> Writer<'a, R> {
     ) -> Result<Option<Bytes>, Fault> {
         match live {
             _ if !self.capture_prev => Ok(None),
-            Some(live) if live.at.main == at.main => read::get(self.overlay, self.tenant, key, at.main - 1),
+            Some(live) if live.at.main == at.main => {
+                self.overlay.uncounted(|overlay| read::get(overlay, self.tenant, key, at.main - 1))
+            }
             Some(_) => Ok(old.cloned()),
             None => Ok(None),
         }
