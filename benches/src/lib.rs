@@ -1,1 +1,17 @@
-//! Criterion benches of the hot paths; see `benches/`. The library itself is empty.
+//! Measuring Tenure beside other servers of the etcd API.
+//!
+//! The binary `tenure-bench` drives any endpoint ([`load`]: simulated clients over a client of its own, [`http2`]) and compares
+//! servers round by round (`compare`). The criterion benches in `benches/` measure single paths instead.
+
+// A test that unwraps says what it expects.
+#![cfg_attr(test, allow(clippy::unwrap_used, clippy::cast_possible_truncation))]
+#![allow(clippy::cast_precision_loss, reason = "figures for people")]
+
+pub mod client;
+pub mod fields;
+pub mod floor;
+pub mod http2;
+pub mod load;
+pub mod process;
+pub mod report;
+pub mod tls;
