@@ -12,7 +12,7 @@ FUZZ_SECONDS ?= 600
 KUBERNETES = $(shell sed -n 's|.*k8s.io/kubernetes \(v[0-9.]*\).*|\1|p' tests/apiserver/go.mod)
 KUBERNETES_VERSION = -X k8s.io/component-base/version.gitVersion=$(KUBERNETES)
 
-.PHONY: run build programs test test-rust test-go test-etcd test-apiserver tools lint fuzz needs needs-go needs-fuzz
+.PHONY: run build programs test test-rust test-go test-etcd test-apiserver tools lint fuzz bench bench-smoke bench-programs etcd needs needs-go needs-fuzz
 
 # Builds and serves: tenant `default` on 127.0.0.1:2379, data in ./default.tenure. Flags: make run ARGS="--name m1".
 run: build
@@ -40,11 +40,27 @@ test-etcd: programs tools
 test-apiserver: programs tools
 	cd tests/apiserver && go vet ./... && go test -count=1 -v ./...
 
-tools: needs-go
-	mkdir -p $(TENURE_TOOLS)
-	cd tests/etcd && go build -o $(TENURE_TOOLS)/etcd go.etcd.io/etcd/server/v3
+tools: etcd
 	cd tests/etcd && go build -o $(TENURE_TOOLS)/etcdctl go.etcd.io/etcd/etcdctl/v3
 	cd tests/apiserver && go build -ldflags "-s -w $(KUBERNETES_VERSION)" -o $(TENURE_TOOLS)/kube-apiserver k8s.io/kubernetes/cmd/kube-apiserver
+
+etcd: needs-go
+	mkdir -p $(TENURE_TOOLS)
+	cd tests/etcd && go build -o $(TENURE_TOOLS)/etcd go.etcd.io/etcd/server/v3
+
+# tenured beside a real etcd on this machine, every workload: a table, target/bench/report.json, a chart a workload. More
+# servers: make bench ARGS="--endpoint kine=127.0.0.1:2399"; other options: tenure-bench compare --help.
+bench: bench-programs etcd
+	$(COMPARE) $(ARGS)
+
+# The same, shorter: one round, fewer keys and tenants.
+bench-smoke: bench-programs etcd
+	$(COMPARE) --rounds 1 --duration 0.7 --warm-up 0.3 --tenants 50 --large-keys 50000 $(ARGS)
+
+COMPARE = $(CARGO_TARGET_DIR)/release/tenure-bench compare --tenured $(TENURED) --etcd $(TENURE_TOOLS)/etcd --dir target/bench
+
+bench-programs: needs
+	cargo build --release --locked --workspace
 
 # Each fuzz target for FUZZ_SECONDS, on nightly Rust, in a target directory of its own; RocksDB is taken from the release build.
 fuzz: build needs-fuzz

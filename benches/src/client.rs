@@ -353,7 +353,7 @@ impl Client {
 
     fn fill(&mut self) -> Option<Next> {
         let from = self.space.filled.get();
-        let all = self.space.keys * self.space.tenants as u64;
+        let all = self.space.keys.saturating_mul(self.space.tenants as u64);
         if from >= all {
             return None;
         }

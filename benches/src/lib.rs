@@ -7,11 +7,14 @@
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::cast_possible_truncation))]
 #![allow(clippy::cast_precision_loss, reason = "figures for people")]
 
+pub mod chart;
 pub mod client;
+pub mod compare;
 pub mod fields;
 pub mod floor;
 pub mod http2;
 pub mod load;
 pub mod process;
 pub mod report;
+pub mod server;
 pub mod tls;

@@ -220,6 +220,14 @@ pub async fn run(target: &Target, load: &Load, progress: Progress<'_>) -> anyhow
     if load.workload.needs_keys() {
         fill(target, load, progress).await?;
     }
+    run_filled(target, load, progress).await
+}
+
+/// As [`run`], on keys that [`fill`] has put there before.
+///
+/// # Errors
+/// As [`run`].
+pub async fn run_filled(target: &Target, load: &Load, progress: Progress<'_>) -> anyhow::Result<Measured> {
     let session = Session::open(target, load, load.workload).await?;
     let measured = session.measure(target, progress).await;
     session.close().await;

@@ -11,7 +11,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use tenure_benches::client::Workload;
 use tenure_benches::floor::Floor;
 use tenure_benches::load::{self, Load, Stage, Target};
-use tenure_benches::{report, tls};
+use tenure_benches::{compare, report, tls};
 
 /// Measures servers of the etcd v3 API.
 #[derive(Parser)]
@@ -25,6 +25,8 @@ struct Cli {
 enum Command {
     /// Drive one server with one or more workloads.
     Run(RunArgs),
+    /// Start tenured, etcd and the floor, and drive each with the same loads in turn.
+    Compare(CompareArgs),
     /// Serve the floor: answers every Put with nothing.
     Floor {
         /// Where.
@@ -97,9 +99,48 @@ struct RunArgs {
     json: bool,
 }
 
+#[derive(Args)]
+struct CompareArgs {
+    /// The tenured to measure.
+    #[arg(long)]
+    tenured: PathBuf,
+    /// The etcd to measure.
+    #[arg(long)]
+    etcd: PathBuf,
+    /// Where data, report and charts go. The data is on its disk.
+    #[arg(long, default_value = "target/bench")]
+    dir: PathBuf,
+    #[arg(long, default_value_t = 3)]
+    rounds: usize,
+    /// Seconds of each run.
+    #[arg(long, default_value_t = 2.5)]
+    duration: f64,
+    /// Seconds before each run.
+    #[arg(long, default_value_t = 0.5)]
+    warm_up: f64,
+    /// Tenants of the sections with many; 0 leaves them out.
+    #[arg(long, default_value_t = 1000)]
+    tenants: usize,
+    /// Keys of the section with many; 0 leaves it out.
+    #[arg(long, default_value_t = 1_000_000)]
+    large_keys: u64,
+    /// Only cases whose name contains this, such as `plain: put`.
+    #[arg(long)]
+    only: Option<String>,
+    /// One more server that runs already, as NAME=HOST:PORT; may be given again.
+    #[arg(long = "endpoint", value_parser = named_endpoint)]
+    endpoints: Vec<(String, String)>,
+}
+
+fn named_endpoint(text: &str) -> Result<(String, String), String> {
+    let named = text.split_once('=').filter(|(name, address)| !name.is_empty() && address.contains(':'));
+    named.map(|(name, address)| (name.to_string(), address.to_string())).ok_or_else(|| "want NAME=HOST:PORT".to_string())
+}
+
 fn main() -> anyhow::Result<()> {
     match Cli::parse().command {
         Command::Run(args) => run(&args),
+        Command::Compare(args) => compare(args),
         Command::Floor { listen, delay_ms } => {
             let runtime = tokio::runtime::Runtime::new()?;
             runtime.block_on(Floor { delay: Duration::from_millis(delay_ms) }.serve_at(listen))
@@ -133,11 +174,7 @@ fn run(args: &RunArgs) -> anyhow::Result<()> {
             prefix: format!("{}{}/", args.prefix, workload.name()),
         };
         let bar = progress_bar();
-        let told = |stage: Stage, part: f64| {
-            bar.set_message(format!("{} {stage:?}", workload.name()));
-            #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a share of a thousand")]
-            bar.set_position((part.clamp(0.0, 1.0) * 1000.0) as u64);
-        };
+        let told = |stage: Stage, part: f64| show(&bar, &workload.name(), stage, part);
         let measured = load::block_on(load::run(&target, &load, &told));
         bar.finish_and_clear();
         let measured = measured.with_context(|| workload.name())?;
@@ -151,6 +188,46 @@ fn run(args: &RunArgs) -> anyhow::Result<()> {
         }
     }
     Ok(())
+}
+
+struct Terminal(ProgressBar);
+
+impl compare::Audience for Terminal {
+    fn line(&self, line: &str) {
+        self.0.suspend(|| say(line));
+    }
+
+    fn progress(&self, what: &str, stage: Stage, part: f64) {
+        show(&self.0, what, stage, part);
+    }
+}
+
+fn compare(args: CompareArgs) -> anyhow::Result<()> {
+    let plan = compare::Plan {
+        rounds: args.rounds.max(1),
+        duration: Duration::from_secs_f64(args.duration),
+        warm_up: Duration::from_secs_f64(args.warm_up),
+        dir: args.dir,
+        tenured: args.tenured,
+        etcd: args.etcd,
+        bench: std::env::current_exe()?,
+        others: args.endpoints,
+        tenants: args.tenants,
+        large_keys: args.large_keys,
+        only: args.only,
+    };
+    let terminal = Terminal(progress_bar());
+    let compared = compare::compare(&plan, &terminal);
+    terminal.0.finish_and_clear();
+    say(&report::ratio_table(&compared?));
+    say(&format!("report and charts: {}", plan.dir.display()));
+    Ok(())
+}
+
+fn show(bar: &ProgressBar, what: &str, stage: Stage, part: f64) {
+    bar.set_message(format!("{what}: {stage:?}"));
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a share of a thousand")]
+    bar.set_position((part.clamp(0.0, 1.0) * 1000.0) as u64);
 }
 
 fn progress_bar() -> ProgressBar {

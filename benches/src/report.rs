@@ -7,8 +7,8 @@ use crate::load::Measured;
 
 /// Column heads and their widths for [`row`].
 const COLUMNS: [(&str, usize); 13] = [
-    ("workload", 16),
-    ("server", 12),
+    ("workload", 22),
+    ("server", 8),
     ("ops/s", 10),
     ("units/s", 11),
     ("p50 µs", 9),
@@ -25,6 +25,29 @@ const COLUMNS: [(&str, usize); 13] = [
 /// The table's first line.
 pub fn head() -> String {
     line(COLUMNS.map(|(name, _)| name.to_string()))
+}
+
+/// A line of medians, as `compare` makes them.
+pub fn median_row(case: &str, server: &str, median: &Value) -> String {
+    let known = |name: &str, by: f64, digits: usize| {
+        median.get(name).and_then(Value::as_f64).map_or("-".to_string(), |value| format!("{:.digits$}", value / by))
+    };
+    let units = median.get("units").and_then(Value::as_f64).unwrap_or(1.0).max(1.0);
+    line([
+        case.to_string(),
+        server.to_string(),
+        known("operations_per_second", 1.0, 0),
+        known("units_per_second", 1.0, 0),
+        known("p50_us", 1.0, 0),
+        known("p99_us", 1.0, 0),
+        known("p999_us", 1.0, 0),
+        known("max_us", 1.0, 0),
+        known("server_cpu_us_per_unit", 1.0, 2),
+        known("peak_rss_bytes", f64::from(1 << 20), 0),
+        known("written_bytes", units, 0),
+        known("client_cpu_us_per_unit", 1.0, 2),
+        known("errors", 1.0, 0),
+    ])
 }
 
 /// One run's line. What is not known shows as `-`.
@@ -87,4 +110,31 @@ pub fn json(workload: Workload, server: &str, measured: &Measured) -> Value {
         "errors": measured.errors,
         "first_error": measured.error,
     })
+}
+
+/// Tenured beside etcd, a line a case: ratios of the medians of a comparison.
+pub fn ratio_table(report: &Value) -> String {
+    let mut table = format!(
+        "\n{:<32} {:>11} {:>11} {:>9} {:>9} {:>9} {:>9} {:>9} {:>9}\n",
+        "tenured / etcd", "units/s", "etcd's", "ratio", "p50", "p99", "CPU µs", "etcd's", "ratio",
+    );
+    for entry in report["medians"].as_array().into_iter().flatten() {
+        let figure = |server: &str, name: &str, digits: usize| {
+            entry["servers"][server][name].as_f64().map_or("-".to_string(), |value| format!("{value:.digits$}"))
+        };
+        let ratio = |name: &str| entry["ratios"][name].as_f64().map_or("-".to_string(), |ratio| format!("{ratio:.2}"));
+        table.push_str(&format!(
+            "{:<32} {:>11} {:>11} {:>9} {:>9} {:>9} {:>9} {:>9} {:>9}\n",
+            entry["case"].as_str().unwrap_or_default(),
+            figure("tenured", "units_per_second", 0),
+            figure("etcd", "units_per_second", 0),
+            ratio("units_per_second"),
+            ratio("p50_us"),
+            ratio("p99_us"),
+            figure("tenured", "server_cpu_us_per_unit", 2),
+            figure("etcd", "server_cpu_us_per_unit", 2),
+            ratio("server_cpu_us_per_unit"),
+        ));
+    }
+    table
 }

@@ -29,3 +29,31 @@ pub fn client(ca: &Path, identity: Option<(&Path, &Path)>) -> anyhow::Result<rus
     config.alpn_protocols = vec![b"h2".to_vec()];
     Ok(config)
 }
+
+/// Makes a CA, a certificate of a server on 127.0.0.1, and a client certificate for each of so many tenants (named by URI, as
+/// tenured wants it; other servers only check who signed). Files: `ca.crt`, `server.crt`, `server.key`, `<number>.crt`,
+/// `<number>.key`.
+///
+/// # Errors
+/// If the directory cannot be written.
+pub fn make(dir: &Path, tenants: usize) -> anyhow::Result<()> {
+    use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair, SanType};
+    std::fs::create_dir_all(dir)?;
+    let mut ca = CertificateParams::new(Vec::new())?;
+    ca.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    let ca = CertifiedIssuer::self_signed(ca, KeyPair::generate()?)?;
+    std::fs::write(dir.join("ca.crt"), ca.pem())?;
+    let issue = |name: &str, params: CertificateParams| -> anyhow::Result<()> {
+        let key = KeyPair::generate()?;
+        std::fs::write(dir.join(format!("{name}.crt")), params.signed_by(&key, &ca)?.pem())?;
+        Ok(std::fs::write(dir.join(format!("{name}.key")), key.serialize_pem())?)
+    };
+    issue("server", CertificateParams::new(["127.0.0.1".to_string()])?)?;
+    for tenant in 0..tenants {
+        let mut params = CertificateParams::new(Vec::new())?;
+        let uri = format!("tenure://tenant/{}", crate::server::tenant_name(tenant));
+        params.subject_alt_names = vec![SanType::URI(uri.try_into()?)];
+        issue(&tenant.to_string(), params)?;
+    }
+    Ok(())
+}

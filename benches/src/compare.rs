@@ -1,0 +1,402 @@
+//! Servers side by side: the same loads against each in turn, round by round, and the medians of all rounds.
+//!
+//! The machine is shared and noisy, so no figure stands alone: each server meets each case in each round, close in time, and
+//! what is reported beside the medians are ratios of medians. All servers of a section run at once on the same disk with
+//! fsync on; only one has work at a time.
+
+use std::collections::BTreeMap;
+use std::io::{Seek, Write};
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use crate::client::Workload;
+use crate::load::{self, Load, Measured, Stage, Target};
+use crate::server::{Kind, Server, Setup};
+use crate::{chart, process, report, tls};
+
+/// What to compare, and for how long.
+pub struct Plan {
+    pub rounds: usize,
+    pub duration: Duration,
+    pub warm_up: Duration,
+    /// Where data, report and charts go.
+    pub dir: PathBuf,
+    pub tenured: PathBuf,
+    pub etcd: PathBuf,
+    /// This program, for the floor.
+    pub bench: PathBuf,
+    /// Servers that are there already: name and `host:port`.
+    pub others: Vec<(String, String)>,
+    /// Tenants of the sections with many; 0 leaves them out.
+    pub tenants: usize,
+    /// Keys of the section with many; 0 leaves it out.
+    pub large_keys: u64,
+    /// Only cases whose name contains this.
+    pub only: Option<String>,
+}
+
+/// Told of each finished run and of the one under way.
+pub trait Audience {
+    fn line(&self, line: &str);
+    fn progress(&self, what: &str, stage: Stage, part: f64);
+}
+
+/// One load with the name it is reported under.
+struct Case {
+    name: &'static str,
+    load: Load,
+}
+
+/// Runs of one case and server.
+type Runs = Vec<Value>;
+
+struct Comparison<'a> {
+    plan: &'a Plan,
+    audience: &'a dyn Audience,
+    /// By section and case, then server, in the order they were run.
+    cases: Vec<(String, BTreeMap<String, Runs>)>,
+}
+
+/// A server of a section, as the loads see it.
+struct Contestant {
+    target: Target,
+    /// Only these cases; empty = all.
+    cases: Vec<&'static str>,
+    _server: Option<Server>,
+}
+
+/// Compares, and writes `report.json` and the charts. Answers the report.
+///
+/// # Errors
+/// If a server cannot be started or driven, or a file not be written.
+pub fn compare(plan: &Plan, audience: &dyn Audience) -> anyhow::Result<Value> {
+    let data = plan.dir.join("data");
+    if data.exists() {
+        std::fs::remove_dir_all(&data)?;
+    }
+    std::fs::create_dir_all(&data)?;
+    let fdatasync_us = fdatasync_us(&data)?;
+    audience.line(&format!("fdatasync of 4 KiB on this disk: median {fdatasync_us:.0} µs"));
+    let mut comparison = Comparison { plan, audience, cases: Vec::new() };
+    comparison.section("plain", 1, false, &all_cases(plan))?;
+    comparison.section("tls", 1, true, &main_cases(plan, 1))?;
+    if plan.tenants > 1 {
+        comparison.section("tenants", plan.tenants, false, &main_cases(plan, plan.tenants))?;
+        comparison.section("tenants-tls", plan.tenants, true, &main_cases(plan, plan.tenants))?;
+    }
+    let large = if plan.large_keys > 0 { comparison.large()? } else { Vec::new() };
+    let medians = comparison.medians();
+    let report = json!({
+        "fdatasync_us": fdatasync_us,
+        "rounds": plan.rounds,
+        "seconds_per_run": plan.duration.as_secs_f64(),
+        "medians": medians,
+        "large": large,
+        "runs": comparison.cases.iter().map(|(case, servers)| json!({ "case": case, "servers": servers })).collect::<Vec<_>>(),
+    });
+    std::fs::write(plan.dir.join("report.json"), serde_json::to_string_pretty(&report)?)?;
+    chart::write(&plan.dir, &medians)?;
+    std::fs::remove_dir_all(&data)?;
+    Ok(report)
+}
+
+fn base(plan: &Plan, workload: Workload) -> Load {
+    Load {
+        workload,
+        clients: 100,
+        connections: 100,
+        keys: 10_000,
+        value_bytes: 256,
+        page_keys: 500,
+        rate: None,
+        tenants: 1,
+        zipf: 1.0,
+        watchers: 100,
+        warm_up: plan.warm_up,
+        duration: plan.duration,
+        prefix: format!("/bench/{}/", workload.name()),
+    }
+}
+
+fn all_cases(plan: &Plan) -> Vec<Case> {
+    let case = |name, workload, change: &dyn Fn(&mut Load)| {
+        let mut load = base(plan, workload);
+        change(&mut load);
+        Case { name, load }
+    };
+    let list = |load: &mut Load| (load.clients, load.connections, load.value_bytes) = (4, 4, 1024);
+    let single = |load: &mut Load| (load.clients, load.connections) = (1, 1);
+    let thousand = |load: &mut Load| load.clients = 1000;
+    vec![
+        case("put, 1 client", Workload::Put, &single),
+        case("put", Workload::Put, &|_| {}),
+        case("put, 1000 clients", Workload::Put, &thousand),
+        case("kube-txn, 1 client", Workload::KubeTxn, &single),
+        case("kube-txn", Workload::KubeTxn, &|_| {}),
+        case("kube-txn, 1000 clients", Workload::KubeTxn, &thousand),
+        case("get, 1 client", Workload::Get, &single),
+        case("get", Workload::Get, &|_| {}),
+        case("get, 1000 clients", Workload::Get, &thousand),
+        case("get-serializable", Workload::GetSerializable, &|_| {}),
+        case("list", Workload::List, &list),
+        case("list-paged", Workload::ListPaged, &list),
+        case("stream", Workload::Stream, &list),
+        case("watch", Workload::Watch, &|load| (load.clients, load.connections, load.rate) = (10, 10, Some(1000.0))),
+        case("lease-grant", Workload::LeaseGrant, &|_| {}),
+        case("lease-keep-alive", Workload::LeaseKeepAlive, &|_| {}),
+        case("mixed", Workload::Mixed, &|load| (load.clients, load.connections, load.watchers) = (50, 50, 20)),
+        case("fill", Workload::Fill, &|load| (load.clients, load.connections, load.value_bytes, load.keys) = (16, 16, 1024, u64::MAX)),
+    ]
+}
+
+/// Those of the budget that are measured under TLS and with many tenants too.
+fn main_cases(plan: &Plan, tenants: usize) -> Vec<Case> {
+    let mut cases = all_cases(plan);
+    cases.retain(|case| ["put", "kube-txn", "get", "list", "watch"].contains(&case.name));
+    for case in &mut cases {
+        case.load.tenants = tenants;
+        if tenants > 1 {
+            // Each tenant has a connection of its own, and its share of the keys.
+            case.load.connections = 1;
+            case.load.keys = if case.name == "list" { 100 } else { 10 };
+        }
+    }
+    cases
+}
+
+impl Comparison<'_> {
+    fn wanted(&self, name: &str) -> bool {
+        self.plan.only.as_ref().is_none_or(|only| name.contains(only.as_str()))
+    }
+
+    fn section(&mut self, section: &str, tenants: usize, with_tls: bool, cases: &[Case]) -> anyhow::Result<()> {
+        let named = |case: &Case| format!("{section}: {}", case.name);
+        if !cases.iter().any(|case| self.wanted(&named(case))) {
+            return Ok(());
+        }
+        let contestants = self.contestants(section, tenants, with_tls)?;
+        self.audience.line(&format!("\n{section}\n{}", report::head()));
+        for case in cases {
+            if !self.wanted(&named(case)) {
+                continue;
+            }
+            let mut servers: BTreeMap<String, Runs> = BTreeMap::new();
+            for _ in 0..self.plan.rounds {
+                for contestant in contestants.iter().filter(|c| c.cases.is_empty() || c.cases.contains(&case.name)) {
+                    let measured = self.run(&contestant.target, &case.load)?;
+                    let run = report::json(case.load.workload, &contestant.target.name, &measured);
+                    servers.entry(contestant.target.name.clone()).or_default().push(run);
+                }
+            }
+            for (server, runs) in &servers {
+                self.audience.line(&report::median_row(case.name, server, &median(runs)));
+            }
+            self.cases.push((named(case), servers));
+        }
+        Ok(())
+    }
+
+    fn run(&self, target: &Target, load: &Load) -> anyhow::Result<Measured> {
+        let what = format!("{} {}", target.name, load.workload.name());
+        load::block_on(load::run(target, load, &|stage, part| self.audience.progress(&what, stage, part)))
+    }
+
+    fn contestants(&self, section: &str, tenants: usize, with_tls: bool) -> anyhow::Result<Vec<Contestant>> {
+        let tls_dir = with_tls.then(|| self.plan.dir.join("data").join(format!("{section}-certificates")));
+        let mut client_tls = Vec::new();
+        if let Some(dir) = &tls_dir {
+            tls::make(dir, if tenants > 1 { tenants } else { 0 })?;
+            for tenant in 0..tenants {
+                let files = (dir.join(format!("{tenant}.crt")), dir.join(format!("{tenant}.key")));
+                let identity = (tenants > 1).then_some((files.0.as_path(), files.1.as_path()));
+                client_tls.push(Arc::new(tls::client(&dir.join("ca.crt"), identity)?));
+            }
+        }
+        let mut contestants = Vec::new();
+        for kind in [Kind::Tenured, Kind::Etcd, Kind::Floor] {
+            // The floor has neither TLS nor tenants.
+            if kind == Kind::Floor && (with_tls || tenants > 1) {
+                continue;
+            }
+            let program = match kind {
+                Kind::Tenured => &self.plan.tenured,
+                Kind::Etcd => &self.plan.etcd,
+                Kind::Floor => &self.plan.bench,
+            };
+            let server = Server::start(Setup {
+                kind,
+                program: program.clone(),
+                data_dir: self.plan.dir.join("data").join(format!("{section}-{}", kind.name())),
+                tenants,
+                tls_dir: tls_dir.clone(),
+            })?;
+            let target = Target {
+                name: kind.name().to_string(),
+                addresses: server.addresses(),
+                tls: client_tls.clone(),
+                pid: Some(server.pid()),
+            };
+            let cases = if kind == Kind::Floor { vec!["put", "put, 1 client", "put, 1000 clients"] } else { Vec::new() };
+            contestants.push(Contestant { target, cases, _server: Some(server) });
+        }
+        if !with_tls && tenants == 1 {
+            for (name, address) in &self.plan.others {
+                let target =
+                    Target { name: name.clone(), addresses: vec![address.clone()], tls: Vec::new(), pid: None };
+                contestants.push(Contestant { target, cases: Vec::new(), _server: None });
+            }
+        }
+        Ok(contestants)
+    }
+
+    /// Many keys: memory, pages, start-up. One round: filling takes long, and what is measured is large.
+    fn large(&mut self) -> anyhow::Result<Vec<Value>> {
+        let keys = self.plan.large_keys;
+        if !self.wanted("large") {
+            return Ok(Vec::new());
+        }
+        self.audience.line(&format!("\nlarge: {keys} keys of 1 KiB"));
+        let mut figures = Vec::new();
+        for (kind, program) in [(Kind::Tenured, &self.plan.tenured), (Kind::Etcd, &self.plan.etcd)] {
+            let data_dir = self.plan.dir.join("data").join(format!("large-{}", kind.name()));
+            let setup = Setup { kind, program: program.clone(), data_dir: data_dir.clone(), tenants: 1, tls_dir: None };
+            let mut server = Server::start(setup)?;
+            let target = |server: &Server| Target {
+                name: kind.name().to_string(),
+                addresses: server.addresses(),
+                tls: Vec::new(),
+                pid: Some(server.pid()),
+            };
+            let load = Load {
+                clients: 16,
+                connections: 16,
+                keys,
+                value_bytes: 1024,
+                ..base(self.plan, Workload::ListPaged)
+            };
+            let told = |stage: Stage, part: f64| self.audience.progress(&format!("{} large", kind.name()), stage, part);
+            let from = Instant::now();
+            load::block_on(load::fill(&target(&server), &load, &told))?;
+            let fill_seconds = from.elapsed().as_secs_f64();
+            let rss_filled = process::rss_bytes(server.pid());
+            let pages = load::block_on(load::run_filled(&target(&server), &Load { clients: 1, connections: 1, ..load.clone() }, &told))?;
+            let get = Load { keys, clients: 100, connections: 100, prefix: load.prefix.clone(), value_bytes: 1024, ..base(self.plan, Workload::Get) };
+            let gets = load::block_on(load::run_filled(&target(&server), &get, &told))?;
+            let rss_read = process::rss_bytes(server.pid());
+            let restart = server.restart()?;
+            let page_us = pages.server_cpu.map_or(0.0, |cpu| cpu.as_secs_f64() * 1e6 / pages.operations.max(1) as f64);
+            let disk_bytes = disk_bytes(&data_dir)?;
+            let figure = json!({
+                "server": kind.name(),
+                "keys": keys,
+                "fill_seconds": fill_seconds,
+                "rss_bytes_filled": rss_filled,
+                "rss_bytes_after_reads": rss_read,
+                "peak_rss_bytes": process::peak_rss_bytes(server.pid()).max(rss_read),
+                "page_cpu_us": page_us,
+                "page_p50_us": pages.latency_us.value_at_quantile(0.5),
+                "page_errors": pages.errors,
+                "get_cpu_us": gets.server_cpu_us_per_unit(),
+                "start_seconds": restart.as_secs_f64(),
+                "disk_bytes": disk_bytes,
+            });
+            let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
+            self.audience.line(&format!(
+                "{:<8} fill {fill_seconds:.1} s, RSS {:.0} MiB filled, {:.0} MiB after reads, page of 500: {page_us:.0} µs CPU, p50 {} µs, \
+                 wrong counts {}, get {:.1} µs CPU, start {:.2} s, disk {:.0} MiB",
+                kind.name(),
+                mib(rss_filled),
+                mib(rss_read),
+                pages.latency_us.value_at_quantile(0.5),
+                pages.errors,
+                gets.server_cpu_us_per_unit().unwrap_or(0.0),
+                restart.as_secs_f64(),
+                mib(disk_bytes),
+            ));
+            figures.push(figure);
+        }
+        Ok(figures)
+    }
+
+    /// One entry a case: its servers' medians, and tenured's ratios to etcd.
+    fn medians(&self) -> Vec<Value> {
+        let entry = |(case, servers): &(String, BTreeMap<String, Runs>)| {
+            let medians: BTreeMap<&String, Value> = servers.iter().map(|(server, runs)| (server, median(runs))).collect();
+            json!({ "case": case, "servers": medians, "ratios": ratios(&medians) })
+        };
+        self.cases.iter().map(entry).collect()
+    }
+}
+
+/// Tenured's figures divided by etcd's.
+fn ratios(medians: &BTreeMap<&String, Value>) -> Value {
+    let find = |name: &str| medians.iter().find(|(server, _)| server.as_str() == name).map(|(_, median)| median);
+    let (Some(ours), Some(etcds)) = (find("tenured"), find("etcd")) else { return Value::Null };
+    let ratio = |name: &str| Some(ours.get(name)?.as_f64()? / etcds.get(name)?.as_f64()?);
+    json!({
+        "units_per_second": ratio("units_per_second"),
+        "p50_us": ratio("p50_us"),
+        "p99_us": ratio("p99_us"),
+        "server_cpu_us_per_unit": ratio("server_cpu_us_per_unit"),
+    })
+}
+
+/// The median of each figure over the runs.
+fn median(runs: &[Value]) -> Value {
+    let of = |pointer: &str| {
+        let mut values: Vec<f64> = runs.iter().filter_map(|run| run.pointer(pointer)?.as_f64()).collect();
+        values.sort_by(f64::total_cmp);
+        values.get(values.len() / 2).copied()
+    };
+    json!({
+        "operations_per_second": of("/operations_per_second"),
+        "units_per_second": of("/units_per_second"),
+        "p50_us": of("/latency/p50_us"),
+        "p99_us": of("/latency/p99_us"),
+        "p999_us": of("/latency/p999_us"),
+        "max_us": of("/latency/max_us"),
+        "event_p50_us": of("/event_latency/p50_us"),
+        "event_p99_us": of("/event_latency/p99_us"),
+        "progress_p50_us": of("/progress_latency/p50_us"),
+        "server_cpu_us_per_unit": of("/server_cpu_us_per_unit"),
+        "client_cpu_us_per_unit": of("/client_cpu_us_per_unit"),
+        "peak_rss_bytes": of("/peak_rss_bytes"),
+        "written_bytes": of("/written_bytes"),
+        "units": of("/units"),
+        "errors": of("/errors"),
+        "unit": runs.first().and_then(|run| run.get("unit")),
+    })
+}
+
+fn disk_bytes(path: &Path) -> anyhow::Result<u64> {
+    let mut bytes = 0;
+    for entry in std::fs::read_dir(path)? {
+        let entry = entry?;
+        bytes += if entry.file_type()?.is_dir() { disk_bytes(&entry.path())? } else { entry.metadata()?.len() };
+    }
+    Ok(bytes)
+}
+
+/// The disk's own floor: overwriting 4 KiB of a file that is there, and fdatasync.
+fn fdatasync_us(dir: &Path) -> anyhow::Result<f64> {
+    const BLOCK: [u8; 4096] = [1; 4096];
+    let mut file = std::fs::File::create(dir.join("fdatasync"))?;
+    for _ in 0..256 {
+        file.write_all(&BLOCK)?;
+    }
+    file.sync_all()?;
+    let mut took = Vec::new();
+    for number in 0..200 {
+        file.seek(std::io::SeekFrom::Start(number % 256 * 4096))?;
+        let from = Instant::now();
+        file.write_all(&BLOCK)?;
+        rustix::fs::fdatasync(file.as_fd())?;
+        took.push(from.elapsed().as_secs_f64() * 1e6);
+    }
+    took.sort_by(f64::total_cmp);
+    Ok(took[took.len() / 2])
+}
