@@ -167,7 +167,7 @@ pub struct RangeSummary {
     /// Keys in the range, whatever limit and filters say.
     pub count: u64,
     pub more: bool,
-    /// Where a range in key order goes on when the limit cut it.
+    /// Where a range in key order goes on when the limit cut it: directly behind the last key.
     pub rest: Option<KeyRange>,
 }
 
@@ -397,5 +397,49 @@ impl PageCounts {
         {
             self.counts.remove(&oldest);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::ops::ControlFlow;
+
+    use super::*;
+    use crate::apply::{NoObserver, StateMachine};
+    use crate::command::{Command, Envelope};
+    use crate::engine::MemoryEngine;
+    use crate::types::PutRequest;
+
+    /// Clients ask for the page behind the last key they got. If that is not where the count is remembered, every page
+    /// counts all that is behind it, and paging takes time in the square of the keys.
+    #[test]
+    fn the_count_is_remembered_where_clients_go_on() {
+        let mut state = StateMachine::open(Arc::new(MemoryEngine::default()), Arc::new(NoObserver)).unwrap();
+        let put = |key: String| {
+            Command::Put(PutRequest {
+                key: key.into(),
+                value: Bytes::new(),
+                lease: LeaseId::NONE,
+                prev_kv: false,
+                ignore_value: false,
+                ignore_lease: false,
+            })
+        };
+        let tenant = TenantId(1);
+        let create = Command::CreateTenant { name: "acme".to_string() };
+        let commands = [create].into_iter().chain((0..5).map(|number| put(format!("key{number}"))));
+        let commands = commands.map(|command| Envelope { tenant, member_id: 1, command }.encode()).collect();
+        state.apply(vec![(1, commands)]).unwrap();
+        let store = state.store();
+        let reader = store.reader(tenant).unwrap();
+        let end = Bytes::from_static(b"l");
+        let range = KeyRange::HalfOpen { start: Bytes::from_static(b"key"), end: end.clone() };
+        let page = RangeRequest { limit: 2, ..RangeRequest::new(range) };
+        let summary = reader.range(&page, &mut |_| ControlFlow::Continue(())).unwrap();
+        assert_eq!((summary.count, summary.more), (5, true));
+        let next = KeyRange::HalfOpen { start: Bytes::from_static(b"key1\0"), end };
+        assert_eq!(summary.rest, Some(next.clone()));
+        let remembered = store.shared.page_counts.lock().get(&PageKey::of(tenant, summary.read_revision, &next));
+        assert_eq!(remembered, Some(3));
     }
 }

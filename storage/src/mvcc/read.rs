@@ -30,7 +30,8 @@ pub type Sink<'a> = dyn FnMut(&[u8]) -> ControlFlow<()> + 'a;
 pub(crate) struct Found {
     pub(crate) count: u64,
     pub(crate) more: bool,
-    /// Where the range goes on, when a limit cut a range in key order.
+    /// Where the range goes on, when a limit cut a range in key order: at the last key given with a zero byte behind, which
+    /// is what etcd's clients ask for next.
     pub(crate) rest: Option<KeyRange>,
 }
 
@@ -174,16 +175,25 @@ fn range_in_key_order<R: Reader>(
     }
     let limit = if request.limit == 0 { u64::MAX } else { request.limit };
     let mut visited = 0u64;
-    let mut next = None;
+    let mut last = Vec::new();
+    let mut more = false;
     scan(reader, tenant, at, &request.range, &mut |key, stored| {
         if visited == limit {
-            next = Some(key.user_key().ok_or(Fault::Corrupt { what: "escaped key", key: key.user_prefix.to_vec() })?);
+            more = true;
             return Ok(ControlFlow::Break(()));
         }
         visited += 1;
+        if visited == limit {
+            last = key.user_key().ok_or(Fault::Corrupt { what: "escaped key", key: key.user_prefix.to_vec() })?;
+        }
         deliver(stored)
     })?;
-    let Some(next) = next else { return Ok(Found { count: visited, more: false, rest: None }) };
+    if !more {
+        return Ok(Found { count: visited, more: false, rest: None });
+    }
+    // Where clients go on: the first key that could follow the last one delivered.
+    let mut next = last;
+    next.push(0);
     let rest = match &request.range {
         KeyRange::Single(_) => unreachable!("answered above"),
         KeyRange::HalfOpen { end, .. } => KeyRange::HalfOpen { start: next.into(), end: end.clone() },
