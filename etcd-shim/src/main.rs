@@ -11,6 +11,11 @@ use tenure_etcd_shim::logging;
 use tenure_etcd_shim::service::{ETCD_VERSION, Limits};
 use tokio::signal::unix::{SignalKind, signal};
 
+/// Small blocks that live briefly and on other threads than they were made on: a request's, and RocksDB's, which takes this
+/// allocator too.
+#[global_allocator]
+static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
+
 fn main() -> ExitCode {
     match parse(std::env::args().skip(1), std::env::vars()) {
         Ok(Parsed::Help) => print(&usage()),
