@@ -538,6 +538,7 @@ fn raft_config(
         tick_ms,
         election_timeout_ticks: ticks(config.election_timeout)?,
         read_timeout_ticks: ticks(request_timeout(config))?,
+        reply_runtime: tokio::runtime::Handle::try_current().ok(),
         fault_handler: Some(Arc::new(move |fault| failure.report(&format!("{}: {}", fault.thread, fault.cause)))),
         ..raft::Config::new(identity.member_id, log_dir)
     })

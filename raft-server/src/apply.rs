@@ -158,15 +158,19 @@ impl<S: StateMachine> Applier<S> {
     fn answer(&self, applied: &[Position], replies: Vec<Vec<S::Reply>>) {
         let last = applied.last().expect("something was applied").index;
         let mut batches = self.shared.waiting.take_through(last).into_iter().peekable();
+        let mut answered = Vec::new();
         for (at, replies) in applied.iter().zip(replies) {
             while let Some(batch) = batches.next_if(|batch| batch.at.index <= at.index) {
                 if batch.at == *at {
-                    self.shared.complete(batch, replies);
+                    answered.push((batch, replies));
                     break;
                 }
                 // Another leader's entry took its place, and the raft thread has not come to say so yet.
                 self.shared.drop_batches([batch]);
             }
+        }
+        if !answered.is_empty() {
+            self.shared.complete(answered);
         }
     }
 

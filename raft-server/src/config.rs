@@ -62,6 +62,9 @@ pub struct Config {
     pub log_bytes_flush: u64,
     /// Whether a clean stop flushes the state, so that the next start replays nothing. Default true.
     pub flush_on_stop: bool,
+    /// Where replies are given. On the runtime of those who wait, one wake-up from the apply thread serves all replies of a
+    /// round; without, each is its own.
+    pub reply_runtime: Option<tokio::runtime::Handle>,
     /// What happens when this member cannot go on. `None`: log and abort the process.
     pub fault_handler: Option<FaultHandler>,
 }
@@ -93,6 +96,7 @@ impl Config {
             log_cache_bytes_max: 64 << 20,
             log_bytes_flush: 64 << 20,
             flush_on_stop: true,
+            reply_runtime: None,
             fault_handler: None,
         }
     }

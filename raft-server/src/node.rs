@@ -8,6 +8,9 @@
 //! Batching. While nothing of ours is on its way to the disk, whatever waits is proposed at once: one client alone has
 //! no delay. While something is, a batch is proposed only if it is full, else it keeps filling until that sync is done. So
 //! small loads cost one sync per batch, large ones keep the disk busy.
+//!
+//! A sole voter writes its log on this thread: nobody else's messages wait here, its reads need no round, and two changes of
+//! threads for each sync are spared (decision 0003). Proposals fill the next batch meanwhile, as they would otherwise.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -71,6 +74,8 @@ pub(crate) struct Node<R> {
     pub(crate) conf: Conf,
     /// The term in which we may read freely, and from which applied index on.
     pub(crate) read_floor: Option<Position>,
+    /// A write was done on this thread: there may be more to do without any event's saying so.
+    pub(crate) again: bool,
 }
 
 impl<R: Send + 'static> Node<R> {
@@ -100,6 +105,9 @@ impl<R: Send + 'static> Node<R> {
     /// The next event; a due tick goes before whatever waits in the queue.
     fn next_event(&mut self) -> Event {
         if Instant::now() < self.next_tick {
+            if std::mem::take(&mut self.again) {
+                return self.events.try_recv().unwrap_or(Event::Proposals);
+            }
             match self.events.recv_deadline(self.next_tick) {
                 Ok(event) => return event,
                 Err(RecvTimeoutError::Timeout) => {}
@@ -285,7 +293,7 @@ impl<R: Send + 'static> Node<R> {
         self.raw.raft.state == StateRole::Leader
     }
 
-    fn is_sole_voter(&self) -> bool {
+    pub(crate) fn is_sole_voter(&self) -> bool {
         self.conf.state.voters == [self.config.id] && self.conf.state.voters_outgoing.is_empty()
     }
 

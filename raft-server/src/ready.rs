@@ -16,6 +16,7 @@ use tenure_storage::Fault;
 use crate::log::{Conf, LogWrite};
 use crate::node::{Node, raft_fault};
 use crate::transport::Message;
+use crate::writer;
 
 /// Messages that wait for the disk. Bound: raft's own windows, since peers stop sending when they get no answer.
 #[derive(Default)]
@@ -31,6 +32,13 @@ struct Held {
     after: u64,
     ready_number: u64,
     messages: Vec<Message>,
+}
+
+impl Outbox {
+    /// Whether all that was to be written is.
+    fn is_empty(&self) -> bool {
+        self.written == self.persisted
+    }
 }
 
 impl<R: Send + 'static> Node<R> {
@@ -55,11 +63,23 @@ impl<R: Send + 'static> Node<R> {
 
         must_write |= self.apply_conf_changes(&committed)?;
         self.unsaved.merge(LogWrite { entries, hard_state, conf: None });
+        let mut written_here = false;
         if must_write {
+            let write = std::mem::take(&mut self.unsaved);
+            // Whatever the log thread was given before must be on the disk before this.
+            written_here = self.is_sole_voter() && self.outbox.is_empty();
             self.outbox.written = number;
-            self.writes.push(number, std::mem::take(&mut self.unsaved));
+            if written_here {
+                writer::write(&self.log, &self.shared.metrics, &write)?;
+            } else {
+                self.writes.push(number, write);
+            }
         }
         self.hold(number, promises);
+        if written_here {
+            self.on_persisted(number);
+            self.again = true;
+        }
         if let Some(last) = committed.last() {
             // Before anybody can see it applied.
             self.shared.status.last_index.fetch_max(last.index, Ordering::Release);

@@ -81,6 +81,7 @@ pub fn start_on<S: StateMachine>(
         events: event_sender,
         stopping: AtomicBool::new(false),
         faulted: AtomicBool::new(false),
+        reply_runtime: config.reply_runtime.clone(),
     });
     let writes = Arc::new(WriteQueue::default());
     let apply = Arc::new(ApplySignal::default());
@@ -104,6 +105,7 @@ pub fn start_on<S: StateMachine>(
         unsaved: LogWrite::default(),
         conf: Conf::default(),
         read_floor: None,
+        again: false,
         config: config.clone(),
     };
     node.set_conf(conf);

@@ -58,9 +58,20 @@ pub(crate) struct Shared<R> {
     pub(crate) events: Sender<Event>,
     pub(crate) stopping: AtomicBool,
     pub(crate) faulted: AtomicBool,
+    pub(crate) reply_runtime: Option<tokio::runtime::Handle>,
 }
 
-impl<R> Shared<R> {
+fn send_replies<R>(answered: Vec<(Batch<R>, Vec<R>)>) {
+    for (batch, replies) in answered {
+        assert_eq!(batch.replies.len(), replies.len(), "an entry carries the commands it was proposed with");
+        for (sender, reply) in batch.replies.into_iter().zip(replies) {
+            // A proposer that went away needs no answer.
+            let _ = sender.send(Ok(reply));
+        }
+    }
+}
+
+impl<R: Send + 'static> Shared<R> {
     pub(crate) fn faulted(&self) -> bool {
         self.faulted.load(Ordering::Acquire)
     }
@@ -75,13 +86,14 @@ impl<R> Shared<R> {
         let _ = self.events.try_send(Event::Stop);
     }
 
-    /// Answers the proposals of an applied entry.
-    pub(crate) fn complete(&self, batch: Batch<R>, replies: Vec<R>) {
-        assert_eq!(batch.replies.len(), replies.len(), "an entry carries the commands it was proposed with");
-        self.metrics.proposals_pending.fetch_sub(replies.len() as u64, Ordering::Relaxed);
-        for (sender, reply) in batch.replies.into_iter().zip(replies) {
-            // A proposer that went away needs no answer.
-            let _ = sender.send(Ok(reply));
+    /// Answers the proposals of applied entries.
+    pub(crate) fn complete(&self, answered: Vec<(Batch<R>, Vec<R>)>) {
+        let replies: usize = answered.iter().map(|(_, replies)| replies.len()).sum();
+        self.metrics.proposals_pending.fetch_sub(replies as u64, Ordering::Relaxed);
+        match &self.reply_runtime {
+            // Dropped with its runtime, it drops the senders, and who waits learns that.
+            Some(runtime) if replies > 1 => drop(runtime.spawn(async move { send_replies(answered) })),
+            Some(_) | None => send_replies(answered),
         }
     }
 

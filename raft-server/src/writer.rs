@@ -5,6 +5,7 @@
 //! peers are dropped on arrival while [`WriteQueue::bytes`] is over `append_queue_bytes_max`.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use parking_lot::{Condvar, Mutex};
 use tenure_storage::Fault;
@@ -72,6 +73,21 @@ impl WriteQueue {
     }
 }
 
+/// Writes and syncs. Raft's thread calls it too, when nothing waits for it meanwhile: see [`node`](crate::node).
+///
+/// # Errors
+/// The log's; the member must stop.
+pub(crate) fn write(log: &Log, metrics: &Metrics, write: &LogWrite) -> Result<(), Fault> {
+    let done = log.store().append(write)?;
+    metrics.wal_fsync_duration.observe(done.sync);
+    metrics.wal_write_duration.observe(done.write);
+    metrics.wal_write_bytes.fetch_add(done.bytes, Ordering::Relaxed);
+    if let Some(last) = write.entries.last() {
+        log.mark_persisted(Position { index: last.index, term: last.term });
+    }
+    Ok(())
+}
+
 /// Runs until the queue is stopped. `persisted` is told the number of each `Ready` that is durable.
 ///
 /// # Errors
@@ -82,16 +98,9 @@ pub(crate) fn run(
     metrics: &Metrics,
     mut persisted: impl FnMut(u64),
 ) -> Result<(), Fault> {
-    use std::sync::atomic::Ordering::Relaxed;
     while let Some(work) = queue.take() {
         if work.ready_number != 0 {
-            let done = log.store().append(&work.write)?;
-            metrics.wal_fsync_duration.observe(done.sync);
-            metrics.wal_write_duration.observe(done.write);
-            metrics.wal_write_bytes.fetch_add(done.bytes, Relaxed);
-            if let Some(last) = work.write.entries.last() {
-                log.mark_persisted(Position { index: last.index, term: last.term });
-            }
+            write(log, metrics, &work.write)?;
             persisted(work.ready_number);
         }
         if let Some(through) = work.truncate {
