@@ -226,6 +226,10 @@ impl raft::StateMachine for Applier {
     fn flush(&mut self) -> Result<u64, Fault> {
         self.0.flush()
     }
+
+    fn begin_flush(&mut self) -> Result<(), Fault> {
+        self.0.begin_flush()
+    }
 }
 
 impl Cell {

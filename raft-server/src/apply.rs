@@ -8,7 +8,8 @@
 //! index; only then answers, so whoever has a reply finds its effect in the state.
 //!
 //! The state has no write-ahead log of its own, so from time to time what it holds is made durable and the log truncated
-//! to it: when the log has grown to half of `log_bytes_flush` it is asked what is durable by now, at the whole it is flushed.
+//! to it: when the log has grown to half of `log_bytes_flush` it is asked what is durable by now, at the whole it begins
+//! to flush in the background. Only at twice that, when the disk cannot keep up, does the thread wait for it.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -56,6 +57,15 @@ pub trait StateMachine: Send + 'static {
     /// # Errors
     /// As [`StateMachine::apply`].
     fn flush(&mut self) -> Result<u64, Fault>;
+
+    /// Starts making everything applied so far durable, and goes on; [`StateMachine::durable_index`] tells when it is. A state
+    /// machine that cannot do that in the background does it now.
+    ///
+    /// # Errors
+    /// As [`StateMachine::apply`].
+    fn begin_flush(&mut self) -> Result<(), Fault> {
+        self.flush().map(drop)
+    }
 }
 
 /// How far the apply thread may go. A level, not a queue.
@@ -178,16 +188,17 @@ impl<S: StateMachine> Applier<S> {
     fn maybe_flush(&mut self, probed_bytes: &mut u64) -> Result<bool, Fault> {
         let retained = self.log.retained_bytes();
         *probed_bytes = (*probed_bytes).min(retained);
-        let durable = if retained >= self.log_bytes_flush {
-            // Truncation follows on other threads; until they are through, asking again would flush again.
-            if retained < *probed_bytes + self.log_bytes_flush / 8 {
-                return Ok(false);
-            }
-            self.state_machine.flush()?
-        } else if retained >= self.log_bytes_flush / 2 && retained >= *probed_bytes + self.log_bytes_flush / 8 {
-            self.state_machine.durable_index()?
-        } else {
+        // Truncation follows on other threads; until they are through, asking again would flush again.
+        if retained < self.log_bytes_flush / 2 || retained < *probed_bytes + self.log_bytes_flush / 8 {
             return Ok(false);
+        }
+        let durable = if retained >= 2 * self.log_bytes_flush {
+            self.state_machine.flush()?
+        } else {
+            if retained >= self.log_bytes_flush {
+                self.state_machine.begin_flush()?;
+            }
+            self.state_machine.durable_index()?
         };
         *probed_bytes = retained;
         let before = self.shared.status.durable_index.swap(durable, Ordering::AcqRel);

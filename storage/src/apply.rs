@@ -255,6 +255,14 @@ impl<E: Engine> StateMachine<E> {
         self.store.engine.flush()?;
         Ok(self.cell.applied_index)
     }
+
+    /// Starts what [`StateMachine::flush`] does, without waiting for it.
+    ///
+    /// # Errors
+    /// As [`StateMachine::apply`].
+    pub fn begin_flush(&mut self) -> Result<(), Fault> {
+        self.store.engine.begin_flush()
+    }
 }
 
 /// The limit a command is held to.

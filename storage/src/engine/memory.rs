@@ -64,6 +64,10 @@ impl Engine for MemoryEngine {
         Ok(())
     }
 
+    fn begin_flush(&self) -> Result<(), Fault> {
+        self.flush()
+    }
+
     fn durable_get(&self, family: Family, key: &[u8]) -> Result<Option<Bytes>, Fault> {
         Ok(self.state.read().durable[family.index()].get(key).cloned())
     }

@@ -25,6 +25,11 @@ impl<A: Engine, B: Engine> Engine for Mirror<A, B> {
         self.1.flush()
     }
 
+    fn begin_flush(&self) -> Result<(), Fault> {
+        self.0.begin_flush()?;
+        self.1.begin_flush()
+    }
+
     fn durable_get(&self, family: Family, key: &[u8]) -> Result<Option<Bytes>, Fault> {
         // An engine may flush on its own, so durability is a lower bound and not compared.
         self.0.durable_get(family, key)

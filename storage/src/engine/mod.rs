@@ -109,6 +109,12 @@ pub trait Engine: Send + Sync + 'static {
     /// As [`Engine::write`].
     fn flush(&self) -> Result<(), Fault>;
 
+    /// Starts making all earlier writes durable. Nobody waits for it; [`Engine::durable_get`] sees when it is done.
+    ///
+    /// # Errors
+    /// As [`Engine::write`].
+    fn begin_flush(&self) -> Result<(), Fault>;
+
     /// The value a crash right now would leave at `key`. Slow path: asked once per log truncation.
     ///
     /// # Errors

@@ -53,6 +53,13 @@ impl RocksEngine {
         Ok(RocksEngine { db, no_wal })
     }
 
+    fn flush_all(&self, wait: bool) -> Result<(), Fault> {
+        let mut options = FlushOptions::default();
+        options.set_wait(wait);
+        let handles = Family::ALL.map(|family| self.handle(family));
+        self.db.flush_cfs_opt(&handles, &options).map_err(fault)
+    }
+
     fn handle(&self, family: Family) -> &ColumnFamily {
         self.db.cf_handle(family.name()).expect("every family was created at open")
     }
@@ -118,10 +125,11 @@ impl Engine for RocksEngine {
     }
 
     fn flush(&self) -> Result<(), Fault> {
-        let mut wait = FlushOptions::default();
-        wait.set_wait(true);
-        let handles = Family::ALL.map(|family| self.handle(family));
-        self.db.flush_cfs_opt(&handles, &wait).map_err(fault)
+        self.flush_all(true)
+    }
+
+    fn begin_flush(&self) -> Result<(), Fault> {
+        self.flush_all(false)
     }
 
     fn durable_get(&self, family: Family, key: &[u8]) -> Result<Option<Bytes>, Fault> {
