@@ -37,7 +37,7 @@ use crate::http_endpoints::HttpAccess;
 use crate::inflight::{Budget, InFlight};
 use crate::listen::{ConnectionLimits, ListenError, Listener, Serves, Services, Stop, serve};
 use crate::rpc_metrics::RpcMetrics;
-use crate::server;
+use crate::server::Router;
 use crate::service::watch::PROGRESS_PERIOD_DEFAULT;
 use crate::service::{Context, Limits, MemberNames};
 use crate::tls::{Tls, TlsError};
@@ -266,7 +266,7 @@ impl Builder {
         };
         let services = Services {
             cell: cell.clone(),
-            routes: server::routes(&context, self.progress_period),
+            router: Router::new(&context, self.progress_period),
             arriving: InFlight::new(Budget::default()),
             rpc_metrics: RpcMetrics::default(),
             access: Arc::new(self.access.clone()),

@@ -10,17 +10,17 @@ use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, Status
 use http_body::{Frame, SizeHint};
 use tokio::time::{Instant, Sleep};
 use tonic::body::Body;
-use tonic::service::Routes;
+use tonic::codegen::StdError;
 use tonic::{Code, Status};
-use tower::ServiceExt as _;
 
 use crate::inflight::ResponsePermit;
 use crate::ping_guard::OpenRequest;
 use crate::request_body::Framing;
 use crate::rpc_metrics::Call;
+use crate::server::Router;
 use crate::status::in_etcds_words;
 
-/// Every service whose routes exist, for telling an unknown method from an unknown service.
+/// Every service there is, for telling an unknown method from an unknown service.
 const SERVICES: &[&str] = &[
     "etcdserverpb.KV",
     "etcdserverpb.Watch",
@@ -49,7 +49,11 @@ impl Running {
 ///
 /// The request counts as open until its answer has left or been dropped. What the client said about how long it waits holds
 /// for all of the answer.
-pub async fn call(routes: Routes, mut request: Request<Body>, mut running: Running) -> Response<Body> {
+pub async fn call<B>(router: &Router, mut request: Request<B>, mut running: Running) -> Response<Body>
+where
+    B: http_body::Body + Send + 'static,
+    B::Error: Into<StdError> + Send + 'static,
+{
     if let Some(refusal) = refuse(&request) {
         running.end(Status::from_header_map(refusal.headers()).map_or(Code::Unknown, |status| status.code()));
         return refusal;
@@ -58,11 +62,11 @@ pub async fn call(routes: Routes, mut request: Request<Body>, mut running: Runni
     if request.headers().get(GRPC_ENCODING).is_none_or(|encoding| encoding != "gzip") {
         request.headers_mut().remove(GRPC_ACCEPT_ENCODING);
     }
-    let path = request.uri().path().to_string();
+    let uri = request.uri().clone();
     let content_type = request.headers().get(header::CONTENT_TYPE).cloned();
     let deadline =
         request.headers().get(GRPC_TIMEOUT).and_then(timeout).and_then(|timeout| Instant::now().checked_add(timeout));
-    let answer = routes.oneshot(request);
+    let answer = router.call(request);
     let response = match deadline {
         None => answer.await,
         Some(deadline) => match tokio::time::timeout_at(deadline, answer).await {
@@ -71,7 +75,7 @@ pub async fn call(routes: Routes, mut request: Request<Body>, mut running: Runni
         },
     };
     let mut response = match response {
-        Ok(response) => finish(&path, response, deadline, running),
+        Ok(response) => finish(uri.path(), response, deadline, running),
         Err(never) => match never {},
     };
     if let Some(content_type) = content_type {
@@ -106,7 +110,7 @@ fn deadline_exceeded() -> Status {
 }
 
 /// Requests that never reach a service.
-fn refuse(request: &Request<Body>) -> Option<Response<Body>> {
+fn refuse<B>(request: &Request<B>) -> Option<Response<Body>> {
     if request.method() != Method::POST {
         return Some(http_refusal(
             StatusCode::METHOD_NOT_ALLOWED,

@@ -21,8 +21,6 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpSocket, TcpStream, UnixListener, UnixStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tokio_rustls::LazyConfigAcceptor;
-use tonic::body::Body;
-use tonic::service::Routes;
 use url::Url;
 
 use crate::cell::Cell;
@@ -33,6 +31,7 @@ use crate::inflight::InFlight;
 use crate::ping_guard::{OpenRequests, PingGuard};
 use crate::request_body::CountedBody;
 use crate::rpc_metrics::RpcMetrics;
+use crate::server::Router;
 use crate::tenant::{ConnectionIdentity, PeerCertificate, resolve};
 use crate::tls::{Tls, peer_certificate};
 
@@ -196,7 +195,7 @@ fn bind_unix(url: &Url) -> io::Result<Socket> {
 #[derive(Clone)]
 pub struct Services {
     pub cell: Cell,
-    pub routes: Routes,
+    pub router: Router,
     /// Bytes of requests that are not complete yet.
     pub arriving: InFlight,
     pub rpc_metrics: RpcMetrics,
@@ -400,7 +399,7 @@ async fn served<S>(
     let (serves, secure) = (terms.serves, terms.tls.is_some());
     let grpc_is = GrpcIs::on(serves, secure);
     let service = hyper::service::service_fn(move |mut request: Request<Incoming>| {
-        let Services { cell, routes, arriving, rpc_metrics, access, .. } = services.clone();
+        let Services { cell, router, arriving, rpc_metrics, access, .. } = services.clone();
         let open = open.open();
         // A tenant that is gone has nothing to reserve for: its requests are refused before they are read.
         let tenant = cell.tenant(identity.tenant()).map_or(TenantId(0), |tenant| tenant.id());
@@ -409,8 +408,8 @@ async fn served<S>(
             let response = if grpc_is.grpc(&request) {
                 let call = rpc_metrics.begin(tenant, request.uri().path());
                 let traffic = call.as_ref().map(|call| call.traffic().clone());
-                let counted = |body| Body::new(CountedBody::new(body, arriving.reservation(tenant), traffic));
-                gate::call(routes, request.map(counted), Running { open, call }).await
+                let counted = |body| CountedBody::new(body, arriving.reservation(tenant), traffic);
+                gate::call(&router, request.map(counted), Running { open, call }).await
             } else {
                 Endpoints { cell: &cell, rpc_metrics: &rpc_metrics, access: &access, serves, secure }
                     .answer(&request)
