@@ -6,11 +6,20 @@ use plotters::prelude::*;
 use serde_json::Value;
 
 /// Name in the medians, and what the panel says above its bars.
-const PANELS: [(&str, &str); 4] =
-    [("units_per_second", "per second"), ("p50_us", "p50 µs"), ("p99_us", "p99 µs"), ("server_cpu_us_per_unit", "CPU µs")];
+const PANELS: [(&str, &str); 4] = [
+    ("units_per_second", "per second"),
+    ("p50_us", "p50 µs"),
+    ("p99_us", "p99 µs"),
+    ("server_cpu_us_per_unit", "CPU µs"),
+];
 
-const COLORS: [RGBColor; 5] =
-    [RGBColor(30, 110, 190), RGBColor(230, 140, 30), RGBColor(130, 130, 130), RGBColor(60, 160, 90), RGBColor(150, 80, 160)];
+const COLORS: [RGBColor; 5] = [
+    RGBColor(30, 110, 190),
+    RGBColor(230, 140, 30),
+    RGBColor(130, 130, 130),
+    RGBColor(60, 160, 90),
+    RGBColor(150, 80, 160),
+];
 
 /// Writes `<case>.svg` for each case of the medians.
 ///
@@ -21,7 +30,8 @@ pub fn write(dir: &Path, medians: &[Value]) -> anyhow::Result<()> {
         let case = entry["case"].as_str().unwrap_or_default();
         let Some(servers) = entry["servers"].as_object() else { continue };
         let name = case.replace([':', ',', ' '], "-").replace("--", "-");
-        draw(&dir.join(format!("{name}.svg")), case, servers).map_err(|error| anyhow::anyhow!("draw {case}: {error}"))?;
+        draw(&dir.join(format!("{name}.svg")), case, servers)
+            .map_err(|error| anyhow::anyhow!("draw {case}: {error}"))?;
     }
     Ok(())
 }
@@ -32,10 +42,8 @@ fn draw(path: &Path, case: &str, servers: &serde_json::Map<String, Value>) -> Re
     let unit = servers.values().find_map(|median| median["unit"].as_str()).unwrap_or("op");
     let area = area.titled(&format!("{case} (per {unit})"), ("sans-serif", 20))?;
     for (panel, (name, title)) in area.split_evenly((1, PANELS.len())).into_iter().zip(PANELS) {
-        let bars: Vec<(&String, f64)> = servers
-            .iter()
-            .filter_map(|(server, median)| Some((server, median.get(name)?.as_f64()?)))
-            .collect();
+        let bars: Vec<(&String, f64)> =
+            servers.iter().filter_map(|(server, median)| Some((server, median.get(name)?.as_f64()?))).collect();
         let top = bars.iter().map(|(_, value)| *value).fold(1e-9, f64::max) * 1.15;
         let mut chart = ChartBuilder::on(&panel)
             .caption(title, ("sans-serif", 15))

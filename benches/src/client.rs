@@ -209,7 +209,13 @@ struct Page {
 
 impl Client {
     /// The `number`th of so many `clients`. `now_ns` stamps watched values.
-    pub fn new(workload: Workload, number: u64, clients: u64, space: Rc<Keyspace>, now_ns: Rc<dyn Fn() -> u64>) -> Self {
+    pub fn new(
+        workload: Workload,
+        number: u64,
+        clients: u64,
+        space: Rc<Keyspace>,
+        now_ns: Rc<dyn Fn() -> u64>,
+    ) -> Self {
         Client {
             workload,
             number,
@@ -309,7 +315,8 @@ impl Client {
         let page_keys = u64::try_from(self.space.page_keys).unwrap_or(1);
         let (tenant, range, expected) = match &self.page {
             Some(page) => {
-                let range = RangeRequest { key: page.next.clone(), revision: page.revision, ..self.space.range(page.tenant) };
+                let range =
+                    RangeRequest { key: page.next.clone(), revision: page.revision, ..self.space.range(page.tenant) };
                 (page.tenant, range, page.left.min(page_keys))
             }
             None => (tenant, self.space.range(tenant), self.space.keys.min(page_keys)),
@@ -393,7 +400,11 @@ impl Client {
 
     fn on_keys(&mut self, tenant: usize, message: &[u8]) {
         // A RangeStream's messages hold a Range's answer each.
-        let inner = if self.workload == Workload::Stream { submessages(message, 1).next().unwrap_or_default() } else { message };
+        let inner = if self.workload == Workload::Stream {
+            submessages(message, 1).next().unwrap_or_default()
+        } else {
+            message
+        };
         let mut last: &[u8] = &[];
         for kv in submessages(inner, 2) {
             self.keys += 1;

@@ -12,11 +12,19 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
+use tenure_etcd_shim::proto::etcdserverpb::{CompactionRequest, DefragmentRequest, RangeRequest};
 
 use crate::client::Workload;
+use crate::fields::{integer, submessages};
 use crate::load::{self, Load, Measured, Stage, Target};
 use crate::server::{Kind, Server, Setup};
 use crate::{chart, process, report, tls};
+
+/// Kube txns a second whose tail is measured: a busy cell, far from its end.
+const TAIL_RATE: f64 = 2_000.0;
+
+/// Keys listed meanwhile: the pods of a large cluster.
+const TAIL_LISTED_KEYS: u64 = 150_000;
 
 /// What to compare, and for how long.
 pub struct Plan {
@@ -35,6 +43,10 @@ pub struct Plan {
     pub tenants: usize,
     /// Keys of the section with many; 0 leaves it out.
     pub large_keys: u64,
+    /// Revisions that are compacted while the tail is measured; 0 leaves that section out.
+    pub tail_revisions: u64,
+    /// Tenants of the section with idle ones; 0 leaves it out.
+    pub idle_tenants: usize,
     /// Only cases whose name contains this.
     pub only: Option<String>,
 }
@@ -89,6 +101,8 @@ pub fn compare(plan: &Plan, audience: &dyn Audience) -> anyhow::Result<Value> {
         comparison.section("tenants-tls", plan.tenants, true, &main_cases(plan, plan.tenants))?;
     }
     let large = if plan.large_keys > 0 { comparison.large()? } else { Vec::new() };
+    let tail = if plan.tail_revisions > 0 { comparison.tail()? } else { Vec::new() };
+    let idle = if plan.idle_tenants > 0 { comparison.idle()? } else { Value::Null };
     let medians = comparison.medians();
     let report = json!({
         "fdatasync_us": fdatasync_us,
@@ -96,6 +110,8 @@ pub fn compare(plan: &Plan, audience: &dyn Audience) -> anyhow::Result<Value> {
         "seconds_per_run": plan.duration.as_secs_f64(),
         "medians": medians,
         "large": large,
+        "tail": tail,
+        "idle_tenants": idle,
         "runs": comparison.cases.iter().map(|(case, servers)| json!({ "case": case, "servers": servers })).collect::<Vec<_>>(),
     });
     std::fs::write(plan.dir.join("report.json"), serde_json::to_string_pretty(&report)?)?;
@@ -149,7 +165,9 @@ fn all_cases(plan: &Plan) -> Vec<Case> {
         case("lease-grant", Workload::LeaseGrant, &|_| {}),
         case("lease-keep-alive", Workload::LeaseKeepAlive, &|_| {}),
         case("mixed", Workload::Mixed, &|load| (load.clients, load.connections, load.watchers) = (50, 50, 20)),
-        case("fill", Workload::Fill, &|load| (load.clients, load.connections, load.value_bytes, load.keys) = (16, 16, 1024, u64::MAX)),
+        case("fill", Workload::Fill, &|load| {
+            (load.clients, load.connections, load.value_bytes, load.keys) = (16, 16, 1024, u64::MAX)
+        }),
     ]
 }
 
@@ -240,7 +258,8 @@ impl Comparison<'_> {
                 tls: client_tls.clone(),
                 pid: Some(server.pid()),
             };
-            let cases = if kind == Kind::Floor { vec!["put", "put, 1 client", "put, 1000 clients"] } else { Vec::new() };
+            let cases =
+                if kind == Kind::Floor { vec!["put", "put, 1 client", "put, 1000 clients"] } else { Vec::new() };
             contestants.push(Contestant { target, cases, _server: Some(server) });
         }
         if !with_tls && tenants == 1 {
@@ -271,20 +290,26 @@ impl Comparison<'_> {
                 tls: Vec::new(),
                 pid: Some(server.pid()),
             };
-            let load = Load {
-                clients: 16,
-                connections: 16,
-                keys,
-                value_bytes: 1024,
-                ..base(self.plan, Workload::ListPaged)
-            };
+            let load =
+                Load { clients: 16, connections: 16, keys, value_bytes: 1024, ..base(self.plan, Workload::ListPaged) };
             let told = |stage: Stage, part: f64| self.audience.progress(&format!("{} large", kind.name()), stage, part);
             let from = Instant::now();
             load::block_on(load::fill(&target(&server), &load, &told))?;
             let fill_seconds = from.elapsed().as_secs_f64();
             let rss_filled = process::rss_bytes(server.pid());
-            let pages = load::block_on(load::run_filled(&target(&server), &Load { clients: 1, connections: 1, ..load.clone() }, &told))?;
-            let get = Load { keys, clients: 100, connections: 100, prefix: load.prefix.clone(), value_bytes: 1024, ..base(self.plan, Workload::Get) };
+            let pages = load::block_on(load::run_filled(
+                &target(&server),
+                &Load { clients: 1, connections: 1, ..load.clone() },
+                &told,
+            ))?;
+            let get = Load {
+                keys,
+                clients: 100,
+                connections: 100,
+                prefix: load.prefix.clone(),
+                value_bytes: 1024,
+                ..base(self.plan, Workload::Get)
+            };
             let gets = load::block_on(load::run_filled(&target(&server), &get, &told))?;
             let rss_read = process::rss_bytes(server.pid());
             let restart = server.restart()?;
@@ -322,14 +347,115 @@ impl Comparison<'_> {
         Ok(figures)
     }
 
+    /// How long kube txns take at a steady rate, alone and while a long history is compacted, everything is listed again and
+    /// again, and the engine is flushed.
+    fn tail(&mut self) -> anyhow::Result<Vec<Value>> {
+        if !self.wanted("tail") {
+            return Ok(Vec::new());
+        }
+        self.audience.line(&format!(
+            "\ntail of kube-txn at {TAIL_RATE} a second, {} revisions compacted",
+            self.plan.tail_revisions
+        ));
+        let mut figures = Vec::new();
+        for (kind, program) in [(Kind::Tenured, &self.plan.tenured), (Kind::Etcd, &self.plan.etcd)] {
+            let data_dir = self.plan.dir.join("data").join(format!("tail-{}", kind.name()));
+            let server = Server::start(Setup { kind, program: program.clone(), data_dir, tenants: 1, tls_dir: None })?;
+            let target = Target {
+                name: kind.name().to_string(),
+                addresses: server.addresses(),
+                tls: Vec::new(),
+                pid: Some(server.pid()),
+            };
+            let told = |stage: Stage, part: f64| self.audience.progress(&format!("{} tail", kind.name()), stage, part);
+            let list = Load { clients: 1, connections: 1, keys: TAIL_LISTED_KEYS, ..base(self.plan, Workload::List) };
+            load::block_on(load::fill(&target, &list, &told))?;
+            let put =
+                Load { warm_up: Duration::ZERO, duration: Duration::from_secs(2), ..base(self.plan, Workload::Put) };
+            let mut revisions = 0;
+            while revisions < self.plan.tail_revisions {
+                revisions += load::block_on(load::run(&target, &put, &told))?.operations;
+            }
+            let txn = Load {
+                rate: Some(TAIL_RATE),
+                duration: self.plan.duration.max(Duration::from_secs(5)),
+                ..base(self.plan, Workload::KubeTxn)
+            };
+            let quiet = load::block_on(load::run(&target, &txn, &told))?;
+            let disturbing = std::thread::spawn({
+                let (target, list) = (target.clone(), Load { duration: txn.warm_up + txn.duration, ..list });
+                move || load::block_on(disturb(&target, &list))
+            });
+            let disturbed = load::block_on(load::run(&target, &txn, &told))?;
+            let lists = disturbing.join().map_err(|_| anyhow::anyhow!("the disturbance panicked"))??;
+            let p999 = |measured: &Measured| measured.latency_us.value_at_quantile(0.999);
+            let ratio = p999(&disturbed) as f64 / p999(&quiet).max(1) as f64;
+            self.audience.line(&format!(
+                "{:<8} p50 {} µs, p99 {} µs, p99.9 {} µs quiet; p50 {} µs, p99 {} µs, p99.9 {} µs disturbed ({lists} lists of {TAIL_LISTED_KEYS} keys): \
+                 p99.9 × {ratio:.1}",
+                kind.name(),
+                quiet.latency_us.value_at_quantile(0.5),
+                quiet.latency_us.value_at_quantile(0.99),
+                p999(&quiet),
+                disturbed.latency_us.value_at_quantile(0.5),
+                disturbed.latency_us.value_at_quantile(0.99),
+                p999(&disturbed),
+            ));
+            figures.push(json!({
+                "server": kind.name(),
+                "revisions": revisions,
+                "lists": lists,
+                "quiet": report::json(Workload::KubeTxn, kind.name(), &quiet),
+                "disturbed": report::json(Workload::KubeTxn, kind.name(), &disturbed),
+                "p999_ratio": ratio,
+            }));
+        }
+        Ok(figures)
+    }
+
+    /// What tenants cost that do nothing: counted in a process of its own, `tenure-bench idle-tenants`.
+    fn idle(&mut self) -> anyhow::Result<Value> {
+        if !self.wanted("idle") {
+            return Ok(Value::Null);
+        }
+        let tenants = self.plan.idle_tenants;
+        self.audience.line(&format!("\nidle: {tenants} tenants with a key each"));
+        let counted = std::process::Command::new(&self.plan.bench)
+            .args(["idle-tenants", "--tenants", &tenants.to_string(), "--dir"])
+            .arg(self.plan.dir.join("data").join("idle"))
+            .output()?;
+        anyhow::ensure!(counted.status.success(), "idle-tenants: {}", String::from_utf8_lossy(&counted.stderr));
+        let bytes: u64 = String::from_utf8_lossy(&counted.stdout).trim().parse()?;
+        self.audience.line(&format!("tenured  {bytes} bytes of resident memory a tenant"));
+        Ok(json!({ "tenants": tenants, "rss_bytes_per_tenant": bytes }))
+    }
+
     /// One entry a case: its servers' medians, and tenured's ratios to etcd.
     fn medians(&self) -> Vec<Value> {
         let entry = |(case, servers): &(String, BTreeMap<String, Runs>)| {
-            let medians: BTreeMap<&String, Value> = servers.iter().map(|(server, runs)| (server, median(runs))).collect();
+            let medians: BTreeMap<&String, Value> =
+                servers.iter().map(|(server, runs)| (server, median(runs))).collect();
             json!({ "case": case, "servers": medians, "ratios": ratios(&medians) })
         };
         self.cases.iter().map(entry).collect()
     }
+}
+
+/// Compacts everything, physically, flushes and rewrites the engine, and lists all the while. Answers how many lists were had.
+async fn disturb(target: &Target, list: &Load) -> anyhow::Result<u64> {
+    let quiet = |_: Stage, _: f64| {};
+    let header =
+        load::call(target, "/etcdserverpb.KV/Range", &RangeRequest { key: "x".into(), ..RangeRequest::default() })
+            .await?;
+    let revision = integer(submessages(&header, 1).next().unwrap_or_default(), 3).cast_signed();
+    let compaction = CompactionRequest { revision, physical: true };
+    let maintain = async {
+        load::call(target, "/etcdserverpb.KV/Compact", &compaction).await?;
+        load::call(target, "/etcdserverpb.Maintenance/Defragment", &DefragmentRequest::default()).await
+    };
+    let (maintained, listed) = tokio::join!(maintain, load::run_filled(target, list, &quiet));
+    maintained?;
+    Ok(listed?.operations)
 }
 
 /// Tenured's figures divided by etcd's.

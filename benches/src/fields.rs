@@ -77,7 +77,10 @@ mod tests {
     #[test]
     fn reads_what_prost_writes() {
         let header = ResponseHeader { cluster_id: 7, member_id: u64::MAX, revision: 300, raft_term: 0 }.encode_to_vec();
-        assert_eq!([integer(&header, 1), integer(&header, 2), integer(&header, 3), integer(&header, 4)], [7, u64::MAX, 300, 0]);
+        assert_eq!(
+            [integer(&header, 1), integer(&header, 2), integer(&header, 3), integer(&header, 4)],
+            [7, u64::MAX, 300, 0]
+        );
         let put = PutRequest { key: "k".into(), value: vec![1; 200].into(), ..PutRequest::default() }.encode_to_vec();
         assert_eq!(submessages(&put, 2).next(), Some(&[1u8; 200][..]));
         assert_eq!(fields(&put[..put.len() - 1]).count(), 1, "a cut message ends before what is cut");

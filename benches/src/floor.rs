@@ -8,8 +8,8 @@ use std::time::Duration;
 
 use tenure_etcd_shim::proto::etcdserverpb::kv_server::{Kv, KvServer};
 use tenure_etcd_shim::proto::etcdserverpb::{
-    CompactionRequest, CompactionResponse, DeleteRangeRequest, DeleteRangeResponse, PutRequest, PutResponse, RangeRequest,
-    TxnRequest, TxnResponse,
+    CompactionRequest, CompactionResponse, DeleteRangeRequest, DeleteRangeResponse, PutRequest, PutResponse,
+    RangeRequest, TxnRequest, TxnResponse,
 };
 use tenure_etcd_shim::wire;
 use tonic::{Request, Response, Status};
@@ -53,9 +53,8 @@ impl Kv for Floor {
         Err(nothing_else())
     }
 
-    type RangeStreamStream = tonic::codegen::tokio_stream::Empty<
-        Result<tenure_etcd_shim::proto::etcdserverpb::RangeStreamResponse, Status>,
-    >;
+    type RangeStreamStream =
+        tonic::codegen::tokio_stream::Empty<Result<tenure_etcd_shim::proto::etcdserverpb::RangeStreamResponse, Status>>;
 
     async fn range_stream(&self, _: Request<RangeRequest>) -> Result<Response<Self::RangeStreamStream>, Status> {
         Err(nothing_else())

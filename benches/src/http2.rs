@@ -55,9 +55,15 @@ pub struct CallId(u32);
 /// What came in for a call. `tag` is what it was opened with.
 #[derive(Debug)]
 pub enum Incoming<'a> {
-    Message { tag: u32, message: &'a [u8] },
+    Message {
+        tag: u32,
+        message: &'a [u8],
+    },
     /// The call is over; nothing more comes for it.
-    End { tag: u32, status: &'a CallStatus },
+    End {
+        tag: u32,
+        status: &'a CallStatus,
+    },
 }
 
 /// How a call ended.
@@ -226,11 +232,7 @@ impl Http2 {
     ///
     /// # Errors
     /// [`ConnectionError`].
-    pub fn receive(
-        &mut self,
-        input: &mut BytesMut,
-        mut told: impl FnMut(Incoming<'_>),
-    ) -> Result<(), ConnectionError> {
+    pub fn receive(&mut self, input: &mut BytesMut, mut told: impl FnMut(Incoming<'_>)) -> Result<(), ConnectionError> {
         loop {
             let Some(header) = input.first_chunk::<FRAME_HEADER_BYTES>() else { return Ok(()) };
             let [l0, l1, l2, kind, flags, s0, s1, s2, s3] = *header;
@@ -247,7 +249,8 @@ impl Http2 {
                 kind::RST_STREAM => {
                     if let Some(call) = self.calls.remove(&id) {
                         let code = payload.first_chunk().map_or(0, |code| u32::from_be_bytes(*code));
-                        let status = CallStatus { code: 14, message: format!("reset by the server: HTTP/2 error {code}") };
+                        let status =
+                            CallStatus { code: 14, message: format!("reset by the server: HTTP/2 error {code}") };
                         told(Incoming::End { tag: call.tag, status: &status });
                     }
                 }
@@ -257,7 +260,8 @@ impl Http2 {
                     self.output.extend_from_slice(payload);
                 }
                 kind::GOAWAY => {
-                    let code = payload.get(4..8).and_then(|code| code.first_chunk()).map_or(0, |c| u32::from_be_bytes(*c));
+                    let code =
+                        payload.get(4..8).and_then(|code| code.first_chunk()).map_or(0, |c| u32::from_be_bytes(*c));
                     return Err(ConnectionError::GoAway(code));
                 }
                 kind::WINDOW_UPDATE => self.on_window_update(id, payload)?,
@@ -428,10 +432,9 @@ fn status_in(headers: &[(Vec<u8>, Vec<u8>)]) -> CallStatus {
         headers.iter().find(|(at, _)| at == name).map(|(_, value)| String::from_utf8_lossy(value).into_owned())
     };
     match value(b"grpc-status") {
-        Some(code) => CallStatus {
-            code: code.parse().unwrap_or(2),
-            message: value(b"grpc-message").unwrap_or_default(),
-        },
+        Some(code) => {
+            CallStatus { code: code.parse().unwrap_or(2), message: value(b"grpc-message").unwrap_or_default() }
+        }
         None => CallStatus { code: 2, message: format!("HTTP status {}", value(b":status").unwrap_or_default()) },
     }
 }
@@ -445,8 +448,12 @@ struct RequestHeaders {
 }
 
 /// The headers of each call, beside its method, scheme and path. `None` stands for the authority.
-const FIXED_HEADERS: [(&str, Option<&str>); 4] =
-    [(":authority", None), ("content-type", Some("application/grpc")), ("te", Some("trailers")), ("user-agent", Some("tenure-bench"))];
+const FIXED_HEADERS: [(&str, Option<&str>); 4] = [
+    (":authority", None),
+    ("content-type", Some("application/grpc")),
+    ("te", Some("trailers")),
+    ("user-agent", Some("tenure-bench")),
+];
 
 impl RequestHeaders {
     /// Far more than this client puts there.
@@ -520,7 +527,8 @@ mod tests {
         for cut in 0..stream.len() {
             let mut seen = Vec::new();
             let rest = messages(&stream[..cut], |message| seen.push(message.to_vec())).to_vec();
-            let rest = messages(&[rest, stream[cut..].to_vec()].concat(), |message| seen.push(message.to_vec())).to_vec();
+            let rest =
+                messages(&[rest, stream[cut..].to_vec()].concat(), |message| seen.push(message.to_vec())).to_vec();
             assert_eq!(seen, [vec![7, 8], vec![], vec![9]]);
             assert!(rest.is_empty());
         }

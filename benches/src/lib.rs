@@ -13,6 +13,7 @@ pub mod compare;
 pub mod fields;
 pub mod floor;
 pub mod http2;
+pub mod idle;
 pub mod load;
 pub mod process;
 pub mod report;

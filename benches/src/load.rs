@@ -26,7 +26,7 @@ use hdrhistogram::Histogram;
 use rustls::pki_types::ServerName;
 use tenure_etcd_shim::proto::etcdserverpb::watch_request::RequestUnion;
 use tenure_etcd_shim::proto::etcdserverpb::{WatchCreateRequest, WatchProgressRequest, WatchRequest};
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, ReadBuf};
 use tokio::net::TcpStream;
 
 use crate::client::{Client, Keyspace, Next, Request, STAMP_BYTES, Workload};
@@ -254,14 +254,8 @@ struct Session {
 
 impl Session {
     async fn open(target: &Target, load: &Load, workload: Workload) -> anyhow::Result<Session> {
-        let space = Rc::new(Keyspace::new(
-            &load.prefix,
-            load.keys,
-            load.value_bytes,
-            load.page_keys,
-            load.tenants,
-            load.zipf,
-        ));
+        let space =
+            Rc::new(Keyspace::new(&load.prefix, load.keys, load.value_bytes, load.page_keys, load.tenants, load.zipf));
         let mut sockets = Vec::new();
         let mut connections = Vec::new();
         for tenant in 0..load.tenants {
@@ -271,10 +265,8 @@ impl Session {
             for _ in 0..load.connections {
                 let scheme = if tls.is_some() { "https" } else { "http" };
                 sockets.push(connect(address, tls.clone()).await.with_context(|| format!("connect to {address}"))?);
-                connections.push(Connection {
-                    http2: RefCell::new(Http2::new(scheme, address)),
-                    waker: RefCell::new(None),
-                });
+                connections
+                    .push(Connection { http2: RefCell::new(Http2::new(scheme, address)), waker: RefCell::new(None) });
             }
         }
         let started = Instant::now();
@@ -671,6 +663,35 @@ impl Run {
     }
 }
 
+/// Makes one call, whose last message is the answer. For what prepares or disturbs a measurement.
+///
+/// # Errors
+/// If the call is not answered with OK.
+pub async fn call(target: &Target, path: &'static str, request: &impl prost::Message) -> anyhow::Result<Vec<u8>> {
+    let address = target.addresses.last().context("an address")?;
+    let scheme = if target.tls.is_empty() { "http" } else { "https" };
+    let mut socket = connect(address, target.tls.last().cloned()).await?;
+    let mut http2 = Http2::new(scheme, address);
+    http2.open(path, 0, request, true);
+    let (mut input, mut answer, mut ended) = (BytesMut::new(), Vec::new(), None);
+    while ended.is_none() {
+        let output = http2.output().split();
+        socket.write_all(&output).await?;
+        socket.flush().await?;
+        if socket.read_buf(&mut input).await? == 0 {
+            bail!("the server closed the connection");
+        }
+        http2.receive(&mut input, |incoming| match incoming {
+            Incoming::Message { message, .. } => answer = message.to_vec(),
+            Incoming::End { status, .. } => ended = Some(status.clone()),
+        })?;
+    }
+    match ended {
+        Some(status) if status.code == 0 => Ok(answer),
+        status => bail!("{path}: {status:?}"),
+    }
+}
+
 trait Socket: AsyncRead + AsyncWrite {}
 impl<S: AsyncRead + AsyncWrite> Socket for S {}
 
@@ -716,4 +737,3 @@ pub fn block_on<T>(future: impl Future<Output = T>) -> T {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("an event loop");
     tokio::task::LocalSet::new().block_on(&runtime, future)
 }
-

@@ -11,7 +11,11 @@ use indicatif::{ProgressBar, ProgressStyle};
 use tenure_benches::client::Workload;
 use tenure_benches::floor::Floor;
 use tenure_benches::load::{self, Load, Stage, Target};
-use tenure_benches::{compare, report, tls};
+use tenure_benches::{compare, idle, report, tls};
+
+/// As in tenured: what it does is measured here too.
+#[global_allocator]
+static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 
 /// Measures servers of the etcd v3 API.
 #[derive(Parser)]
@@ -27,6 +31,14 @@ enum Command {
     Run(RunArgs),
     /// Start tenured, etcd and the floor, and drive each with the same loads in turn.
     Compare(CompareArgs),
+    /// Make tenants with a key each, and print what memory each takes while it does nothing.
+    IdleTenants {
+        #[arg(long, default_value_t = 10_000)]
+        tenants: usize,
+        /// Where their data goes.
+        #[arg(long)]
+        dir: PathBuf,
+    },
     /// Serve the floor: answers every Put with nothing.
     Floor {
         /// Where.
@@ -124,6 +136,12 @@ struct CompareArgs {
     /// Keys of the section with many; 0 leaves it out.
     #[arg(long, default_value_t = 1_000_000)]
     large_keys: u64,
+    /// Revisions that are compacted while the tail is measured; 0 leaves that section out.
+    #[arg(long, default_value_t = 1_000_000)]
+    tail_revisions: u64,
+    /// Tenants of the section with idle ones; 0 leaves it out.
+    #[arg(long, default_value_t = 10_000)]
+    idle_tenants: usize,
     /// Only cases whose name contains this, such as `plain: put`.
     #[arg(long)]
     only: Option<String>,
@@ -134,13 +152,20 @@ struct CompareArgs {
 
 fn named_endpoint(text: &str) -> Result<(String, String), String> {
     let named = text.split_once('=').filter(|(name, address)| !name.is_empty() && address.contains(':'));
-    named.map(|(name, address)| (name.to_string(), address.to_string())).ok_or_else(|| "want NAME=HOST:PORT".to_string())
+    named
+        .map(|(name, address)| (name.to_string(), address.to_string()))
+        .ok_or_else(|| "want NAME=HOST:PORT".to_string())
 }
 
 fn main() -> anyhow::Result<()> {
     match Cli::parse().command {
         Command::Run(args) => run(&args),
         Command::Compare(args) => compare(args),
+        Command::IdleTenants { tenants, dir } => {
+            let runtime = tokio::runtime::Runtime::new()?;
+            say(&runtime.block_on(idle::rss_bytes_per_tenant(dir, tenants))?.to_string());
+            Ok(())
+        }
         Command::Floor { listen, delay_ms } => {
             let runtime = tokio::runtime::Runtime::new()?;
             runtime.block_on(Floor { delay: Duration::from_millis(delay_ms) }.serve_at(listen))
@@ -214,6 +239,8 @@ fn compare(args: CompareArgs) -> anyhow::Result<()> {
         others: args.endpoints,
         tenants: args.tenants,
         large_keys: args.large_keys,
+        tail_revisions: args.tail_revisions,
+        idle_tenants: args.idle_tenants,
         only: args.only,
     };
     let terminal = Terminal(progress_bar());

@@ -76,7 +76,8 @@ impl Router {
         B::Error: Into<StdError> + Send + 'static,
     {
         let servers = &*self.0;
-        let service = request.uri().path().strip_prefix('/').and_then(|path| path.split_once('/')).map(|(name, _)| name);
+        let service =
+            request.uri().path().strip_prefix('/').and_then(|path| path.split_once('/')).map(|(name, _)| name);
         match service {
             Some(kv_server::SERVICE_NAME) => servers.kv.clone().call(request),
             Some(watch_server::SERVICE_NAME) => servers.watch.clone().call(request),

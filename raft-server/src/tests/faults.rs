@@ -82,5 +82,9 @@ async fn a_panic_of_the_state_machine_stops_the_member() {
 async fn a_failing_disk_stops_the_member() {
     let faults = faults_after(b"lost", |log| log.broken.store(true, Ordering::Relaxed)).await;
     assert_eq!(faults.len(), 1);
-    assert_eq!((faults[0].thread, faults[0].cause.contains("disk is gone")), ("raft-log", true));
+    assert_eq!(
+        (faults[0].thread, faults[0].cause.contains("disk is gone")),
+        ("raft", true),
+        "a sole voter writes there"
+    );
 }
