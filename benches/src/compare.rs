@@ -23,6 +23,9 @@ use crate::{chart, process, report, tls};
 /// Kube txns a second whose tail is measured: a busy cell, far from its end.
 const TAIL_RATE: f64 = 2_000.0;
 
+/// Lists a second meanwhile.
+const TAIL_LISTS_RATE: f64 = 1.0;
+
 /// Keys listed meanwhile: the pods of a large cluster.
 const TAIL_LISTED_KEYS: u64 = 150_000;
 
@@ -368,7 +371,10 @@ impl Comparison<'_> {
                 pid: Some(server.pid()),
             };
             let told = |stage: Stage, part: f64| self.audience.progress(&format!("{} tail", kind.name()), stage, part);
-            let list = Load { clients: 1, connections: 1, keys: TAIL_LISTED_KEYS, ..base(self.plan, Workload::List) };
+            // One after the other, but not without a pause: that would measure the machine's scheduler.
+            let rate = Some(TAIL_LISTS_RATE);
+            let list =
+                Load { clients: 1, connections: 1, keys: TAIL_LISTED_KEYS, rate, ..base(self.plan, Workload::List) };
             load::block_on(load::fill(&target, &list, &told))?;
             let put =
                 Load { warm_up: Duration::ZERO, duration: Duration::from_secs(2), ..base(self.plan, Workload::Put) };

@@ -15,8 +15,9 @@ pub const TXN_REPLY_KEY_BYTES: usize = 64;
 /// over more rows is answered; many of them are refused, because all tenants would wait for them.
 pub const TXN_ROWS_MAX: u64 = 2_000_000;
 
-/// Rows of history one reclaim step visits. Small enough that a step is a few milliseconds of apply time.
-pub const RECLAIM_ROWS_MAX: u32 = 1_000;
+/// Rows of history one reclaim step visits. A step is about a millisecond of apply time, which is what a write may have to wait
+/// behind it; a log entry a step is what that costs (decision 0003).
+pub const RECLAIM_ROWS_MAX: u32 = 200;
 
 /// Responses waiting in one watch stream. At the bound its watchers turn unsynced and replay from the engine later, so
 /// a slow client costs this much and not its lag. etcd's own number.
