@@ -55,7 +55,8 @@ bench: bench-programs etcd
 
 # The same, shorter: one round, fewer keys and tenants.
 bench-smoke: bench-programs etcd
-	$(COMPARE) --rounds 1 --duration 0.7 --warm-up 0.3 --tenants 50 --large-keys 50000 $(ARGS)
+	$(COMPARE) --rounds 1 --duration 0.7 --warm-up 0.3 --tenants 50 --large-keys 50000 --tail-revisions 20000 \
+	  --idle-tenants 1000 $(ARGS)
 
 COMPARE = $(CARGO_TARGET_DIR)/release/tenure-bench compare --tenured $(TENURED) --etcd $(TENURE_TOOLS)/etcd --dir target/bench
 

@@ -53,11 +53,8 @@ fn envelope(command: Command) -> Bytes {
 
 /// An update as kube-apiserver makes it. The compare fails for all but the newest revision, so it is made to hold for any.
 fn kube_txn(number: usize) -> Bytes {
-    let compare = Compare {
-        range: KeyRange::Single(key(number)),
-        target: CompareTarget::ModRevision(0),
-        result: CompareResult::Greater,
-    };
+    let compare =
+        Compare { range: KeyRange::Single(key(number)), target: CompareTarget::Mod(0), result: CompareResult::Greater };
     envelope(Command::Txn(TxnRequest {
         compares: vec![compare],
         success: vec![TxnOp::Put(put(number))],
@@ -162,7 +159,7 @@ fn log(criterion: &mut Criterion) {
             index += 1;
             let write = LogWrite::of_commands(Position { index, term: 1 }, &commands);
             log.append(&write).expect("append");
-            if index % 1_000 == 0 {
+            if index.is_multiple_of(1_000) {
                 log.truncate(Position { index: index - 1, term: 1 }).expect("truncate");
             }
         });

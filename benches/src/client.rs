@@ -232,7 +232,7 @@ impl Client {
     }
 
     /// `None`: nothing is left to do.
-    pub fn next(&mut self) -> Option<Next> {
+    pub fn next_request(&mut self) -> Option<Next> {
         self.keys = 0;
         self.current = Current::Other;
         let tenant = self.space.tenant(&mut self.random);
@@ -241,12 +241,9 @@ impl Client {
             Workload::KubeTxn => self.kube_txn(tenant, self.space.value_bytes, 0),
             Workload::Get => self.get(tenant, false),
             Workload::GetSerializable => self.get(tenant, true),
-            Workload::List => self.list(tenant),
+            Workload::List => Request::Range(self.list(tenant)),
             Workload::ListPaged => return Some(self.next_page(tenant)),
-            Workload::Stream => match self.list(tenant) {
-                Request::Range(range) => Request::RangeStream(range),
-                other => other,
-            },
+            Workload::Stream => Request::RangeStream(self.list(tenant)),
             Workload::Watch => self.stamped_put(tenant),
             Workload::LeaseGrant => Request::LeaseGrant(LeaseGrantRequest { ttl: 3600, id: 0 }),
             Workload::LeaseKeepAlive => self.keep_alive(),
@@ -306,9 +303,9 @@ impl Client {
         Request::Range(RangeRequest { key: self.space.key(tenant, number), serializable, ..RangeRequest::default() })
     }
 
-    fn list(&mut self, tenant: usize) -> Request {
+    fn list(&mut self, tenant: usize) -> RangeRequest {
         self.current = Current::Keys { tenant, expected: Some(self.space.keys) };
-        Request::Range(self.space.range(tenant))
+        self.space.range(tenant)
     }
 
     fn next_page(&mut self, tenant: usize) -> Next {

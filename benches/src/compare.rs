@@ -382,11 +382,8 @@ impl Comparison<'_> {
             while revisions < self.plan.tail_revisions {
                 revisions += load::block_on(load::run(&target, &put, &told))?.operations;
             }
-            let txn = Load {
-                rate: Some(TAIL_RATE),
-                duration: self.plan.duration.max(Duration::from_secs(5)),
-                ..base(self.plan, Workload::KubeTxn)
-            };
+            let txn =
+                Load { rate: Some(TAIL_RATE), duration: 3 * self.plan.duration, ..base(self.plan, Workload::KubeTxn) };
             let quiet = load::block_on(load::run(&target, &txn, &told))?;
             let disturbing = std::thread::spawn({
                 let (target, list) = (target.clone(), Load { duration: txn.warm_up + txn.duration, ..list });

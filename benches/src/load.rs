@@ -545,7 +545,7 @@ impl Run {
         }
         let mut slots = self.slots.borrow_mut();
         let slot = &mut slots[tag as usize];
-        let Some(Next { tenant, request }) = slot.client.next() else {
+        let Some(Next { tenant, request }) = slot.client.next_request() else {
             self.finished.set(self.finished.get() + 1);
             return;
         };

@@ -125,10 +125,10 @@ struct CompareArgs {
     #[arg(long, default_value_t = 3)]
     rounds: usize,
     /// Seconds of each run.
-    #[arg(long, default_value_t = 2.5)]
+    #[arg(long, default_value_t = 2.0)]
     duration: f64,
     /// Seconds before each run.
-    #[arg(long, default_value_t = 0.5)]
+    #[arg(long, default_value_t = 0.4)]
     warm_up: f64,
     /// Tenants of the sections with many; 0 leaves them out.
     #[arg(long, default_value_t = 1000)]
