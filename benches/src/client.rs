@@ -185,6 +185,8 @@ pub struct Client {
     revisions: HashMap<(usize, u64), i64>,
     current: Current,
     lease: i64,
+    /// The tenant of a client that holds a lease.
+    home: Option<usize>,
     /// Of the answer coming in: keys so far.
     keys: u64,
     page: Option<Page>,
@@ -225,6 +227,7 @@ impl Client {
             revisions: HashMap::new(),
             current: Current::Other,
             lease: 0,
+            home: None,
             keys: 0,
             page: None,
             now_ns,
@@ -235,7 +238,10 @@ impl Client {
     pub fn next_request(&mut self) -> Option<Next> {
         self.keys = 0;
         self.current = Current::Other;
-        let tenant = self.space.tenant(&mut self.random);
+        let drawn = self.space.tenant(&mut self.random);
+        // Leases belong to one tenant, so who holds one stays there.
+        let holds_lease = matches!(self.workload, Workload::LeaseKeepAlive | Workload::Mixed);
+        let tenant = if holds_lease { *self.home.get_or_insert(drawn) } else { drawn };
         let request = match self.workload {
             Workload::Put => self.put(tenant),
             Workload::KubeTxn => self.kube_txn(tenant, self.space.value_bytes, 0),
@@ -435,6 +441,45 @@ impl Client {
             Current::Get => Done { units: 1, wrong: self.keys != 1 },
             Current::Other if self.workload == Workload::Fill => Done { units: self.keys, wrong: false },
             Current::Other | Current::Txn { .. } | Current::Grant => Done { units: 1, wrong: false },
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use prost::Message as _;
+    use tenure_etcd_shim::proto::etcdserverpb::ResponseHeader;
+    use tenure_etcd_shim::wire::{KvRope, RangeResponse};
+    use tenure_storage::key_value::KeyValue;
+
+    use super::*;
+
+    fn page(keys: &[Bytes], count: i64) -> Vec<u8> {
+        let mut kvs = KvRope::default();
+        for key in keys {
+            kvs.push(
+                &KeyValue { key, mod_revision: 2, create_revision: 2, version: 1, ..KeyValue::default() }.encode(),
+            );
+        }
+        let header = Some(ResponseHeader { revision: 9, ..ResponseHeader::default() });
+        RangeResponse { header, kvs, more: count > 2, count }.encode_to_vec()
+    }
+
+    /// The issue with paging is the count: a server that answers fast and wrong must not look fast.
+    #[test]
+    fn a_page_goes_on_behind_the_last_key_and_its_count_is_checked() {
+        let space = Rc::new(Keyspace::new("/", 4, 10, 2, 1, 1.0));
+        let key = |number| space.key(0, number);
+        for (second_count, wrong) in [(2, false), (3, true)] {
+            let mut client = Client::new(Workload::ListPaged, 0, 1, Rc::clone(&space), Rc::new(|| 0));
+            let Some(Next { request: Request::Range(first), .. }) = client.next_request() else { panic!("a range") };
+            assert_eq!((first.limit, first.revision), (2, 0));
+            client.message(&page(&[key(0), key(1)], 4));
+            assert_eq!(client.done(), Done { units: 2, wrong: false });
+            let Some(Next { request: Request::Range(second), .. }) = client.next_request() else { panic!("a range") };
+            assert_eq!((second.revision, &second.key[..]), (9, &[&key(1)[..], &[0]].concat()[..]));
+            client.message(&page(&[key(2), key(3)], second_count));
+            assert_eq!(client.done().wrong, wrong);
         }
     }
 }

@@ -159,7 +159,7 @@ struct Slot {
     client: Client,
     /// When its request was due.
     since: Instant,
-    /// Its keep-alive stream, with the connection it is on.
+    /// Its keep-alive stream, which is on the connection that all its requests take.
     stream: Option<CallId>,
 }
 
@@ -195,8 +195,8 @@ struct Run {
     load: Load,
     space: Rc<Keyspace>,
     started: Instant,
+    /// `load.connections` for each tenant, tenant by tenant.
     connections: Vec<Connection>,
-    /// By tenant: where its first connection is.
     slots: RefCell<Vec<Slot>>,
     watching: RefCell<Vec<Watching>>,
     recorder: RefCell<Recorder>,
