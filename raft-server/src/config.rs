@@ -57,8 +57,8 @@ pub struct Config {
     pub apply_bytes_max: usize,
     /// Newest entries kept in memory, so that neither apply nor peers that keep up read the disk. Default 64 MiB.
     pub log_cache_bytes_max: usize,
-    /// When the log holds more than this, the state is flushed and the log truncated to it. It bounds the disk used and
-    /// the time a restart takes. Default 64 MiB, at least 64 KiB.
+    /// When the log holds more than this, the state is flushed in the background and the log truncated to it; at twice this,
+    /// apply waits for that. So twice this bounds the disk used and the time a restart takes. Default 64 MiB, at least 64 KiB.
     pub log_bytes_flush: u64,
     /// Whether a clean stop flushes the state, so that the next start replays nothing. Default true.
     pub flush_on_stop: bool,

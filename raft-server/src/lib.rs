@@ -5,7 +5,8 @@
 //!
 //! Life of a write. [`Handle::propose`] puts the command in its lane's queue (`lanes`). Raft's thread (`node`) takes
 //! a fair batch of many lanes, frames it as one entry (`frame`) and proposes it. The log thread (`writer`) writes and
-//! syncs it (`log`; a sole voter does that on raft's thread, with fewer changes of threads) while the next batch fills and peers get their copy ([`transport`]). When a quorum has it, the apply
+//! syncs it (`log`) while the next batch fills and peers get their copy ([`transport`]); a sole voter does that on raft's
+//! thread, with fewer changes of threads. When a quorum has it, the apply
 //! thread (`apply`) hands it to the state machine and answers who waited (`proposals`).
 //!
 //! Life of a read. [`Handle::read_barrier`] waits until all that was acknowledged before is applied here (`read_index`);

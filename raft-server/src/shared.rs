@@ -63,7 +63,6 @@ pub(crate) struct Shared<R> {
 
 fn send_replies<R>(answered: Vec<(Batch<R>, Vec<R>)>) {
     for (batch, replies) in answered {
-        assert_eq!(batch.replies.len(), replies.len(), "an entry carries the commands it was proposed with");
         for (sender, reply) in batch.replies.into_iter().zip(replies) {
             // A proposer that went away needs no answer.
             let _ = sender.send(Ok(reply));
@@ -86,8 +85,12 @@ impl<R: Send + 'static> Shared<R> {
         let _ = self.events.try_send(Event::Stop);
     }
 
-    /// Answers the proposals of applied entries.
+    /// Answers the proposals of applied entries. What waits on the runtime is a reply for each of those who wait, no more.
     pub(crate) fn complete(&self, answered: Vec<(Batch<R>, Vec<R>)>) {
+        // Here, on the apply thread, where a broken invariant stops the member; in a task it would end that task.
+        for (batch, replies) in &answered {
+            assert_eq!(batch.replies.len(), replies.len(), "an entry carries the commands it was proposed with");
+        }
         let replies: usize = answered.iter().map(|(_, replies)| replies.len()).sum();
         self.metrics.proposals_pending.fetch_sub(replies as u64, Ordering::Relaxed);
         match &self.reply_runtime {
