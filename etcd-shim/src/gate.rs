@@ -17,19 +17,8 @@ use crate::inflight::ResponsePermit;
 use crate::ping_guard::OpenRequest;
 use crate::request_body::Framing;
 use crate::rpc_metrics::Call;
-use crate::server::Router;
+use crate::server::{Router, SERVICES};
 use crate::status::in_etcds_words;
-
-/// Every service there is, for telling an unknown method from an unknown service.
-const SERVICES: &[&str] = &[
-    "etcdserverpb.KV",
-    "etcdserverpb.Watch",
-    "etcdserverpb.Lease",
-    "etcdserverpb.Cluster",
-    "etcdserverpb.Maintenance",
-    "etcdserverpb.Auth",
-    "grpc.health.v1.Health",
-];
 
 /// One request while it is being answered: open on its connection, and counted as a call if its method exists.
 pub struct Running {

@@ -29,6 +29,17 @@ use crate::service::watch::WatchService;
 /// What etcd receives over the largest request it takes: room for what surrounds the request in its message.
 const RECEIVE_OVERHEAD_BYTES: usize = 512 << 10;
 
+/// The name of every service there is, for telling an unknown method from an unknown service.
+pub const SERVICES: [&str; 7] = [
+    kv_server::SERVICE_NAME,
+    watch_server::SERVICE_NAME,
+    lease_server::SERVICE_NAME,
+    cluster_server::SERVICE_NAME,
+    maintenance_server::SERVICE_NAME,
+    auth_server::SERVICE_NAME,
+    health_server::SERVICE_NAME,
+];
+
 /// Every service there is. Cheap to clone.
 ///
 /// A table of our own: seven names need no general router, and a body reaches its service as it came, without a box.
