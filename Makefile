@@ -12,7 +12,7 @@ FUZZ_SECONDS ?= 600
 KUBERNETES = $(shell sed -n 's|.*k8s.io/kubernetes \(v[0-9.]*\).*|\1|p' tests/apiserver/go.mod)
 KUBERNETES_VERSION = -X k8s.io/component-base/version.gitVersion=$(KUBERNETES)
 
-.PHONY: run build programs test test-rust test-go test-etcd test-apiserver tools lint fuzz bench bench-smoke bench-programs etcd needs needs-go needs-fuzz
+.PHONY: run build programs test test-rust test-go test-etcd test-faults test-apiserver tools lint fuzz sim bench bench-smoke bench-programs etcd needs needs-go needs-fuzz
 
 # Builds and serves: tenant `default` on 127.0.0.1:2379, data in ./default.tenure. Flags: make run ARGS="--name m1".
 run: build
@@ -35,12 +35,19 @@ test-rust: needs
 test-go: test-etcd test-apiserver
 
 test-etcd: programs tools
-	cd tests/etcd && go vet ./... && go test -count=1 -v ./...
+	cd tests/etcd && go vet ./... && go test -count=1 -v ./client ./etcdctl ./history
+	cd tests/etcd && go test -count=1 -v -parallel 2 -run 'Test(Auto|Member|Move|Quorum)' ./cluster
+
+# Cells of real processes under faults, with recorded histories that are checked; longer than the others, TENURE_FAULT_ROUNDS says how much.
+test-faults: programs tools
+	cd tests/etcd && go vet ./... && go test -count=1 -v -timeout 60m -parallel 1 ./cluster
 
 test-apiserver: programs tools
 	cd tests/apiserver && go vet ./... && go test -count=1 -v ./...
 
+# And what the fault tests put between a member and its system.
 tools: etcd
+	cc -shared -fPIC -O2 -Wall -Wextra -Werror -o $(TENURE_TOOLS)/faults.so tests/harness/faults/faults.c -ldl
 	cd tests/etcd && go build -o $(TENURE_TOOLS)/etcdctl go.etcd.io/etcd/etcdctl/v3
 	cd tests/apiserver && go build -ldflags "-s -w $(KUBERNETES_VERSION)" -o $(TENURE_TOOLS)/kube-apiserver k8s.io/kubernetes/cmd/kube-apiserver
 
@@ -72,6 +79,12 @@ fuzz: build needs-fuzz
 	    cargo +nightly fuzz run --fuzz-dir fuzz $$target $(CACHE)/fuzz-corpus/$$target -- -max_total_time=$(FUZZ_SECONDS) -max_len=4096 \
 	    || exit 1; \
 	done
+
+# Seeds of the simulation, without end unless SEEDS says otherwise; FIRST is the first of them.
+FIRST ?= 1000
+SEEDS ?= 0
+sim: needs
+	TENURE_SIM_FIRST=$(FIRST) TENURE_SIM_SEEDS=$(SEEDS) cargo test --release --locked --workspace --lib sim::tests::no_seed
 
 lint: needs
 	cargo fmt --all --check

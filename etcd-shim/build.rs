@@ -1,7 +1,7 @@
 //! Generates the server side of the etcd v3 API from `proto/`, without protoc.
 
-/// Every file under `proto/` that holds a service; what they import comes along.
-const PROTOS: [&str; 4] = ["rpc.proto", "v3lock.proto", "v3election.proto", "health.proto"];
+/// Every file under `proto/` that holds a service, and the messages between members; what they import comes along.
+const PROTOS: [&str; 5] = ["rpc.proto", "v3lock.proto", "v3election.proto", "health.proto", "cell.proto"];
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!("cargo:rerun-if-changed=proto");

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
 use tenure_raft_server::{
-    BOOTSTRAP_INDEX, CommittedEntry, Conf, Config, EngineLog, LogStore, LogWrite, NoPeers, Position, ProposeError,
+    BOOTSTRAP_INDEX, CommittedEntry, Conf, Config, EngineLog, LogStore, LogWrite, NoPeers, Position, Snapshotter,
     StateMachine,
 };
 use tenure_storage::Fault;
@@ -232,6 +232,23 @@ impl StateMachine for Nothing {
     fn flush(&mut self) -> Result<u64, Fault> {
         Ok(self.applied_index)
     }
+
+    fn snapshotter(&self) -> std::sync::Arc<dyn Snapshotter> {
+        std::sync::Arc::new(NoPeersNoCopies)
+    }
+
+    fn install(&mut self, _: &std::path::Path) -> Result<u64, Fault> {
+        Err(Fault::Engine("a member of one voter gets no snapshot".to_owned()))
+    }
+}
+
+/// A member of one voter sends no snapshot.
+struct NoPeersNoCopies;
+
+impl Snapshotter for NoPeersNoCopies {
+    fn write_to(&self, _: &std::path::Path) -> Result<u64, Fault> {
+        Err(Fault::Engine("a member of one voter sends no snapshot".to_owned()))
+    }
 }
 
 /// Propose to reply, by so many clients at once, each waiting for its reply before the next command.
@@ -246,7 +263,7 @@ fn member_propose(_: &mut Criterion) {
         let (handle, _guard) =
             tenure_raft_server::start(Config::new(1, dir.path()), state_machine, NoPeers).expect("start");
         let command = command(7);
-        while let Err(ProposeError::NotLeader { .. }) = runtime.block_on(handle.propose(0, command.clone())) {}
+        runtime.block_on(handle.propose(0, command.clone())).expect("propose");
         let commands = if clients == 1 { 5_000 } else { 200_000 };
         let entries_before = entries.load(std::sync::atomic::Ordering::Relaxed);
         let (cpu_before, start) = (cpu(), Instant::now());

@@ -18,7 +18,7 @@ use crate::client::Workload;
 use crate::fields::{integer, submessages};
 use crate::load::{self, Load, Measured, Stage, Target};
 use crate::server::{Kind, Server, Setup};
-use crate::{chart, process, report, tls};
+use crate::{chart, cluster, process, report, tls};
 
 /// Kube txns a second whose tail is measured: a busy cell, far from its end.
 const TAIL_RATE: f64 = 2_000.0;
@@ -50,6 +50,8 @@ pub struct Plan {
     pub tail_revisions: u64,
     /// Tenants of the section with idle ones; 0 leaves it out.
     pub idle_tenants: usize,
+    /// Writes that one of three members misses; 0 leaves the section with three members out.
+    pub catch_up_writes: u64,
     /// Only cases whose name contains this.
     pub only: Option<String>,
 }
@@ -81,7 +83,7 @@ struct Contestant {
     target: Target,
     /// Only these cases; empty = all.
     cases: Vec<&'static str>,
-    _server: Option<Server>,
+    servers: Vec<Server>,
 }
 
 /// Compares, and writes `report.json` and the charts. Answers the report.
@@ -103,6 +105,7 @@ pub fn compare(plan: &Plan, audience: &dyn Audience) -> anyhow::Result<Value> {
         comparison.section("tenants", plan.tenants, false, &main_cases(plan, plan.tenants))?;
         comparison.section("tenants-tls", plan.tenants, true, &main_cases(plan, plan.tenants))?;
     }
+    let members = if plan.catch_up_writes > 0 { comparison.members()? } else { Vec::new() };
     let large = if plan.large_keys > 0 { comparison.large()? } else { Vec::new() };
     let tail = if plan.tail_revisions > 0 { comparison.tail()? } else { Vec::new() };
     let idle = if plan.idle_tenants > 0 { comparison.idle()? } else { Value::Null };
@@ -112,6 +115,7 @@ pub fn compare(plan: &Plan, audience: &dyn Audience) -> anyhow::Result<Value> {
         "rounds": plan.rounds,
         "seconds_per_run": plan.duration.as_secs_f64(),
         "medians": medians,
+        "three_members": members,
         "large": large,
         "tail": tail,
         "idle_tenants": idle,
@@ -200,9 +204,14 @@ impl Comparison<'_> {
             return Ok(());
         }
         let contestants = self.contestants(section, tenants, with_tls)?;
+        self.rounds(section, &contestants, cases)
+    }
+
+    fn rounds(&mut self, section: &str, contestants: &[Contestant], cases: &[Case]) -> anyhow::Result<()> {
         self.audience.line(&format!("\n{section}\n{}", report::head()));
         for case in cases {
-            if !self.wanted(&named(case)) {
+            let name = format!("{section}: {}", case.name);
+            if !self.wanted(&name) {
                 continue;
             }
             let mut servers: BTreeMap<String, Runs> = BTreeMap::new();
@@ -216,9 +225,75 @@ impl Comparison<'_> {
             for (server, runs) in &servers {
                 self.audience.line(&report::median_row(case.name, server, &median(runs)));
             }
-            self.cases.push((named(case), servers));
+            self.cases.push((name, servers));
         }
         Ok(())
+    }
+
+    /// Three members of each on this machine: the same loads, the time without a leader, and how a member catches up.
+    fn members(&mut self) -> anyhow::Result<Vec<Value>> {
+        const SECTION: &str = "three members";
+        const CASES: [&str; 4] = ["put", "put, 1 client", "kube-txn", "get"];
+        let mut cases = all_cases(self.plan);
+        cases.retain(|case| CASES.contains(&case.name));
+        let is_wanted = cases.iter().any(|case| self.wanted(&format!("{SECTION}: {}", case.name)));
+        if !is_wanted && !self.wanted(SECTION) {
+            return Ok(Vec::new());
+        }
+        let mut contestants = Vec::new();
+        for (kind, program) in [(Kind::Tenured, &self.plan.tenured), (Kind::Etcd, &self.plan.etcd)] {
+            let data_dir = self.plan.dir.join("data").join(format!("members-{}", kind.name()));
+            let setup = Setup { kind, program: program.clone(), data_dir, tenants: 1, tls_dir: None };
+            let servers = Server::start_cell(&setup, 3)?;
+            let members: Vec<String> = servers.iter().flat_map(Server::addresses).collect();
+            let target = Target {
+                name: kind.name().to_string(),
+                addresses: members[..1].to_vec(),
+                tls: Vec::new(),
+                members,
+                pids: servers.iter().map(Server::pid).collect(),
+            };
+            contestants.push(Contestant { target, cases: Vec::new(), servers });
+        }
+        self.rounds(SECTION, &contestants, &cases)?;
+        if !self.wanted(SECTION) {
+            return Ok(Vec::new());
+        }
+        let mut leaderless: BTreeMap<String, Vec<f64>> = BTreeMap::new();
+        for _ in 0..self.plan.rounds {
+            for contestant in &mut contestants {
+                let name = contestant.target.name.clone();
+                self.audience.progress(&format!("{name} kill -9"), Stage::Measuring, 0.0);
+                let seconds = cluster::leaderless_seconds(&mut contestant.servers, &contestant.target)?;
+                leaderless.entry(name).or_default().push(seconds);
+            }
+        }
+        let writes = self.plan.catch_up_writes;
+        let mut figures = Vec::new();
+        for contestant in &mut contestants {
+            let name = contestant.target.name.clone();
+            let told = |stage: Stage, part: f64| self.audience.progress(&format!("{name} catch-up"), stage, part);
+            let load = Load { keys: writes, clients: 16, connections: 16, ..base(self.plan, Workload::Fill) };
+            let caught = cluster::catch_up(&mut contestant.servers, &contestant.target, &load, &told)?;
+            let mut without = leaderless.remove(&name).unwrap_or_default();
+            without.sort_by(f64::total_cmp);
+            let (median, longest) = (without[without.len() / 2], without[without.len() - 1]);
+            self.audience.line(&format!(
+                "{name:<8} no leader after kill -9: {median:.2} s median, {longest:.2} s longest of {}; \
+                 {writes} keys missed: written by the others in {:.1} s, caught up {:.2} s after its start",
+                without.len(),
+                caught.written_seconds,
+                caught.seconds,
+            ));
+            figures.push(json!({
+                "server": name,
+                "leaderless_seconds": without,
+                "catch_up_writes": writes,
+                "written_seconds": caught.written_seconds,
+                "catch_up_seconds": caught.seconds,
+            }));
+        }
+        Ok(figures)
     }
 
     fn run(&self, target: &Target, load: &Load) -> anyhow::Result<Measured> {
@@ -259,17 +334,23 @@ impl Comparison<'_> {
                 name: kind.name().to_string(),
                 addresses: server.addresses(),
                 tls: client_tls.clone(),
-                pid: Some(server.pid()),
+                members: Vec::new(),
+                pids: vec![server.pid()],
             };
             let cases =
                 if kind == Kind::Floor { vec!["put", "put, 1 client", "put, 1000 clients"] } else { Vec::new() };
-            contestants.push(Contestant { target, cases, _server: Some(server) });
+            contestants.push(Contestant { target, cases, servers: vec![server] });
         }
         if !with_tls && tenants == 1 {
             for (name, address) in &self.plan.others {
-                let target =
-                    Target { name: name.clone(), addresses: vec![address.clone()], tls: Vec::new(), pid: None };
-                contestants.push(Contestant { target, cases: Vec::new(), _server: None });
+                let target = Target {
+                    name: name.clone(),
+                    addresses: vec![address.clone()],
+                    tls: Vec::new(),
+                    members: Vec::new(),
+                    pids: Vec::new(),
+                };
+                contestants.push(Contestant { target, cases: Vec::new(), servers: Vec::new() });
             }
         }
         Ok(contestants)
@@ -291,7 +372,8 @@ impl Comparison<'_> {
                 name: kind.name().to_string(),
                 addresses: server.addresses(),
                 tls: Vec::new(),
-                pid: Some(server.pid()),
+                members: Vec::new(),
+                pids: vec![server.pid()],
             };
             let load =
                 Load { clients: 16, connections: 16, keys, value_bytes: 1024, ..base(self.plan, Workload::ListPaged) };
@@ -368,7 +450,8 @@ impl Comparison<'_> {
                 name: kind.name().to_string(),
                 addresses: server.addresses(),
                 tls: Vec::new(),
-                pid: Some(server.pid()),
+                members: Vec::new(),
+                pids: vec![server.pid()],
             };
             let told = |stage: Stage, part: f64| self.audience.progress(&format!("{} tail", kind.name()), stage, part);
             // One after the other, but not without a pause: that would measure the machine's scheduler.

@@ -9,6 +9,7 @@
 
 pub mod chart;
 pub mod client;
+pub mod cluster;
 pub mod compare;
 pub mod fields;
 pub mod floor;

@@ -42,8 +42,30 @@ pub struct Target {
     pub addresses: Vec<String>,
     /// By tenant, as `addresses`. Empty: cleartext.
     pub tls: Vec<Arc<rustls::ClientConfig>>,
-    /// The server's process, for its CPU time and memory.
-    pub pid: Option<u32>,
+    /// `host:port` of every member, if the server is a cell of several: connections are spread over them, and `addresses` is one of
+    /// them. Of one tenant's.
+    pub members: Vec<String>,
+    /// The server's processes, for their CPU time and memory.
+    pub pids: Vec<u32>,
+}
+
+impl Target {
+    /// CPU time and bytes written of all processes; `None` if none is known.
+    fn usage(&self) -> anyhow::Result<Option<process::Usage>> {
+        let mut all = process::Usage::default();
+        for pid in &self.pids {
+            let usage = process::usage(*pid)?;
+            all.cpu += usage.cpu;
+            all.written_bytes += usage.written_bytes;
+        }
+        Ok((!self.pids.is_empty()).then_some(all))
+    }
+
+    /// Peak memory of all processes together; `None` if none is known.
+    fn peak_rss_bytes(&self) -> Option<u64> {
+        let peaks = self.pids.iter().map(|pid| process::peak_rss_bytes(*pid));
+        (!self.pids.is_empty()).then(|| peaks.sum())
+    }
 }
 
 /// One run.
@@ -260,9 +282,12 @@ impl Session {
         let mut connections = Vec::new();
         for tenant in 0..load.tenants {
             let at = |all: usize| tenant.min(all - 1);
-            let address = &target.addresses[at(target.addresses.len())];
             let tls = (!target.tls.is_empty()).then(|| Arc::clone(&target.tls[at(target.tls.len())]));
-            for _ in 0..load.connections {
+            for connection in 0..load.connections {
+                let address = match target.members.get(connection % target.members.len().max(1)) {
+                    Some(member) => member,
+                    None => &target.addresses[at(target.addresses.len())],
+                };
                 let scheme = if tls.is_some() { "https" } else { "http" };
                 sockets.push(connect(address, tls.clone()).await.with_context(|| format!("connect to {address}"))?);
                 connections
@@ -352,17 +377,15 @@ impl Session {
             run.start_all();
         }
         self.wait(Stage::WarmingUp, run.load.warm_up, progress).await?;
-        if let Some(pid) = target.pid {
-            process::reset_peak(pid);
-        }
+        target.pids.iter().for_each(|pid| process::reset_peak(*pid));
         run.recorder.replace(Recorder { measuring: true, ..Recorder::new() });
-        let server_before = target.pid.map(process::usage).transpose()?;
+        let server_before = target.usage()?;
         let client_before = process::thread_cpu();
         let from = Instant::now();
         self.wait(Stage::Measuring, run.load.duration, progress).await?;
         let seconds = from.elapsed().as_secs_f64();
         let client_cpu = process::thread_cpu() - client_before;
-        let server_after = target.pid.map(process::usage).transpose()?;
+        let server_after = target.usage()?;
         let recorder = run.recorder.replace(Recorder::new());
         if let Some(pace) = pace {
             pace.abort();
@@ -380,7 +403,7 @@ impl Session {
             progress_latency_us: recorder.progress_latency_us,
             server_cpu: used.map(|(before, after)| after.cpu.saturating_sub(before.cpu)),
             client_cpu,
-            peak_rss_bytes: target.pid.map(process::peak_rss_bytes),
+            peak_rss_bytes: target.peak_rss_bytes(),
             written_bytes: used.map(|(before, after)| after.written_bytes.saturating_sub(before.written_bytes)),
         })
     }

@@ -58,9 +58,12 @@ struct RunArgs {
     /// `host:port`, one for each tenant; the last one serves all further tenants.
     #[arg(long, value_delimiter = ',', default_value = "127.0.0.1:2379")]
     endpoints: Vec<String>,
-    /// Process id of the server, for its CPU time, memory and disk writes.
-    #[arg(long)]
-    pid: Option<u32>,
+    /// `host:port` of every member of a cell, over which connections are spread; instead of `--endpoints`, for one tenant.
+    #[arg(long, value_delimiter = ',')]
+    members: Vec<String>,
+    /// Process ids of the server, for its CPU time, memory and disk writes.
+    #[arg(long = "pid", value_delimiter = ',')]
+    pids: Vec<u32>,
     #[arg(long, default_value_t = 100)]
     clients: u64,
     /// Connections per tenant, shared by the clients.
@@ -142,6 +145,9 @@ struct CompareArgs {
     /// Tenants of the section with idle ones; 0 leaves it out.
     #[arg(long, default_value_t = 10_000)]
     idle_tenants: usize,
+    /// Keys, written in txns of many, that one of three members misses, to catch up with; 0 leaves the section with three members out.
+    #[arg(long, default_value_t = 50_000)]
+    catch_up_writes: u64,
     /// Only cases whose name contains this, such as `plain: put`.
     #[arg(long)]
     only: Option<String>,
@@ -178,7 +184,13 @@ fn run(args: &RunArgs) -> anyhow::Result<()> {
         Some(ca) => vec![Arc::new(tls::client(ca, args.cert.as_deref().zip(args.key.as_deref()))?)],
         None => Vec::new(),
     };
-    let target = Target { name: args.name.clone(), addresses: args.endpoints.clone(), tls, pid: args.pid };
+    let target = Target {
+        name: args.name.clone(),
+        addresses: args.endpoints.clone(),
+        tls,
+        members: args.members.clone(),
+        pids: args.pids.clone(),
+    };
     if !args.json {
         say(&report::head());
     }
@@ -241,6 +253,7 @@ fn compare(args: CompareArgs) -> anyhow::Result<()> {
         large_keys: args.large_keys,
         tail_revisions: args.tail_revisions,
         idle_tenants: args.idle_tenants,
+        catch_up_writes: args.catch_up_writes,
         only: args.only,
     };
     let terminal = Terminal(progress_bar());

@@ -40,12 +40,21 @@ pub struct Setup {
     pub tls_dir: Option<PathBuf>,
 }
 
+/// A place in a cell of several members.
+#[derive(Clone, Debug)]
+struct Seat {
+    name: String,
+    /// `--initial-cluster`.
+    cluster: String,
+}
+
 /// A running server; killed when dropped.
 pub struct Server {
     setup: Setup,
     child: Child,
     port: u16,
     peer_port: u16,
+    seat: Option<Seat>,
 }
 
 /// A port that was free a moment ago. Outgoing connections take theirs from above 30,000.
@@ -76,10 +85,53 @@ impl Server {
     /// If it ends, or takes too long.
     pub fn start(setup: Setup) -> anyhow::Result<Server> {
         let (port, peer_port) = (free_port()?, free_port()?);
-        let child = launch(&setup, port, peer_port)?;
-        let mut server = Server { setup, child, port, peer_port };
+        let child = launch(&setup, port, peer_port, None)?;
+        let mut server = Server { setup, child, port, peer_port, seat: None };
         server.wait()?;
         Ok(server)
+    }
+
+    /// Starts a cell of so many members, each on a directory of its own below the setup's, and waits until all take connections.
+    ///
+    /// # Errors
+    /// As [`Server::start`].
+    pub fn start_cell(setup: &Setup, members: usize) -> anyhow::Result<Vec<Server>> {
+        let mut ports = Vec::new();
+        for number in 1..=members {
+            ports.push((format!("m{number}"), free_port()?, free_port()?));
+        }
+        let pairs = ports.iter().map(|(name, _, peer_port)| format!("{name}=http://127.0.0.1:{peer_port}"));
+        let cluster = pairs.collect::<Vec<_>>().join(",");
+        let mut servers = Vec::new();
+        for (name, port, peer_port) in ports {
+            let setup = Setup { data_dir: setup.data_dir.join(&name), ..setup.clone() };
+            let seat = Some(Seat { name, cluster: cluster.clone() });
+            let child = launch(&setup, port, peer_port, seat.as_ref())?;
+            servers.push(Server { setup, child, port, peer_port, seat });
+        }
+        for server in &mut servers {
+            server.wait()?;
+        }
+        Ok(servers)
+    }
+
+    /// SIGKILL; nothing of the process is left on return.
+    ///
+    /// # Errors
+    /// If the system does not say how it ended.
+    pub fn kill(&mut self) -> anyhow::Result<()> {
+        self.child.kill()?;
+        self.child.wait()?;
+        Ok(())
+    }
+
+    /// Starts it on the same data and addresses, without waiting.
+    ///
+    /// # Errors
+    /// If the program cannot be started.
+    pub fn launch_again(&mut self) -> anyhow::Result<()> {
+        self.child = launch(&self.setup, self.port, self.peer_port, self.seat.as_ref())?;
+        Ok(())
     }
 
     /// Ends the server as an operator would, and starts it on the same data. Answers how long it took until it answered.
@@ -91,7 +143,7 @@ impl Server {
         rustix::process::kill_process(pid, rustix::process::Signal::TERM)?;
         self.child.wait()?;
         let from = Instant::now();
-        self.child = launch(&self.setup, self.port, self.peer_port)?;
+        self.launch_again()?;
         self.wait()?;
         Ok(from.elapsed())
     }
@@ -150,7 +202,7 @@ fn log_path(data_dir: &Path) -> PathBuf {
     data_dir.with_extension("log")
 }
 
-fn launch(setup: &Setup, port: u16, peer_port: u16) -> anyhow::Result<Child> {
+fn launch(setup: &Setup, port: u16, peer_port: u16, seat: Option<&Seat>) -> anyhow::Result<Child> {
     let mut command = Command::new(&setup.program);
     let scheme = if setup.tls_dir.is_some() { "https" } else { "http" };
     let client_url = format!("{scheme}://127.0.0.1:{port}");
@@ -168,8 +220,12 @@ fn launch(setup: &Setup, port: u16, peer_port: u16) -> anyhow::Result<Child> {
             command.arg("--client-cert-auth").arg("--trusted-ca-file").arg(tls.join("ca.crt"));
         }
     }
+    if let Some(Seat { name, cluster }) = seat {
+        command.args(["--name", name, "--initial-cluster", cluster]);
+        command.args(["--listen-peer-urls", &peer_url, "--initial-advertise-peer-urls", &peer_url]);
+    }
     match setup.kind {
-        Kind::Etcd => {
+        Kind::Etcd if seat.is_none() => {
             command.args(["--listen-peer-urls", &peer_url, "--initial-advertise-peer-urls", &peer_url]);
             command.args(["--initial-cluster", &format!("default={peer_url}")]);
         }
@@ -179,7 +235,7 @@ fn launch(setup: &Setup, port: u16, peer_port: u16) -> anyhow::Result<Child> {
                 command.args(["--tenant-listen", &format!("{}=http://{host}:{port}", tenant_name(tenant))]);
             }
         }
-        Kind::Tenured | Kind::Floor => {}
+        Kind::Tenured | Kind::Etcd | Kind::Floor => {}
     }
     std::fs::create_dir_all(setup.data_dir.parent().context("a data directory inside another")?)?;
     let log = std::fs::File::create(log_path(&setup.data_dir))?;

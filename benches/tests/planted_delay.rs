@@ -30,7 +30,8 @@ fn measure(address: &str, rate: Option<f64>) -> Measured {
         name: "floor".to_string(),
         addresses: vec![address.to_string()],
         tls: Vec::new(),
-        pid: Some(std::process::id()),
+        members: Vec::new(),
+        pids: vec![std::process::id()],
     };
     let load = Load {
         workload: Workload::Put,
@@ -68,7 +69,13 @@ fn a_millisecond_is_seen() {
 #[test]
 fn what_is_not_done_is_an_error() {
     let address = floor(Duration::ZERO);
-    let target = Target { name: "floor".to_string(), addresses: vec![address], tls: Vec::new(), pid: None };
+    let target = Target {
+        name: "floor".to_string(),
+        addresses: vec![address],
+        tls: Vec::new(),
+        members: Vec::new(),
+        pids: Vec::new(),
+    };
     let load = Load {
         workload: Workload::KubeTxn,
         clients: 1,

@@ -26,32 +26,35 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use tenure_raft_server::transport::peers;
+use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use url::Url;
 
-use crate::cell::{Cell, CellConfig, DEFAULT_TENANT, OpenError};
+use crate::cell::{Cell, CellConfig, ClusterState, DEFAULT_TENANT, InitialCluster, MemberNames, OpenError};
 use crate::client::Client;
 use crate::flags::TlsFiles;
 use crate::http_endpoints::HttpAccess;
 use crate::inflight::{Budget, InFlight};
-use crate::listen::{ConnectionLimits, ListenError, Listener, Serves, Services, Stop, serve};
+use crate::listen::{ConnectionLimits, ListenError, Listener, Serves, Services, Stop, bind_peer, serve};
 use crate::rpc_metrics::RpcMetrics;
 use crate::server::Router;
 use crate::service::watch::PROGRESS_PERIOD_DEFAULT;
-use crate::service::{Context, Limits, MemberNames};
-use crate::tls::{Tls, TlsError};
+use crate::service::{Context, Limits};
+use crate::tls::{PeerTls, PeerTlsFiles, Tls, TlsError};
 
 /// What [`Tenure::builder`] collects.
 #[derive(Clone, Debug)]
 pub struct Builder {
     cell: CellConfig,
-    name: String,
     limits: Limits,
     progress_period: Duration,
     listen: Vec<Listen>,
     advertise_client_urls: Vec<String>,
     tls: Option<TlsFiles>,
+    peer_listen: Vec<String>,
+    peer_tls: Option<PeerTlsFiles>,
     connections: ConnectionLimits,
     access: HttpAccess,
 }
@@ -70,6 +73,8 @@ pub enum StartError {
     Url { url: String, error: url::ParseError },
     #[error("listen on {0:?}: TLS needs a certificate and its key")]
     NoCertificate(String),
+    #[error("listen for peers: all URLs must be https, or none")]
+    MixedPeers,
     #[error(transparent)]
     Tls(#[from] TlsError),
     #[error(transparent)]
@@ -84,6 +89,8 @@ pub struct Tenure {
     addresses: Vec<SocketAddr>,
     serving: JoinSet<()>,
     stop: watch::Sender<Stop>,
+    /// Serves other members.
+    peer_serving: JoinSet<()>,
 }
 
 impl Tenure {
@@ -91,12 +98,13 @@ impl Tenure {
     pub fn builder() -> Builder {
         Builder {
             cell: CellConfig::new("default.tenure"),
-            name: "default".to_string(),
             limits: Limits::default(),
             progress_period: PROGRESS_PERIOD_DEFAULT,
             listen: Vec::new(),
             advertise_client_urls: Vec::new(),
             tls: None,
+            peer_listen: Vec::new(),
+            peer_tls: None,
             connections: ConnectionLimits::default(),
             access: HttpAccess::default(),
         }
@@ -136,7 +144,9 @@ impl Tenure {
                 served.await;
             }
         }
+        // Others are still served, so that one of them can take over.
         self.cell.stop().await;
+        self.peer_serving.shutdown().await;
     }
 }
 
@@ -149,7 +159,7 @@ impl Builder {
 
     /// What the member calls itself in member lists. Default `default`.
     pub fn name(mut self, name: impl Into<String>) -> Self {
-        self.name = name.into();
+        self.cell.names.name = name.into();
         self
     }
 
@@ -242,10 +252,62 @@ impl Builder {
         self
     }
 
+    /// Free bytes on the disk of the data directory below which writes are refused; see [`crate::disk`].
+    pub fn disk_reserve_bytes(mut self, bytes: u64) -> Self {
+        self.cell.disk_reserve_bytes = Some(bytes);
+        self
+    }
+
+    /// Goes on alone with what the data directory holds, and removes the other members: when a majority is lost for ever.
+    pub fn force_new_cluster(mut self) -> Self {
+        self.cell.force_new_cluster = true;
+        self
+    }
+
     /// What etcd's formulas make the ids of a new data directory from. An existing one keeps its ids.
     pub fn bootstrap(mut self, peer_urls: Vec<String>, cluster_token: impl Into<String>) -> Self {
-        self.cell.peer_urls = peer_urls;
+        self.cell.names.peer_urls = peer_urls;
         self.cell.cluster_token = cluster_token.into();
+        self
+    }
+
+    /// Serves other members on `http://` or `https://`. Without it the member is alone for ever.
+    pub fn peer_listen(mut self, url: impl Into<String>) -> Self {
+        self.peer_listen.push(url.into());
+        self
+    }
+
+    /// The certificates of members among each other.
+    pub fn peer_tls(mut self, files: PeerTlsFiles) -> Self {
+        self.peer_tls = Some(files);
+        self
+    }
+
+    /// The members of a new cell, or of the one that this member joins. Default: this one alone.
+    pub fn initial_cluster(mut self, members: InitialCluster, state: ClusterState) -> Self {
+        self.cell.initial_cluster = members;
+        self.cell.cluster_state = state;
+        self
+    }
+
+    /// What is asked for before the members of the cell change, and how many may be learners at a time.
+    pub fn reconfiguration(mut self, strict_check: bool, max_learners: usize) -> Self {
+        self.cell.strict_reconfig_check = strict_check;
+        self.cell.max_learners = max_learners;
+        self
+    }
+
+    /// Whether a member asks if it could win before it disturbs the others with an election. Default true.
+    pub fn pre_vote(mut self, pre_vote: bool) -> Self {
+        self.cell.pre_vote = pre_vote;
+        self
+    }
+
+    /// After how many log entries the state is made durable (0: by their bytes alone), and how many are kept for members that are
+    /// behind.
+    pub fn snapshots(mut self, count: u64, catchup_entries: u64) -> Self {
+        self.cell.snapshot_count = count;
+        self.cell.snapshot_catchup_entries = catchup_entries;
         self
     }
 
@@ -254,16 +316,24 @@ impl Builder {
     ///
     /// # Errors
     /// [`StartError`].
-    pub async fn start(self) -> Result<Tenure, StartError> {
+    pub async fn start(mut self) -> Result<Tenure, StartError> {
         let listeners = self.bind().await?;
         let addresses = listeners.iter().filter_map(Listener::local_addr).collect();
-        let cell = Cell::open(self.cell.clone()).await?;
-        let context = Context {
-            cell: cell.clone(),
-            limits: self.limits,
-            in_flight: InFlight::new(Budget::default()),
-            member: Arc::new(self.member_names()),
-        };
+        let peer_hosts = self.cell.names.peer_urls.iter().filter_map(|url| host_of(url));
+        let peer_tls = self.peer_tls.as_ref();
+        let peer_tls = peer_tls.map(|files| PeerTls::new(files, &peer_hosts.collect::<Vec<_>>())).transpose()?;
+        let (peer_listeners, peer_secure) = self.bind_peers(peer_tls.is_some()).await?;
+        self.cell.peer_tls = peer_tls.as_ref().map(|tls| Arc::clone(&tls.client));
+        self.cell.names = self.member_names();
+        let opening = Cell::begin(self.cell.clone()).await?;
+        let mut peer_serving = JoinSet::new();
+        if !peer_listeners.is_empty() {
+            let server_tls = peer_tls.filter(|_| peer_secure).map(|tls| tls.server);
+            let peers = opening.peers().clone();
+            peer_serving.spawn(peers::serve(peer_listeners, server_tls, peers, std::future::pending()));
+        }
+        let cell = opening.complete().await?;
+        let context = Context { cell: cell.clone(), limits: self.limits, in_flight: InFlight::new(Budget::default()) };
         let services = Services {
             cell: cell.clone(),
             router: Router::new(&context, self.progress_period),
@@ -277,12 +347,13 @@ impl Builder {
         for listener in listeners {
             serving.spawn(serve(listener, services.clone(), stopping.clone()));
         }
-        Ok(Tenure { cell, addresses, serving, stop })
+        Ok(Tenure { cell, addresses, serving, stop, peer_serving })
     }
 
     async fn bind(&self) -> Result<Vec<Listener>, StartError> {
-        let tls = self.tls.clone().map(Tls::new).transpose()?.map(Arc::new);
-        let client_cert_auth = self.tls.as_ref().is_some_and(|files| files.client_cert_auth);
+        let hosts: Vec<String> = self.listen.iter().filter_map(|listen| host_of(&listen.url)).collect();
+        let tls = self.tls.clone().map(|files| Tls::new(files, &hosts)).transpose()?.map(Arc::new);
+        let client_cert_auth = self.tls.as_ref().is_some_and(TlsFiles::client_cert_auth);
         let mut listeners = Vec::with_capacity(self.listen.len());
         for Listen { url: text, tenant, serves } in &self.listen {
             let url = Url::parse(text).map_err(|error| StartError::Url { url: text.clone(), error })?;
@@ -292,6 +363,24 @@ impl Builder {
             listeners.push(Listener::bind(&url, tenant.clone(), *serves, tls.clone(), client_cert_auth).await?);
         }
         Ok(listeners)
+    }
+
+    /// The listeners for other members, and whether they speak TLS: all of them, or none.
+    async fn bind_peers(&self, has_tls: bool) -> Result<(Vec<TcpListener>, bool), StartError> {
+        let mut listeners = Vec::new();
+        let mut secure = None;
+        for text in &self.peer_listen {
+            let url = Url::parse(text).map_err(|error| StartError::Url { url: text.clone(), error })?;
+            let is_secure = url.scheme() == "https";
+            if is_secure && !has_tls {
+                return Err(StartError::NoCertificate(text.clone()));
+            }
+            if secure.replace(is_secure).is_some_and(|before| before != is_secure) {
+                return Err(StartError::MixedPeers);
+            }
+            listeners.push(bind_peer(&url).await?);
+        }
+        Ok((listeners, secure.unwrap_or(false)))
     }
 
     fn member_names(&self) -> MemberNames {
@@ -309,9 +398,13 @@ impl Builder {
                 tenant_client_urls.entry(tenant.clone()).or_default().push(url);
             }
         }
-        let peer_urls = self.cell.peer_urls.clone();
-        MemberNames { name: self.name.clone(), peer_urls, client_urls, tenant_client_urls }
+        let MemberNames { name, peer_urls, .. } = self.cell.names.clone();
+        MemberNames { name, peer_urls, client_urls, tenant_client_urls }
     }
+}
+
+fn host_of(url: &str) -> Option<String> {
+    Some(Url::parse(url).ok()?.host_str()?.trim_matches(['[', ']']).to_string())
 }
 
 #[cfg(test)]

@@ -8,29 +8,32 @@
 //! whatever was acknowledged before, then [`Tenant::reader`] (small reads, on the caller's thread) or [`Tenant::read`] (on
 //! the reading threads) looks at one point in time.
 //!
-//! Three tasks run beside that, all of them only on the leader: one follows leadership and tells the [`Lessor`], one proposes
-//! the revokes of expired leases, one proposes the steps that give back compacted space ([`crate::reclaim`]).
+//! Four tasks run beside that. Three have something to do only on the leader: one follows leadership and tells the [`Lessor`], one
+//! proposes the revokes of expired leases, one the steps that give back compacted space ([`crate::reclaim`]). The fourth looks at
+//! the disk ([`crate::disk`]).
 //!
 //! What must hold: leases stored on disk are known to the lessor before the log goes on being applied, so that no grant or
 //! revoke passes it by; and a [`Fault`] ends the member: nothing is applied after it, [`Cell::failed`] tells the
 //! program, which stops. The layout of the data directory is described in [`crate::data_dir`].
 
+mod bootstrap;
+mod members;
 mod tenant;
 
-use std::collections::HashMap;
-use std::path::PathBuf;
+use std::collections::{BTreeMap, HashMap};
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-use bytes::Bytes;
 use futures::StreamExt;
 use parking_lot::{Mutex, RwLock};
 use tenure_raft_server as raft;
+use tenure_raft_server::transport::peers::{PeerIdentity, PeerStats, Peers, PeersConfig};
 use tenure_storage::limits::TENANT_NAME_BYTES_MAX;
 use tenure_storage::{
-    Command, Envelope, Fault, LeaseId, Observer, Outcome, Refusal, RocksEngine, RocksOptions, StateMachine, Store,
-    TenantId, TenantReader,
+    Command, Copier, Envelope, Fault, LeaseId, MembersCommand, Membership, Observer, Outcome, Refusal, RocksEngine,
+    RocksOptions, StateMachine, Store, TenantId, TenantReader,
 };
 use tokio::sync::watch;
 use tokio::task::JoinSet;
@@ -38,11 +41,14 @@ use tokio::time::{Instant, timeout_at};
 
 use crate::cell_error::CellError;
 use crate::data_dir::{DataDir, DataDirError, Identity};
+use crate::disk::{self, Disk};
 use crate::ids;
 use crate::lessor::{self, Lessor};
 use crate::read_pool::ReadPool;
 use crate::reclaim::Reclaimer;
 
+use self::bootstrap::Beginning;
+pub use self::bootstrap::{BootstrapError, ClusterState, InitialCluster};
 pub use self::tenant::{Granted, Tenant};
 
 /// The tenant of a client that says nothing.
@@ -60,16 +66,53 @@ const START_TIMEOUT: Duration = Duration::from_secs(120);
 /// Revokes of expired leases proposed at the same time. The rest of a poll waits.
 const REVOKES_IN_FLIGHT_MAX: usize = 256;
 
+/// How fast a copy of the state is sent to a member, so that it takes no more than a part of disk and link.
+const SNAPSHOT_BYTES_PER_SECOND: u64 = 128 << 20;
+
+/// How often a member that starts looks at what its peers say of it.
+const LOOK_AT_PEERS_PERIOD: Duration = Duration::from_millis(100);
+
 /// The lane of commands that belong to no tenant.
 const CELL_LANE: u32 = 0;
+
+/// How this member presents itself in a member list.
+#[derive(Clone, Debug, Default)]
+pub struct MemberNames {
+    pub name: String,
+    pub peer_urls: Vec<String>,
+    /// Where clients whose certificate says whose they are connect, and those of `default`.
+    pub client_urls: Vec<String>,
+    /// The listeners of a tenant's own, by its name. Only these are told to its clients: behind any other URL they would be
+    /// another tenant.
+    pub tenant_client_urls: BTreeMap<String, Vec<String>>,
+}
 
 /// How a cell is opened.
 #[derive(Clone, Debug)]
 pub struct CellConfig {
     pub data_dir: PathBuf,
-    /// Only for the ids of a new data directory, see [`crate::ids`].
-    pub peer_urls: Vec<String>,
+    /// What this member tells of itself. Its peer URLs also make the ids of a new data directory, see [`crate::ids`].
+    pub names: MemberNames,
+    /// Free bytes on the disk below which writes are refused; `None`: see [`crate::disk`].
+    pub disk_reserve_bytes: Option<u64>,
+    /// Whether this member goes on alone with what it has, and removes the others. Default false.
+    pub force_new_cluster: bool,
+    /// The members of a new cell, or of the one to join; empty: this one alone. Of no meaning once there is data.
+    pub initial_cluster: InitialCluster,
+    pub cluster_state: ClusterState,
     pub cluster_token: String,
+    /// How other members are reached, where their URLs are `https`.
+    pub peer_tls: Option<Arc<rustls::ClientConfig>>,
+    /// Whether changes of members that endanger the quorum are refused. Default true.
+    pub strict_reconfig_check: bool,
+    /// Learners at a time. Default 1.
+    pub max_learners: usize,
+    /// Whether a member asks if it could win before it disturbs the others with an election. Default true.
+    pub pre_vote: bool,
+    /// If not 0, the state is made durable after this many log entries, and not only for their bytes.
+    pub snapshot_count: u64,
+    /// Entries kept for members that are behind. Default 5,000.
+    pub snapshot_catchup_entries: u64,
     /// Bytes each tenant may hold: 0 = [`QUOTA_BYTES_DEFAULT`], negative = no limit.
     pub quota_backend_bytes: i64,
     /// Made to exist, beside [`DEFAULT_TENANT`].
@@ -85,8 +128,22 @@ impl CellConfig {
     pub fn new(data_dir: impl Into<PathBuf>) -> Self {
         CellConfig {
             data_dir: data_dir.into(),
-            peer_urls: vec![ids::PEER_URL_DEFAULT.to_string()],
+            names: MemberNames {
+                name: "default".to_string(),
+                peer_urls: vec![ids::PEER_URL_DEFAULT.to_string()],
+                ..MemberNames::default()
+            },
+            disk_reserve_bytes: None,
+            force_new_cluster: false,
+            initial_cluster: Vec::new(),
+            cluster_state: ClusterState::New,
             cluster_token: ids::CLUSTER_TOKEN_DEFAULT.to_string(),
+            peer_tls: None,
+            strict_reconfig_check: true,
+            max_learners: 1,
+            pre_vote: true,
+            snapshot_count: 0,
+            snapshot_catchup_entries: 5_000,
             quota_backend_bytes: 0,
             tenants: Vec::new(),
             heartbeat_interval: Duration::from_millis(100),
@@ -103,6 +160,15 @@ pub enum OpenError {
     DataDir(#[from] DataDirError),
     #[error("open the state: {0}")]
     State(#[from] Fault),
+    #[error(transparent)]
+    Bootstrap(#[from] BootstrapError),
+    #[error("the member has been permanently removed from the cluster; its data directory must be removed")]
+    Removed,
+    /// Its data, its token or its peers are another cluster's.
+    #[error("all other members are of another cluster than {0:x}, which the data directory belongs to")]
+    OtherCluster(u64),
+    #[error("look for room on the disk: {0}")]
+    Disk(std::io::Error),
     #[error("start replication: {0}")]
     Raft(#[from] raft::StartError),
     #[error("start threads: {0}")]
@@ -153,6 +219,11 @@ pub struct Cell(Arc<Inner>);
 struct Inner {
     // Dropped in this order: the directory's lock goes last, when nothing of ours has a file in it open.
     server: Mutex<Option<raft::JoinGuard>>,
+    peers: Peers,
+    changing_members: tokio::sync::Mutex<()>,
+    strict_reconfig_check: bool,
+    max_learners: usize,
+    learners_promoted: AtomicU64,
     raft: raft::Handle<Outcome>,
     leadership: watch::Receiver<raft::Leadership>,
     read_pool: ReadPool,
@@ -162,6 +233,7 @@ struct Inner {
     /// What of a tenant does not change, looked up by every request. Filled on first use.
     tenants: RwLock<HashMap<String, Arc<TenantParts>>>,
     defragment: Defragment,
+    disk: Disk,
     failure: Failure,
     request_timeout: Duration,
     election_timeout: Duration,
@@ -192,6 +264,10 @@ struct Applier(StateMachine<RocksEngine>);
 struct Watcher {
     lessor: Arc<Lessor>,
     reclaimer: Arc<Reclaimer>,
+    peers: Peers,
+    /// Set when the state is open: what comes before that is read from it then.
+    store: std::sync::OnceLock<Store<RocksEngine>>,
+    failure: Failure,
 }
 
 impl Observer for Watcher {
@@ -205,6 +281,22 @@ impl Observer for Watcher {
 
     fn reclaim_pending(&self, tenant: TenantId) {
         self.reclaimer.add(tenant);
+    }
+
+    fn members_changed(&self, membership: &Membership) {
+        // An empty state knows nobody yet.
+        if !membership.members.is_empty() {
+            let members = membership.members.iter().map(|member| (member.id, member.peer_urls.clone()));
+            self.peers.set_members(&members.collect::<Vec<_>>());
+        }
+    }
+
+    fn state_replaced(&self) {
+        let Some(store) = self.store.get() else { return };
+        self.lessor.clear();
+        if let Err(fault) = load_leases(store, &self.lessor) {
+            self.failure.report(&fault.to_string());
+        }
     }
 }
 
@@ -230,42 +322,60 @@ impl raft::StateMachine for Applier {
     fn begin_flush(&mut self) -> Result<(), Fault> {
         self.0.begin_flush()
     }
+
+    fn snapshotter(&self) -> Arc<dyn raft::Snapshotter> {
+        Arc::new(StateCopier(self.0.copier()))
+    }
+
+    fn install(&mut self, dir: &Path) -> Result<u64, Fault> {
+        self.0.install(dir)
+    }
+}
+
+struct StateCopier(Copier<RocksEngine>);
+
+impl raft::Snapshotter for StateCopier {
+    fn write_to(&self, dir: &Path) -> Result<u64, Fault> {
+        self.0.write_to(dir)
+    }
 }
 
 impl Cell {
-    /// Opens or makes the cell in its data directory, and waits until it leads and has replayed its log.
+    /// Opens or makes the cell in its data directory, and waits until it has a leader and this member has applied whatever was
+    /// acknowledged before. Of several members that may take until enough of them are there; one alone does not wait
+    /// for ever.
     ///
     /// Must be called in a tokio runtime; the cell's tasks run there.
     ///
     /// # Errors
     /// [`OpenError`]. The directory is released again.
     pub async fn open(config: CellConfig) -> Result<Cell, OpenError> {
+        Cell::begin(config).await?.complete().await
+    }
+
+    /// As [`Cell::open`], up to where other members can be served: the first of several needs them to go on.
+    ///
+    /// # Errors
+    /// [`OpenError`].
+    pub async fn begin(config: CellConfig) -> Result<Opening, OpenError> {
         for name in &config.tenants {
             check_tenant_name(name).map_err(CreateTenantError::from)?;
         }
+        let beginning = bootstrap::beginning(&config, &config.peers(bootstrap::nobody())).await?;
         let for_open = config.clone();
+        let runtime = tokio::runtime::Handle::current();
         // Reads the disk.
-        let opened = tokio::task::spawn_blocking(move || Inner::open(&for_open)).await;
-        let (cell, reclaimer) = opened.map_err(|_| OpenError::SetUp(CellError::Stopped))??;
+        let opened = tokio::task::spawn_blocking(move || Inner::open(&for_open, beginning, &runtime)).await;
+        let (cell, reclaimer, bootstrap) = opened.map_err(|_| OpenError::SetUp(CellError::Stopped))??;
         cell.start_tasks(reclaimer);
-        let set_up = tokio::select! {
-            set_up = cell.set_up(&config) => set_up,
-            cause = cell.failed() => Err(OpenError::Failed(cause)),
-            () = tokio::time::sleep(START_TIMEOUT) => Err(OpenError::NoLeader),
-        };
-        match set_up {
-            Ok(()) => Ok(cell),
-            Err(error) => {
-                cell.stop().await;
-                Err(error)
-            }
-        }
+        Ok(Opening { cell, config, bootstrap })
     }
 
     fn start_tasks(&self, reclaimer: Arc<Reclaimer>) {
         let mut tasks = self.0.tasks.lock();
         tasks.spawn(follow_leadership(Arc::downgrade(&self.0), self.0.leadership.clone()));
         tasks.spawn(revoke_expired(Arc::downgrade(&self.0)));
+        tasks.spawn(watch_disk(Arc::downgrade(&self.0)));
         let cell = Arc::downgrade(&self.0);
         tasks.spawn(async move {
             reclaimer
@@ -278,13 +388,20 @@ impl Cell {
     }
 
     /// Waits for the log, then brings what the cell holds in line with its configuration.
-    async fn set_up(&self, config: &CellConfig) -> Result<(), OpenError> {
-        // A long log takes longer to replay than a request may.
+    async fn set_up(&self, config: &CellConfig, bootstrap: Vec<(u64, Vec<String>)>) -> Result<(), OpenError> {
+        // A long log takes longer to replay than a request may, and so do members that are not there yet.
         while let Err(error) = self.0.read_barrier().await {
             if !matches!(error, CellError::TimeoutRead) {
                 return Err(OpenError::SetUp(error));
             }
         }
+        if self.membership().members.is_empty() {
+            self.settle(MembersCommand::Bootstrap { members: bootstrap }).await?;
+        }
+        if config.force_new_cluster {
+            self.forget_others().await?;
+        }
+        self.publish(&config.names).await?;
         let quota_bytes = match config.quota_backend_bytes {
             0 => QUOTA_BYTES_DEFAULT,
             given => given,
@@ -297,6 +414,49 @@ impl Cell {
             self.create_tenant(name).await?;
         }
         Ok(())
+    }
+
+    /// Raft knows no other member any more; now the cell does not either.
+    async fn forget_others(&self) -> Result<(), OpenError> {
+        let own = self.member_id();
+        let membership = self.membership();
+        if membership.member(own).is_some_and(|member| member.is_learner) {
+            self.settle(MembersCommand::Promote { id: own }).await?;
+        }
+        for other in membership.members.iter().filter(|member| member.id != own) {
+            tracing::warn!(member = format!("{:x}", other.id), name = other.name, "remove a member that is lost");
+            self.settle(MembersCommand::Remove { id: other.id }).await?;
+        }
+        Ok(())
+    }
+
+    /// Tells the others who this member is, if they do not know.
+    async fn publish(&self, names: &MemberNames) -> Result<(), OpenError> {
+        let id = self.member_id();
+        let tenant_urls: Vec<(String, String)> = names
+            .tenant_client_urls
+            .iter()
+            .flat_map(|(tenant, urls)| urls.iter().map(|url| (tenant.clone(), url.clone())))
+            .collect();
+        let (name, client_urls) = (names.name.clone(), names.client_urls.clone());
+        let known = self.membership().member(id).is_some_and(|member| {
+            member.name == name && member.client_urls == client_urls && member.tenant_urls == tenant_urls
+        });
+        if known { Ok(()) } else { self.settle(MembersCommand::Publish { id, name, client_urls, tenant_urls }).await }
+    }
+
+    /// Proposes until it is applied.
+    async fn settle(&self, command: MembersCommand) -> Result<(), OpenError> {
+        loop {
+            match self.0.propose(TenantId(0), Command::Members(command.clone())).await {
+                Ok(Outcome { result: Ok(_), .. }) => return Ok(()),
+                Ok(Outcome { result: Err(Refusal::MemberNotFound), .. }) => return Err(OpenError::Removed),
+                Ok(Outcome { result: Err(refusal), .. }) => return Err(OpenError::SetUp(refusal.into())),
+                // A new cell's first leader may be gone before it has said much.
+                Err(CellError::TimeoutWrite | CellError::LeaderChanged) => {}
+                Err(error) => return Err(OpenError::SetUp(error)),
+            }
+        }
     }
 
     /// The tenant of that name, if there is one.
@@ -381,9 +541,45 @@ impl Cell {
         }
     }
 
-    /// Ends the tasks and the raft server, with everything applied flushed to disk. Requests that come in from now on
-    /// answer [`CellError::Stopped`].
+    /// Learners that got their vote from this member as the leader.
+    pub fn learners_promoted(&self) -> u64 {
+        self.0.learners_promoted.load(Ordering::Relaxed)
+    }
+
+    /// The disk of the data directory.
+    pub fn disk(&self) -> &Disk {
+        &self.0.disk
+    }
+
+    /// Ends when all the other members say that they are of another cluster.
+    async fn among_strangers(&self) {
+        let mut look = tokio::time::interval(LOOK_AT_PEERS_PERIOD);
+        loop {
+            look.tick().await;
+            let peers = self.peer_stats();
+            if !peers.is_empty() && peers.iter().all(|(_, stats)| stats.is_of_other_cluster()) {
+                return;
+            }
+        }
+    }
+
+    /// The other members, for whoever listens for them.
+    pub fn peers(&self) -> &Peers {
+        &self.0.peers
+    }
+
+    /// What is counted of each other member, for metrics.
+    pub fn peer_stats(&self) -> Vec<(u64, Arc<PeerStats>)> {
+        self.0.peers.stats()
+    }
+
+    /// Hands leadership over if this member has it, then ends the tasks and the raft server, with everything applied flushed to
+    /// disk. Requests that come in from now on answer [`CellError::Stopped`].
     pub async fn stop(&self) {
+        let status = self.0.raft.status();
+        if status.is_leader && status.voters > 1 && !self.0.hand_over(0).await {
+            tracing::warn!("nobody took over the leadership in time");
+        }
         self.0.tasks.lock().abort_all();
         let server = self.0.server.lock().take();
         if let Some(server) = server {
@@ -392,27 +588,111 @@ impl Cell {
                 tracing::error!(%error, "stop the raft server");
             }
         }
+        self.0.peers.stop();
+    }
+}
+
+/// A member that serves other members already, and no clients yet.
+pub struct Opening {
+    cell: Cell,
+    config: CellConfig,
+    bootstrap: Vec<(u64, Vec<String>)>,
+}
+
+impl Opening {
+    /// What other members talk to.
+    pub fn peers(&self) -> &Peers {
+        self.cell.peers()
+    }
+
+    /// Waits until it serves; see [`Cell::open`].
+    ///
+    /// # Errors
+    /// [`OpenError`]. The directory is released again.
+    pub async fn complete(self) -> Result<Cell, OpenError> {
+        let Opening { cell, config, bootstrap } = self;
+        let alone = config.initial_cluster.len() <= 1 && config.cluster_state == ClusterState::New;
+        let patience = async {
+            tokio::time::sleep(START_TIMEOUT).await;
+            // A cell of one may have grown since its flags were written.
+            if !alone || cell.raft_status().voters > 1 {
+                std::future::pending::<()>().await;
+            }
+        };
+        let set_up = tokio::select! {
+            set_up = cell.set_up(&config, bootstrap) => set_up,
+            cause = cell.failed() => Err(OpenError::Failed(cause)),
+            () = cell.removed() => Err(OpenError::Removed),
+            () = cell.among_strangers() => Err(OpenError::OtherCluster(cell.cluster_id())),
+            () = patience => Err(OpenError::NoLeader),
+        };
+        match set_up {
+            Ok(()) => Ok(cell),
+            Err(error) => {
+                cell.stop().await;
+                Err(error)
+            }
+        }
+    }
+
+    /// Gives up.
+    pub async fn stop(self) {
+        self.cell.stop().await;
+    }
+}
+
+impl CellConfig {
+    fn peers(&self, identity: PeerIdentity) -> PeersConfig {
+        PeersConfig {
+            identity,
+            tls: self.peer_tls.clone(),
+            timeout: self.election_timeout.max(Duration::from_secs(1)),
+            snapshot_bytes_per_second: SNAPSHOT_BYTES_PER_SECOND,
+        }
     }
 }
 
 impl Inner {
-    fn open(config: &CellConfig) -> Result<(Cell, Arc<Reclaimer>), OpenError> {
-        let member_id = ids::member_id(&config.peer_urls, &config.cluster_token);
-        let first = Identity { member_id, cluster_id: ids::cluster_id(&[member_id]) };
-        let data_dir = DataDir::open(&config.data_dir, first)?;
-        let identity = data_dir.identity();
+    #[expect(clippy::type_complexity, reason = "named where it is taken apart")]
+    fn open(
+        config: &CellConfig,
+        beginning: Beginning,
+        runtime: &tokio::runtime::Handle,
+    ) -> Result<(Cell, Arc<Reclaimer>, Vec<(u64, Vec<String>)>), OpenError> {
+        let Beginning { identity, voters, members } = beginning;
+        let data_dir = DataDir::open(&config.data_dir, identity, &config.cluster_token)?;
+        let disk = Disk::new(data_dir.path(), config.disk_reserve_bytes).map_err(OpenError::Disk)?;
         let engine = Arc::new(RocksEngine::open(&data_dir.state(), &config.engine)?);
+        let Identity { member_id, cluster_id } = identity;
+        let peers = Peers::new(config.peers(PeerIdentity { member_id, cluster_id }), runtime.clone());
+        peers.set_members(&members);
         let lessor = Arc::new(Lessor::new(config.election_timeout));
         let reclaimer = Arc::new(Reclaimer::default());
-        let observer = Watcher { lessor: Arc::clone(&lessor), reclaimer: Arc::clone(&reclaimer) };
-        let state = StateMachine::open(engine, Arc::new(observer))?;
+        let failure = Failure(Arc::new(watch::Sender::new(None)));
+        let observer = Arc::new(Watcher {
+            lessor: Arc::clone(&lessor),
+            reclaimer: Arc::clone(&reclaimer),
+            peers: peers.clone(),
+            store: std::sync::OnceLock::new(),
+            failure: failure.clone(),
+        });
+        let state = StateMachine::open(engine, Arc::clone(&observer) as Arc<dyn Observer>)?;
         let store = state.store();
         load_leases(&store, &lessor)?;
-        let failure = Failure(Arc::new(watch::Sender::new(None)));
-        let raft_config = raft_config(config, identity, data_dir.log(), failure.clone())?;
-        let (raft, server) = raft::start(raft_config, Applier(state), raft::NoPeers)?;
+        assert!(observer.store.set(store.clone()).is_ok(), "set once");
+        let raft_config = raft::Config {
+            append_paused: disk.append_paused(),
+            ..raft_config(config, identity, voters, &data_dir, failure.clone(), runtime)?
+        };
+        let (raft, server) = raft::start(raft_config, Applier(state), peers.transport())?;
+        peers.attach(&raft);
         let inner = Inner {
             server: Mutex::new(Some(server)),
+            peers: peers.clone(),
+            changing_members: tokio::sync::Mutex::default(),
+            strict_reconfig_check: config.strict_reconfig_check,
+            max_learners: config.max_learners,
+            learners_promoted: AtomicU64::new(0),
             leadership: raft.leadership(),
             raft,
             read_pool: ReadPool::for_this_machine().map_err(OpenError::Threads)?,
@@ -421,12 +701,15 @@ impl Inner {
             lessor,
             tenants: RwLock::default(),
             defragment: Defragment::default(),
+            disk,
             failure,
             request_timeout: request_timeout(config),
             election_timeout: config.election_timeout,
             data_dir,
         };
-        Ok((Cell(Arc::new(inner)), reclaimer))
+        let inner = Arc::new(inner);
+        peers.answer_calls(Arc::new(members::Answers(Arc::downgrade(&inner))));
+        Ok((Cell(inner), reclaimer, members))
     }
 
     fn identity(&self) -> Identity {
@@ -444,8 +727,13 @@ impl Inner {
     }
 
     async fn propose(&self, tenant: TenantId, command: Command) -> Result<Outcome, CellError> {
+        self.propose_in(None, tenant, command).await
+    }
+
+    /// With a term: by this member as its leader, or not at all.
+    async fn propose_in(&self, term: Option<u64>, tenant: TenantId, command: Command) -> Result<Outcome, CellError> {
         let lane = match &command {
-            Command::CreateTenant { .. } | Command::Configure { .. } => CELL_LANE,
+            Command::CreateTenant { .. } | Command::Configure { .. } | Command::Members(_) => CELL_LANE,
             Command::Put(_)
             | Command::DeleteRange(_)
             | Command::Txn(_)
@@ -455,29 +743,35 @@ impl Inner {
             | Command::LeaseRevoke { .. }
             | Command::Alarm { .. } => tenant.0,
         };
+        // The reserve of the disk is not for clients.
+        if self.disk.is_full() && command.quota_cost_bytes() > 0 {
+            return Err(Refusal::NoSpace.into());
+        }
         let envelope = Envelope { tenant, member_id: self.identity().member_id, command }.encode();
         let deadline = Instant::now() + self.request_timeout;
-        let written = timeout_at(deadline, self.propose_when_led(lane, envelope)).await;
-        written.unwrap_or(Err(CellError::TimeoutWrite))
-    }
-
-    /// As in etcd, a write without a leader waits for one, as long as it may.
-    async fn propose_when_led(&self, lane: u32, envelope: Bytes) -> Result<Outcome, CellError> {
-        loop {
-            match self.raft.propose(lane, envelope.clone()).await {
-                Ok(outcome) => return Ok(outcome),
-                Err(raft::ProposeError::NotLeader { .. }) => self.wait_for_leadership().await?,
-                Err(raft::ProposeError::QueueFull) => return Err(CellError::TooManyRequests),
-                Err(raft::ProposeError::TooLarge) => return Err(CellError::TooLarge),
-                Err(raft::ProposeError::Dropped) => return Err(CellError::LeaderChanged),
-                Err(raft::ProposeError::Stopped) => return Err(CellError::Stopped),
+        // As in etcd, a write without a leader waits for one, as long as it may.
+        let written = async {
+            match term {
+                Some(term) => self.raft.propose_in_term(term, lane, envelope).await,
+                None => self.raft.propose(lane, envelope).await,
             }
+        };
+        match timeout_at(deadline, written).await {
+            Ok(written) => written.map_err(CellError::from),
+            Err(_) => Err(CellError::TimeoutWrite),
         }
     }
 
-    async fn wait_for_leadership(&self) -> Result<(), CellError> {
-        let mut leadership = self.leadership.clone();
-        leadership.wait_for(|now| now.is_leader).await.map(|_| ()).map_err(|_| CellError::Stopped)
+    /// Whether this member led `term` at some moment after the call: the others say so.
+    async fn leads_still(&self, term: u64) -> Result<bool, CellError> {
+        match self.read_barrier().await {
+            Ok(()) => {
+                let status = self.raft.status();
+                Ok(status.is_leader && status.term == term)
+            }
+            Err(CellError::TimeoutRead) => Ok(false),
+            Err(error) => Err(error),
+        }
     }
 
     async fn read_barrier(&self) -> Result<(), CellError> {
@@ -526,12 +820,14 @@ impl Failure {
     }
 }
 
-/// raft-server's configuration for a cell of one voter. A read waits as long as a request may.
+/// raft-server's configuration. A read waits as long as a request may.
 fn raft_config(
     config: &CellConfig,
     identity: Identity,
-    log_dir: PathBuf,
+    initial_voters: Vec<u64>,
+    data_dir: &DataDir,
     failure: Failure,
+    runtime: &tokio::runtime::Handle,
 ) -> Result<raft::Config, OpenError> {
     let tick_ms = u64::try_from(config.heartbeat_interval.as_millis()).unwrap_or(u64::MAX).max(1);
     let ticks = |duration: Duration| {
@@ -540,11 +836,17 @@ fn raft_config(
     };
     Ok(raft::Config {
         tick_ms,
+        initial_voters,
+        force_sole_voter: config.force_new_cluster,
+        snapshot_dir: data_dir.snapshots(),
         election_timeout_ticks: ticks(config.election_timeout)?,
         read_timeout_ticks: ticks(request_timeout(config))?,
-        reply_runtime: tokio::runtime::Handle::try_current().ok(),
+        pre_vote: config.pre_vote,
+        flush_entries: config.snapshot_count,
+        log_catchup_entries: config.snapshot_catchup_entries,
+        reply_runtime: Some(runtime.clone()),
         fault_handler: Some(Arc::new(move |fault| failure.report(&format!("{}: {}", fault.thread, fault.cause)))),
-        ..raft::Config::new(identity.member_id, log_dir)
+        ..raft::Config::new(identity.member_id, data_dir.log())
     })
 }
 
@@ -578,7 +880,7 @@ async fn follow_leadership(cell: Weak<Inner>, mut leadership: watch::Receiver<ra
                 Some(term) => match cell.read_barrier().await {
                     Ok(()) => {
                         tracing::info!(term, "lead");
-                        cell.lessor.promote();
+                        cell.lessor.promote(term);
                     }
                     Err(CellError::Stopped) => return,
                     // Not the leader any more, or too busy to tell: look again.
@@ -598,16 +900,35 @@ async fn follow_leadership(cell: Weak<Inner>, mut leadership: watch::Receiver<ra
     }
 }
 
+/// Keeps an eye on the disk, and the leadership away from a full one.
+async fn watch_disk(cell: Weak<Inner>) {
+    let mut look = tokio::time::interval(disk::LOOK_PERIOD);
+    look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let mut handed_over: Option<Instant> = None;
+    loop {
+        look.tick().await;
+        let Some(cell) = cell.upgrade() else { return };
+        cell.disk.look();
+        let status = cell.raft.status();
+        let is_due = handed_over.is_none_or(|before| before.elapsed() >= disk::HAND_OVER_PERIOD);
+        if cell.disk.is_full() && status.is_leader && status.voters > 1 && is_due {
+            handed_over = Some(Instant::now());
+            cell.raft.transfer_leadership(0);
+        }
+    }
+}
+
 async fn revoke_expired(cell: Weak<Inner>) {
     let mut poll = tokio::time::interval(lessor::POLL_PERIOD);
     poll.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         poll.tick().await;
         let Some(cell) = cell.upgrade() else { return };
+        let Some(term) = cell.lessor.led_term() else { continue };
         let cell = &cell;
         futures::stream::iter(cell.lessor.take_expired())
             .for_each_concurrent(REVOKES_IN_FLIGHT_MAX, |(tenant, id)| async move {
-                match cell.propose(tenant, Command::LeaseRevoke { id }).await {
+                match cell.propose_in(Some(term), tenant, Command::LeaseRevoke { id }).await {
                     // A client may have revoked it first.
                     Ok(Outcome { result: Ok(_) | Err(Refusal::LeaseNotFound(_)), .. }) => {}
                     Ok(Outcome { result: Err(refusal), .. }) => {

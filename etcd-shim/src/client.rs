@@ -298,8 +298,8 @@ impl Client {
     }
 
     /// What is left of a lease; `None` if there is no such lease.
-    pub fn lease(&self, id: LeaseId) -> Option<Remaining> {
-        self.tenant.lease_remaining(id)
+    pub async fn lease(&self, id: LeaseId) -> Result<Option<Remaining>, CellError> {
+        self.tenant.lease_remaining(id).await
     }
 
     /// Watches a range. With a `start_revision` of 0 it tells what happens after this returns.

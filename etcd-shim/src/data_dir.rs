@@ -6,18 +6,20 @@
 //! | `IDENTITY` | who this member is: see below; written once, before anything else |
 //! | `log/` | the raft log, in raft-server's format |
 //! | `state/` | the replicated state of all tenants, in storage's format |
+//! | `snapshot/` | copies of the state on their way to or from other members; emptied at start |
 //!
 //! `IDENTITY` is text, so that an operator can read it, in exactly this form:
 //!
 //! ```text
-//! tenure-data 1
+//! tenure-data 2
 //! member 8e9e05c52164694d
 //! cluster cdf818194e3a8c32
+//! token etcd-cluster
 //! check 5f3a9c01
 //! ```
 //!
 //! The number in the first line is the version of the whole directory's layout; a program that does not know it refuses
-//! to start. `check` is the CRC-32 of everything before its line, as eight hexadecimal digits. The file is written beside
+//! to start. Version 1 had no `token`, the `--initial-cluster-token` of the first start; it is read, and stays as it is. `check` is the CRC-32 of everything before its line, as eight hexadecimal digits. The file is written beside
 //! its place, synced and renamed, so it is there whole or not at all.
 //!
 //! A directory without `IDENTITY` must be empty (but for `LOCK`): a mistyped `--data-dir` must not be filled with files,
@@ -28,12 +30,15 @@ use std::io::{self, Write};
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 
+use crate::ids::CLUSTER_TOKEN_DEFAULT;
+
 const LOCK: &str = "LOCK";
 const IDENTITY: &str = "IDENTITY";
 const IDENTITY_NEW: &str = "IDENTITY.new";
 
-/// Version of the layout that this program writes; the only one there is.
-const LAYOUT_VERSION: u32 = 1;
+/// Version of the layout that this program writes. It reads the one before it too.
+const LAYOUT_VERSION: u32 = 2;
+const LAYOUT_VERSION_WITHOUT_TOKEN: u32 = 1;
 
 /// Why a data directory cannot be used. Each is one clear line for the operator.
 #[derive(Debug, thiserror::Error)]
@@ -50,6 +55,8 @@ pub enum DataDirError {
     UnknownVersion { path: PathBuf, version: String },
     #[error("{} is damaged", .0.display())]
     Damaged(PathBuf),
+    #[error("{} is of a cluster with --initial-cluster-token {found:?}, not {given:?}", path.display())]
+    OtherToken { path: PathBuf, found: String, given: String },
 }
 
 /// Who this member is, for ever.
@@ -69,21 +76,21 @@ pub struct DataDir {
 }
 
 impl DataDir {
-    /// Takes the directory, making it with `first` as its identity if there is none yet.
+    /// Takes the directory, making it with `first` as its identity, of a cluster with this token, if there is none yet.
     ///
     /// # Errors
     /// [`DataDirError`]; nothing was changed, except that the directory and its lock file may exist now.
-    pub fn open(path: &Path, first: Identity) -> Result<Self, DataDirError> {
+    pub fn open(path: &Path, first: Identity, token: &str) -> Result<Self, DataDirError> {
         fs::create_dir_all(path).map_err(io("create", path))?;
         if path.join("member").is_dir() && !path.join(IDENTITY).exists() {
             return Err(DataDirError::OfEtcd(path.to_path_buf()));
         }
         let lock = take_lock(path)?;
         let identity = match read_identity(path)? {
-            Some(identity) => identity,
+            Some((identity, _)) => identity,
             None => {
                 check_empty(path)?;
-                write_identity(path, first)?;
+                write_identity(path, first, token)?;
                 first
             }
         };
@@ -94,6 +101,25 @@ impl DataDir {
         Ok(this)
     }
 
+    /// Who the directory belongs to already; `None` if it has to be decided first. `token` must be the one that it was made with, if
+    /// that is known, or etcd's default: whoever says nothing means any.
+    ///
+    /// # Errors
+    /// As [`DataDir::open`], and [`DataDirError::OtherToken`].
+    pub fn identity_in(path: &Path, token: &str) -> Result<Option<Identity>, DataDirError> {
+        match read_identity(path)? {
+            Some((_, Some(found))) if found != written(token) && token != CLUSTER_TOKEN_DEFAULT => {
+                Err(DataDirError::OtherToken { path: path.to_path_buf(), found, given: token.to_string() })
+            }
+            Some((identity, _)) => Ok(Some(identity)),
+            None => Ok(None),
+        }
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
     pub fn identity(&self) -> Identity {
         self.identity
     }
@@ -101,6 +127,11 @@ impl DataDir {
     /// Where the raft log lives.
     pub fn log(&self) -> PathBuf {
         self.path.join("log")
+    }
+
+    /// Where copies of the state come and go.
+    pub fn snapshots(&self) -> PathBuf {
+        self.path.join("snapshot")
     }
 
     /// Where the replicated state lives.
@@ -140,14 +171,25 @@ fn check_empty(directory: &Path) -> Result<(), DataDirError> {
     Ok(())
 }
 
-fn encode_identity(identity: Identity) -> String {
+/// A token as it is written: in one line.
+fn written(token: &str) -> String {
+    token.escape_default().to_string()
+}
+
+/// The token as it is written; without one: as version 1 was.
+fn encode_identity(identity: Identity, token: Option<&str>) -> String {
     let Identity { member_id, cluster_id } = identity;
-    let body = format!("tenure-data {LAYOUT_VERSION}\nmember {member_id:016x}\ncluster {cluster_id:016x}\n");
+    let version = if token.is_some() { LAYOUT_VERSION } else { LAYOUT_VERSION_WITHOUT_TOKEN };
+    let mut body = format!("tenure-data {version}\nmember {member_id:016x}\ncluster {cluster_id:016x}\n");
+    if let Some(token) = token {
+        body.push_str(&format!("token {token}\n"));
+    }
     let check = crc32fast::hash(body.as_bytes());
     format!("{body}check {check:08x}\n")
 }
 
-fn read_identity(directory: &Path) -> Result<Option<Identity>, DataDirError> {
+/// The identity and, since version 2, the token, in the form in which it is written.
+fn read_identity(directory: &Path) -> Result<Option<(Identity, Option<String>)>, DataDirError> {
     let path = directory.join(IDENTITY);
     let text = match fs::read_to_string(&path) {
         Ok(text) => text,
@@ -157,23 +199,25 @@ fn read_identity(directory: &Path) -> Result<Option<Identity>, DataDirError> {
     let mut lines = text.lines();
     let mut field = |name: &str| lines.next()?.strip_prefix(name)?.strip_prefix(' ');
     // The version comes first: of another layout nothing else is known, not even that it has a checksum.
-    match field("tenure-data") {
-        Some(version) if version == LAYOUT_VERSION.to_string() => {}
+    let has_token = match field("tenure-data") {
+        Some(version) if version == LAYOUT_VERSION.to_string() => true,
+        Some(version) if version == LAYOUT_VERSION_WITHOUT_TOKEN.to_string() => false,
         Some(version) => return Err(DataDirError::UnknownVersion { version: version.to_string(), path }),
         None => return Err(DataDirError::Damaged(path)),
-    }
+    };
     let mut id = |name: &str| field(name).and_then(|digits| u64::from_str_radix(digits, 16).ok());
     let identity = id("member").zip(id("cluster")).map(|(member_id, cluster_id)| Identity { member_id, cluster_id });
+    let token = has_token.then(|| field("token").unwrap_or_default().to_string());
     match identity {
-        Some(identity) if encode_identity(identity) == text => Ok(Some(identity)),
+        Some(identity) if encode_identity(identity, token.as_deref()) == text => Ok(Some((identity, token))),
         Some(_) | None => Err(DataDirError::Damaged(path)),
     }
 }
 
-fn write_identity(directory: &Path, identity: Identity) -> Result<(), DataDirError> {
+fn write_identity(directory: &Path, identity: Identity, token: &str) -> Result<(), DataDirError> {
     let new = directory.join(IDENTITY_NEW);
     let mut file = File::create(&new).map_err(io("create", &new))?;
-    file.write_all(encode_identity(identity).as_bytes()).map_err(io("write", &new))?;
+    file.write_all(encode_identity(identity, Some(&written(token))).as_bytes()).map_err(io("write", &new))?;
     file.sync_all().map_err(io("sync", &new))?;
     let path = directory.join(IDENTITY);
     fs::rename(&new, &path).map_err(io("rename", &new))?;
@@ -187,47 +231,73 @@ mod tests {
 
     const FIRST: Identity = Identity { member_id: 0x8e9e_05c5_2164_694d, cluster_id: 0xcdf8_1819_4e3a_8c32 };
 
+    const TOKEN: &str = "a b";
+
     #[test]
     fn the_first_identity_stays() {
         let scratch = tempfile::tempdir().unwrap();
         let path = scratch.path().join("d");
-        assert_eq!(DataDir::open(&path, FIRST).unwrap().identity(), FIRST);
+        assert_eq!(DataDir::open(&path, FIRST, TOKEN).unwrap().identity(), FIRST);
         let other = Identity { member_id: 1, cluster_id: 2 };
-        assert_eq!(DataDir::open(&path, other).unwrap().identity(), FIRST);
+        assert_eq!(DataDir::open(&path, other, TOKEN).unwrap().identity(), FIRST);
     }
 
     #[test]
     fn one_process_at_a_time() {
         let scratch = tempfile::tempdir().unwrap();
-        let held = DataDir::open(scratch.path(), FIRST).unwrap();
-        let error = DataDir::open(scratch.path(), FIRST).unwrap_err();
+        let held = DataDir::open(scratch.path(), FIRST, TOKEN).unwrap();
+        let error = DataDir::open(scratch.path(), FIRST, TOKEN).unwrap_err();
         assert!(matches!(error, DataDirError::InUse(_)), "{error}");
         drop(held);
-        DataDir::open(scratch.path(), FIRST).unwrap();
+        DataDir::open(scratch.path(), FIRST, TOKEN).unwrap();
     }
 
     #[test]
     fn foreign_directories_are_refused() {
         let scratch = tempfile::tempdir().unwrap();
         fs::create_dir(scratch.path().join("member")).unwrap();
-        assert!(matches!(DataDir::open(scratch.path(), FIRST), Err(DataDirError::OfEtcd(_))));
+        assert!(matches!(DataDir::open(scratch.path(), FIRST, TOKEN), Err(DataDirError::OfEtcd(_))));
         let scratch = tempfile::tempdir().unwrap();
         fs::write(scratch.path().join("thesis.txt"), "").unwrap();
-        assert!(matches!(DataDir::open(scratch.path(), FIRST), Err(DataDirError::NotOurs(_))));
+        assert!(matches!(DataDir::open(scratch.path(), FIRST, TOKEN), Err(DataDirError::NotOurs(_))));
     }
 
     #[test]
     fn damage_and_other_versions_are_named() {
         let scratch = tempfile::tempdir().unwrap();
-        drop(DataDir::open(scratch.path(), FIRST).unwrap());
+        drop(DataDir::open(scratch.path(), FIRST, TOKEN).unwrap());
         let path = scratch.path().join(IDENTITY);
         let good = fs::read_to_string(&path).unwrap();
-        for bad in ["", "tenure-data 1\n", &good.replace("8e9e", "8e9f"), &good[..good.len() - 1]] {
+        for bad in ["", "tenure-data 2\n", &good.replace("8e9e", "8e9f"), &good[..good.len() - 1]] {
             fs::write(&path, bad).unwrap();
-            assert!(matches!(DataDir::open(scratch.path(), FIRST), Err(DataDirError::Damaged(_))), "{bad:?}");
+            assert!(matches!(DataDir::open(scratch.path(), FIRST, TOKEN), Err(DataDirError::Damaged(_))), "{bad:?}");
         }
-        fs::write(&path, good.replace("tenure-data 1", "tenure-data 2")).unwrap();
-        let error = DataDir::open(scratch.path(), FIRST).unwrap_err();
-        assert!(matches!(&error, DataDirError::UnknownVersion { version, .. } if version == "2"), "{error}");
+        fs::write(&path, good.replace("tenure-data 2", "tenure-data 3")).unwrap();
+        let error = DataDir::open(scratch.path(), FIRST, TOKEN).unwrap_err();
+        assert!(matches!(&error, DataDirError::UnknownVersion { version, .. } if version == "3"), "{error}");
+    }
+
+    /// What the release before wrote.
+    #[test]
+    fn a_directory_without_a_token_is_read_and_stays() {
+        const VERSION_1: &str = "tenure-data 1\nmember 8e9e05c52164694d\ncluster cdf818194e3a8c32\ncheck 42b6d483\n";
+        let scratch = tempfile::tempdir().unwrap();
+        let path = scratch.path().join(IDENTITY);
+        fs::write(&path, VERSION_1).unwrap();
+        assert_eq!(DataDir::identity_in(scratch.path(), TOKEN).unwrap(), Some(FIRST));
+        let opened = DataDir::open(scratch.path(), Identity { member_id: 1, cluster_id: 2 }, TOKEN).unwrap();
+        assert_eq!(opened.identity(), FIRST);
+        assert_eq!(fs::read_to_string(&path).unwrap(), VERSION_1);
+    }
+
+    #[test]
+    fn another_clusters_token_is_refused() {
+        let scratch = tempfile::tempdir().unwrap();
+        drop(DataDir::open(scratch.path(), FIRST, "one\ntwo ä").unwrap());
+        for token in ["one\ntwo ä", CLUSTER_TOKEN_DEFAULT] {
+            assert_eq!(DataDir::identity_in(scratch.path(), token).unwrap(), Some(FIRST));
+        }
+        let error = DataDir::identity_in(scratch.path(), "another").unwrap_err().to_string();
+        assert!(error.contains("of a cluster with --initial-cluster-token") && !error.contains('\n'), "{error}");
     }
 }

@@ -2,19 +2,22 @@
 //!
 //! Every flag of etcd is known. Those that mean nothing for one member are taken with a warning; what is asked for and not
 //! built is refused by name, because whoever set it relies on it. Everything wrong is one line; the program then exits with 1.
+//! A configuration file stands for all of them: see [`crate::config_file`].
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use url::Url;
 
-use crate::cell::check_tenant_name;
+use crate::cell::{ClusterState, InitialCluster, check_tenant_name};
+use crate::config_file;
 use crate::http_endpoints::HttpAccess;
 use crate::ids::{CLUSTER_TOKEN_DEFAULT, PEER_URL_DEFAULT};
 use crate::listen::ConnectionLimits;
 use crate::logging::{LogFormat, LogOutput, LogSettings};
 use crate::service::{MAX_REQUEST_BYTES, MAX_TXN_OPS};
+use crate::tls::PeerTlsFiles;
 
 /// What a flag's value is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,12 +38,39 @@ const FLAGS: &[Group] = &[
         "Member",
         &[
             ("data-dir", Kind::Text, "directory of everything kept (default ${name}.tenure)"),
+            (
+                "config-file",
+                Kind::Text,
+                "YAML file with flags by their names; other flags and variables do not count then",
+            ),
             ("name", Kind::Text, "this member's name (default \"default\")"),
             ("heartbeat-interval", Kind::Number, "milliseconds between heartbeats (default 100)"),
             ("election-timeout", Kind::Number, "milliseconds without a leader before an election (default 1000)"),
             ("initial-advertise-peer-urls", Kind::Text, "of a new data directory: what its member id is made from"),
             ("initial-cluster-token", Kind::Text, "of a new data directory: what its ids are made from"),
-            ("initial-cluster", Kind::Text, "NAME=URL of the one member"),
+        ],
+    ),
+    (
+        "Cluster",
+        &[
+            ("listen-peer-urls", Kind::Text, "URLs that other members use (default: none, the member is alone)"),
+            ("initial-cluster", Kind::Text, "NAME=URL of every member, separated by commas (default: this one alone)"),
+            ("initial-cluster-state", Kind::Text, "new, or existing to join the members there are (default new)"),
+            ("force-new-cluster", Kind::Switch, "go on alone, without the other members: for a majority that is lost"),
+            (
+                "strict-reconfig-check",
+                Kind::Switch,
+                "refuse changes of members that endanger the quorum (default true)",
+            ),
+            ("max-learners", Kind::Number, "members without a vote at a time (default 1)"),
+            ("pre-vote", Kind::Switch, "ask before disturbing the others with an election (default true)"),
+            ("snapshot-count", Kind::Number, "log entries after which the state is made durable (default: by bytes)"),
+            ("snapshot-catchup-entries", Kind::Number, "log entries kept for members behind (default 5000)"),
+            ("peer-cert-file", Kind::Text, "certificate towards other members, PEM"),
+            ("peer-key-file", Kind::Text, "its key, PEM"),
+            ("peer-trusted-ca-file", Kind::Text, "CA of the members' certificates, PEM"),
+            ("peer-client-cert-auth", Kind::Switch, "demand a certificate of members that connect"),
+            ("peer-auto-tls", Kind::Switch, "TLS between members with certificates that nobody checks"),
         ],
     ),
     (
@@ -73,12 +103,18 @@ const FLAGS: &[Group] = &[
             ("key-file", Kind::Text, "its key, PEM"),
             ("trusted-ca-file", Kind::Text, "CA of client certificates, PEM"),
             ("client-cert-auth", Kind::Switch, "demand a client certificate"),
+            ("auto-tls", Kind::Switch, "TLS with a certificate made at start, which clients cannot check"),
         ],
     ),
     (
         "Limits",
         &[
             ("quota-backend-bytes", Kind::Number, "bytes each tenant may hold (0 = 2 GiB, negative = no limit)"),
+            (
+                "disk-reserve-bytes",
+                Kind::Number,
+                "free bytes on the disk below which writes are refused (default 268435456, or a tenth of the disk)",
+            ),
             ("max-request-bytes", Kind::Number, "largest write (default 1572864)"),
             ("max-txn-ops", Kind::Number, "most operations of a txn (default 128)"),
             ("watch-progress-notify-interval", Kind::Duration, "period of watch progress (default 10m)"),
@@ -101,9 +137,7 @@ const FLAGS: &[Group] = &[
 
 /// Flags of etcd that a store of one member can take without acting on them. Each one given is named in a warning.
 const WITHOUT_EFFECT: &[(&str, Kind)] = &[
-    ("snapshot-count", Kind::Number),
     ("initial-election-tick-advance", Kind::Switch),
-    ("listen-peer-urls", Kind::Text),
     ("max-snapshots", Kind::Number),
     ("max-wals", Kind::Number),
     ("backend-bbolt-freelist-type", Kind::Text),
@@ -114,19 +148,11 @@ const WITHOUT_EFFECT: &[(&str, Kind)] = &[
     ("raft-read-timeout", Kind::Duration),
     ("raft-write-timeout", Kind::Duration),
     ("feature-gates", Kind::Text),
-    ("initial-cluster-state", Kind::Text),
-    ("strict-reconfig-check", Kind::Switch),
-    ("pre-vote", Kind::Switch),
     ("v2-deprecation", Kind::Text),
-    ("peer-cert-file", Kind::Text),
-    ("peer-key-file", Kind::Text),
-    ("peer-client-cert-auth", Kind::Switch),
     ("peer-client-cert-file", Kind::Text),
     ("peer-client-key-file", Kind::Text),
-    ("peer-trusted-ca-file", Kind::Text),
     ("peer-cert-allowed-cn", Kind::Text),
     ("peer-cert-allowed-hostname", Kind::Text),
-    ("peer-auto-tls", Kind::Switch),
     ("peer-crl-file", Kind::Text),
     ("peer-skip-client-san-verification", Kind::Switch),
     ("client-cert-file", Kind::Text),
@@ -152,10 +178,8 @@ const WITHOUT_EFFECT: &[(&str, Kind)] = &[
     ("compaction-batch-limit", Kind::Number),
     ("compaction-sleep-interval", Kind::Duration),
     ("downgrade-check-time", Kind::Duration),
-    ("snapshot-catchup-entries", Kind::Number),
     ("bootstrap-defrag-threshold-megabytes", Kind::Number),
     ("memory-mlock", Kind::Switch),
-    ("max-learners", Kind::Number),
     ("unsafe-no-fsync", Kind::Switch),
     ("discovery-dial-timeout", Kind::Duration),
     ("discovery-request-timeout", Kind::Duration),
@@ -181,12 +205,9 @@ const NOT_BUILT: &[(&str, Kind, &[&str])] = &[
     ("auto-compaction-mode", Kind::Text, &["periodic", "revision"]),
     ("client-crl-file", Kind::Text, &[""]),
     ("client-cert-allowed-hostname", Kind::Text, &[""]),
-    ("auto-tls", Kind::Switch, &["false"]),
     ("cipher-suites", Kind::Text, &[""]),
     ("tls-min-version", Kind::Text, &["", "TLS1.2"]),
     ("tls-max-version", Kind::Text, &["", "TLS1.3"]),
-    ("force-new-cluster", Kind::Switch, &["false"]),
-    ("config-file", Kind::Text, &[""]),
     ("discovery", Kind::Text, &[""]),
     ("discovery-token", Kind::Text, &[""]),
     ("discovery-endpoints", Kind::Text, &[""]),
@@ -214,6 +235,9 @@ pub struct Flags {
     pub advertise_client_urls: Vec<String>,
     pub tenant_listen: Vec<(String, Url)>,
     pub tls: Option<TlsFiles>,
+    /// `None`: see [`crate::disk`].
+    pub disk_reserve_bytes: Option<u64>,
+    pub force_new_cluster: bool,
     pub quota_backend_bytes: i64,
     pub max_request_bytes: usize,
     pub max_txn_ops: usize,
@@ -223,6 +247,16 @@ pub struct Flags {
     /// What the ids of a new data directory are made from.
     pub advertise_peer_urls: Vec<String>,
     pub cluster_token: String,
+    /// URLs that other members use; none: the member is alone.
+    pub listen_peer_urls: Vec<Url>,
+    pub initial_cluster: InitialCluster,
+    pub cluster_state: ClusterState,
+    pub peer_tls: Option<PeerTlsFiles>,
+    pub strict_reconfig_check: bool,
+    pub max_learners: usize,
+    pub pre_vote: bool,
+    pub snapshot_count: u64,
+    pub snapshot_catchup_entries: u64,
     pub log: LogSettings,
     pub access: HttpAccess,
     /// URLs of listeners that answer no gRPC.
@@ -230,17 +264,31 @@ pub struct Flags {
     pub connections: ConnectionLimits,
     /// Flags that were given and mean nothing here: worth a warning.
     pub without_effect: Vec<&'static str>,
-    /// Set variables that name no flag: worth a warning.
+    /// Set variables, or keys of the configuration file, that name no flag: worth a warning.
     pub unknown_variables: Vec<String>,
 }
 
-/// The files behind `https://` and `unixs://` URLs.
+/// What is behind `https://` and `unixs://` URLs.
 #[derive(Clone, Debug)]
-pub struct TlsFiles {
-    pub cert_file: PathBuf,
-    pub key_file: PathBuf,
-    pub trusted_ca_file: Option<PathBuf>,
-    pub client_cert_auth: bool,
+pub enum TlsFiles {
+    Files {
+        cert_file: PathBuf,
+        key_file: PathBuf,
+        trusted_ca_file: Option<PathBuf>,
+        client_cert_auth: bool,
+    },
+    /// A certificate made at start, which clients cannot check: `--auto-tls`.
+    Auto,
+}
+
+impl TlsFiles {
+    /// Whether clients must show a certificate.
+    pub fn client_cert_auth(&self) -> bool {
+        match self {
+            TlsFiles::Files { client_cert_auth, .. } => *client_cert_auth,
+            TlsFiles::Auto => false,
+        }
+    }
 }
 
 /// What to do.
@@ -273,7 +321,16 @@ pub fn parse(
         return Ok(Parsed::Version);
     }
     let unknown_variables = given.read_environment(environment);
-    Ok(Parsed::Run(Box::new(given.check(unknown_variables)?)))
+    match given.values.get("config-file").filter(|path| !path.is_empty()) {
+        Some(path) => {
+            let (instead, unknown) = Given::of_file(Path::new(path))?;
+            let mut flags = instead.check(unknown)?;
+            let ignored = given.values.keys().filter(|name| **name != "config-file");
+            flags.without_effect.extend(ignored.chain((!given.tenant_listen.is_empty()).then_some(&"tenant-listen")));
+            Ok(Parsed::Run(Box::new(flags)))
+        }
+        None => Ok(Parsed::Run(Box::new(given.check(unknown_variables)?))),
+    }
 }
 
 /// What `--help` prints.
@@ -347,6 +404,24 @@ impl Given {
             }
         }
         unknown
+    }
+
+    /// What a configuration file says, and its keys that mean nothing here.
+    fn of_file(path: &Path) -> Result<(Self, Vec<String>), FlagError> {
+        let mut given = Given::default();
+        let mut unknown = Vec::new();
+        for (key, value) in
+            config_file::read(path).map_err(|error| FlagError(format!("configuration file: {error}")))?
+        {
+            match known(&key) {
+                Some(("config-file", _)) | None => unknown.push(key),
+                Some(("tenant-listen", _)) => given.tenant_listen.extend(value.split(',').map(str::to_string)),
+                // Go's durations in JSON.
+                Some((name, Kind::Duration)) if value.parse::<u64>().is_ok() => given.set(name, format!("{value}ns")),
+                Some((name, _)) => given.set(name, value),
+            }
+        }
+        Ok((given, unknown))
     }
 
     fn is_set(&self, name: &str) -> Result<bool, FlagError> {
@@ -427,11 +502,6 @@ impl Given {
                 return Err(FlagError(format!("flag -{name} is not supported yet (value {value:?})")));
             }
         }
-        if let Some(members) = self.values.get("initial-cluster").filter(|members| members.contains(',')) {
-            return Err(FlagError(format!(
-                "flag -initial-cluster: one member is supported as yet (value {members:?})"
-            )));
-        }
         let given = |name: &&'static str| self.values.contains_key(name);
         let extensive = self.one_of("metrics", &[("basic", None), ("extensive", Some("metrics"))])?;
         Ok(WITHOUT_EFFECT.iter().map(|(name, _)| *name).filter(given).chain(extensive).collect())
@@ -464,6 +534,7 @@ impl Given {
         let without_effect = self.check_unused()?;
         let name = self.text("name", "default");
         let tls = self.tls()?;
+        let peer_tls = self.peer_tls()?;
         let listen = self.text("listen-client-urls", "http://localhost:2379");
         let listen_client_urls = self.urls("listen-client-urls", &listen, tls.is_some())?;
         let http = self.text("listen-client-http-urls", "");
@@ -493,6 +564,11 @@ impl Given {
             advertise_client_urls,
             tenant_listen,
             tls,
+            disk_reserve_bytes: match self.values.contains_key("disk-reserve-bytes") {
+                true => Some(self.number("disk-reserve-bytes", 0)?),
+                false => None,
+            },
+            force_new_cluster: self.is_set("force-new-cluster")?,
             quota_backend_bytes: self.number("quota-backend-bytes", 0)?,
             max_request_bytes: self.number("max-request-bytes", MAX_REQUEST_BYTES)?,
             max_txn_ops: self.number("max-txn-ops", MAX_TXN_OPS)?,
@@ -505,6 +581,16 @@ impl Given {
                 .map(|url| url.trim().to_string())
                 .collect(),
             cluster_token: self.text("initial-cluster-token", CLUSTER_TOKEN_DEFAULT),
+            listen_peer_urls: self.urls("listen-peer-urls", &self.text("listen-peer-urls", ""), peer_tls.is_some())?,
+            initial_cluster: self.initial_cluster()?,
+            cluster_state: self
+                .one_of("initial-cluster-state", &[("new", ClusterState::New), ("existing", ClusterState::Existing)])?,
+            peer_tls,
+            strict_reconfig_check: self.switch("strict-reconfig-check", true)?,
+            max_learners: self.number("max-learners", 1)?,
+            pre_vote: self.switch("pre-vote", true)?,
+            snapshot_count: self.number("snapshot-count", 0)?,
+            snapshot_catchup_entries: self.number("snapshot-catchup-entries", 5_000)?,
             log: self.log()?,
             access: self.access()?,
             listen_metrics_urls,
@@ -528,6 +614,44 @@ impl Given {
         Ok(period)
     }
 
+    /// A switch that may be on when nothing is said.
+    fn switch(&self, name: &str, default: bool) -> Result<bool, FlagError> {
+        if self.values.contains_key(name) { self.is_set(name) } else { Ok(default) }
+    }
+
+    /// `NAME=URL` pairs; a name that stands again has several URLs.
+    fn initial_cluster(&self) -> Result<InitialCluster, FlagError> {
+        const NAME: &str = "initial-cluster";
+        let text = self.text(NAME, "");
+        let mut members = InitialCluster::new();
+        for pair in text.split(',').map(str::trim).filter(|pair| !pair.is_empty()) {
+            let (name, url) = pair.split_once('=').ok_or_else(|| bad(NAME, &text, "want NAME=URL"))?;
+            match members.iter_mut().find(|(known, _)| known == name) {
+                Some((_, urls)) => urls.push(url.to_string()),
+                None => members.push((name.to_string(), vec![url.to_string()])),
+            }
+        }
+        Ok(members)
+    }
+
+    fn peer_tls(&self) -> Result<Option<PeerTlsFiles>, FlagError> {
+        let client_cert_auth = self.is_set("peer-client-cert-auth")?;
+        let file = |name| self.values.get(name).filter(|path| !path.is_empty()).map(PathBuf::from);
+        let trusted_ca_file = file("peer-trusted-ca-file");
+        match (file("peer-cert-file"), file("peer-key-file")) {
+            (Some(cert_file), Some(key_file)) => {
+                if client_cert_auth && trusted_ca_file.is_none() {
+                    return Err(FlagError("--peer-client-cert-auth needs --peer-trusted-ca-file".to_string()));
+                }
+                Ok(Some(PeerTlsFiles::Files { cert_file, key_file, trusted_ca_file, client_cert_auth }))
+            }
+            (None, None) => Ok(self.is_set("peer-auto-tls")?.then_some(PeerTlsFiles::Auto)),
+            (Some(_), None) | (None, Some(_)) => {
+                Err(FlagError("--peer-cert-file and --peer-key-file must both be given, or neither".to_string()))
+            }
+        }
+    }
+
     fn tls(&self) -> Result<Option<TlsFiles>, FlagError> {
         let client_cert_auth = self.is_set("client-cert-auth")?;
         let file = |name| self.values.get(name).filter(|path| !path.is_empty()).map(PathBuf::from);
@@ -537,12 +661,12 @@ impl Given {
                 if client_cert_auth && trusted_ca_file.is_none() {
                     return Err(FlagError("--client-cert-auth needs --trusted-ca-file".to_string()));
                 }
-                Ok(Some(TlsFiles { cert_file, key_file, trusted_ca_file, client_cert_auth }))
+                Ok(Some(TlsFiles::Files { cert_file, key_file, trusted_ca_file, client_cert_auth }))
             }
             (None, None) if client_cert_auth => {
                 Err(FlagError("--client-cert-auth needs --cert-file and --key-file".to_string()))
             }
-            (None, None) => Ok(None),
+            (None, None) => Ok(self.is_set("auto-tls")?.then_some(TlsFiles::Auto)),
             (Some(_), None) | (None, Some(_)) => {
                 Err(FlagError("--cert-file and --key-file must both be given, or neither".to_string()))
             }
@@ -580,6 +704,9 @@ fn listen_url(flag: &str, text: &str, has_tls: bool) -> Result<Url, FlagError> {
         "http" | "https" if !matches!(url.path(), "" | "/") => return Err(bad(flag, text, "want no path")),
         "http" | "unix" => {}
         "https" | "unixs" if has_tls => {}
+        "https" if flag.contains("peer") => {
+            return Err(bad(flag, text, "TLS needs --peer-cert-file and --peer-key-file"));
+        }
         "https" | "unixs" => return Err(bad(flag, text, "TLS needs --cert-file and --key-file")),
         _ => return Err(bad(flag, text, "want http, https, unix or unixs")),
     }
@@ -672,8 +799,13 @@ mod tests {
                 &["--auto-compaction-retention=1h"],
                 "flag -auto-compaction-retention is not supported yet (value \"1h\")",
             ),
-            (&["--auto-tls"], "flag -auto-tls is not supported yet"),
-            (&["--initial-cluster=a=http://h:1,b=http://h:2"], "one member is supported as yet"),
+            (&["--auto-tls", "--client-cert-auth"], "--client-cert-auth needs --cert-file and --key-file"),
+            (&["--config-file=/nonexistent/a.yaml"], "configuration file: read /nonexistent/a.yaml: No such file"),
+            (&["--disk-reserve-bytes=-1"], "invalid value \"-1\" for flag -disk-reserve-bytes: want a number"),
+            (&["--initial-cluster=nonsense"], "invalid value \"nonsense\" for flag -initial-cluster: want NAME=URL"),
+            (&["--initial-cluster-state=old"], "for flag -initial-cluster-state: want new or existing"),
+            (&["--peer-key-file=k"], "--peer-cert-file and --peer-key-file must both be given, or neither"),
+            (&["--listen-peer-urls=https://127.0.0.1:1"], "TLS needs --peer-cert-file and --peer-key-file"),
             (&["--max-txn-ops=x"], "invalid value \"x\" for flag -max-txn-ops: want a number"),
             (&["--client-cert-auth=maybe"], "invalid value \"maybe\" for flag -client-cert-auth: want true or false"),
             (&["--cert-file=c"], "--cert-file and --key-file must both be given, or neither"),
@@ -695,15 +827,63 @@ mod tests {
 
     #[test]
     fn etcds_other_flags_are_taken_where_nothing_depends_on_them() {
-        let arguments =
-            ["--initial-cluster=default=http://h:1", "-pre-vote", "--auto-tls=false", "--cors=*", "--bcrypt-cost", "4"];
-        assert_eq!(run(&arguments, &[]).unwrap().without_effect, ["pre-vote", "bcrypt-cost"]);
+        let arguments = [
+            "--initial-cluster=default=http://h:1",
+            "-v2-deprecation=x",
+            "--auto-tls=false",
+            "--cors=*",
+            "--bcrypt-cost",
+            "4",
+        ];
+        assert_eq!(run(&arguments, &[]).unwrap().without_effect, ["v2-deprecation", "bcrypt-cost"]);
         let limits = run(&["--max-concurrent-streams=7", "--grpc-keepalive-min-time=1s"], &[]).unwrap().connections;
         assert_eq!((limits.streams_max, limits.ping_interval_min), (Some(7), Duration::from_secs(1)));
         let access = run(&["--cors=http://a.example:80", "--host-whitelist=a, b"], &[]).unwrap().access;
         assert_eq!(access.origins.unwrap(), ["http://a.example:80"]);
         assert_eq!(access.hosts.unwrap(), ["a", "b"]);
         assert_eq!(run(&["--metrics=extensive"], &[]).unwrap().without_effect, ["metrics"]);
+    }
+
+    #[test]
+    fn members_of_a_cluster_are_etcds() {
+        let arguments = [
+            "--initial-cluster=a=http://h:1,b=http://h:2,a=http://g:1",
+            "--initial-cluster-state=existing",
+            "--pre-vote=false",
+            "--peer-auto-tls",
+            "--listen-peer-urls=https://h:1",
+        ];
+        let flags = run(&arguments, &[]).unwrap();
+        let url = |text: &str| text.to_string();
+        let expected =
+            vec![(url("a"), vec![url("http://h:1"), url("http://g:1")]), (url("b"), vec![url("http://h:2")])];
+        assert_eq!((flags.initial_cluster, flags.cluster_state), (expected, ClusterState::Existing));
+        assert!(!flags.pre_vote && flags.strict_reconfig_check && matches!(flags.peer_tls, Some(PeerTlsFiles::Auto)));
+    }
+
+    #[test]
+    fn a_configuration_file_stands_for_all_flags() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("etcd.yaml");
+        std::fs::write(
+            &path,
+            "name: m1\nwatch-progress-notify-interval: 5000000000\ngrpc-keepalive-min-time: 1s\nproxy: off\n\
+             force-new-cluster: true\ntenant-listen: [a=http://127.0.0.1:1, b=http://127.0.0.1:2]\n\
+             client-transport-security: {auto-tls: true}\nlisten-client-urls: https://127.0.0.1:1\n",
+        )
+        .unwrap();
+        let file = format!("--config-file={}", path.display());
+        let flags = run(&[&file, "--name=m2"], &[("ETCD_DATA_DIR", "elsewhere")]).unwrap();
+        assert_eq!((flags.name.as_str(), flags.data_dir.to_str()), ("m1", Some("m1.tenure")));
+        assert_eq!(flags.progress_period, Duration::from_secs(5));
+        assert_eq!(flags.connections.ping_interval_min, Duration::from_secs(1));
+        assert_eq!((flags.tenant_listen.len(), flags.force_new_cluster), (2, true));
+        assert!(matches!(flags.tls, Some(TlsFiles::Auto)));
+        assert_eq!((flags.unknown_variables, flags.without_effect), (vec!["proxy".into()], vec!["data-dir", "name"]));
+        let path = path.display().to_string();
+        assert_eq!(run(&[], &[("ETCD_CONFIG_FILE", &path)]).unwrap().name, "m1");
+        std::fs::write(&path, "name: m1\nmax-txn-ops: many\n").unwrap();
+        assert!(run(&[&file], &[]).unwrap_err().contains("invalid value \"many\" for flag -max-txn-ops"));
     }
 
     #[test]

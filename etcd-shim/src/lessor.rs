@@ -50,8 +50,8 @@ pub struct Lessor {
     zero: Instant,
     /// One lock for all tenants: it is held for a look-up, or for one poll's work on what is due.
     table: Mutex<LeaseTable>,
-    /// Follows [`LeaseTable::leading`], for those who wait for it.
-    leading: watch::Sender<bool>,
+    /// The term that this member leads; follows [`LeaseTable::leading`].
+    leading: watch::Sender<Option<u64>>,
 }
 
 /// What became of a keep-alive.
@@ -77,11 +77,18 @@ impl Lessor {
     /// Knows no leases and does not lead. `extension` is what a new leader adds to every TTL.
     pub fn new(extension: Duration) -> Self {
         let table = Mutex::new(LeaseTable::new(extension));
-        Lessor { zero: Instant::now(), table, leading: watch::Sender::new(false) }
+        Lessor { zero: Instant::now(), table, leading: watch::Sender::new(None) }
     }
 
     fn now(&self) -> Moment {
         self.zero.elapsed()
+    }
+
+    /// Forgets every lease: the state was replaced, and they are told anew.
+    pub fn clear(&self) {
+        let mut table = self.table.lock();
+        table.tenants.clear();
+        table.due.clear();
     }
 
     /// A lease exists now. Its TTL starts.
@@ -94,22 +101,33 @@ impl Lessor {
         self.table.lock().revoked(tenant, id);
     }
 
-    /// This member leads now: every lease starts over.
-    pub fn promote(&self) {
+    /// This member leads a term now: every lease starts over.
+    pub fn promote(&self, term: u64) {
         self.table.lock().promote(self.now());
-        self.leading.send_replace(true);
+        self.leading.send_replace(Some(term));
     }
 
     /// This member leads no longer: nothing expires here.
     pub fn demote(&self) {
         self.table.lock().demote();
-        self.leading.send_replace(false);
+        self.leading.send_replace(None);
+    }
+
+    /// Whether this member decides about leases.
+    pub fn leads(&self) -> bool {
+        self.led_term().is_some()
+    }
+
+    /// The term in which this member decides about leases. What it decides holds in that term alone: a member that was stopped
+    /// for a while, and does not know yet that another leads, must not end what that one lets live, nor promise what it ends.
+    pub fn led_term(&self) -> Option<u64> {
+        *self.leading.borrow()
     }
 
     /// Waits until this member decides about leases.
     pub async fn promoted(&self) {
         // The sender lives as long as `self`, so this does not fail.
-        let _ = self.leading.subscribe().wait_for(|leading| *leading).await;
+        let _ = self.leading.subscribe().wait_for(Option::is_some).await;
     }
 
     /// Expired leases, each to be revoked. They are handed out again if they still exist some time later.
@@ -446,7 +464,7 @@ mod tests {
     #[test]
     fn the_list_is_in_order_of_what_is_left() {
         let lessor = Lessor::new(Duration::ZERO);
-        lessor.promote();
+        lessor.promote(1);
         for (id, ttl_seconds) in [(1, 50), (2, 9_000_000_000), (3, 3), (-7, 10)] {
             lessor.granted(A, LeaseId(id), ttl_seconds);
         }
@@ -457,7 +475,7 @@ mod tests {
     #[tokio::test]
     async fn waiting_for_a_revoke_ends_with_it() {
         let lessor = std::sync::Arc::new(Lessor::new(Duration::ZERO));
-        lessor.promote();
+        lessor.promote(1);
         // A TTL of 0 has expired at once; the edge never grants one.
         lessor.granted(A, LeaseId(7), 0);
         let waiting = tokio::spawn({

@@ -131,6 +131,14 @@ enum Socket {
     Unix(UnixListener, PathBuf),
 }
 
+/// Binds the address of a URL that other members use.
+///
+/// # Errors
+/// [`ListenError`].
+pub async fn bind_peer(url: &Url) -> Result<TcpListener, ListenError> {
+    bind_tcp(url).await.map_err(|error| ListenError { url: url.clone(), error })
+}
+
 impl Listener {
     /// Binds the URL's address. A unix socket file left by a dead server is replaced.
     ///

@@ -83,14 +83,19 @@ fn raise_files_limit() {
 
 async fn run(flags: Flags) -> anyhow::Result<()> {
     for variable in &flags.unknown_variables {
-        tracing::warn!(%variable, "unrecognized environment variable");
+        tracing::warn!(%variable, "unrecognized environment variable or key of the configuration file");
     }
     for flag in &flags.without_effect {
         tracing::warn!(%flag, "this flag has no effect");
     }
     let mut terminate = signal(SignalKind::terminate()).context("watch for SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("watch for SIGINT")?;
-    let tenure = builder(flags).start().await?;
+    // A member may wait for the others for as long as it takes; it stops when it is told to.
+    let tenure = tokio::select! {
+        tenure = builder(flags).start() => tenure?,
+        _ = terminate.recv() => return Ok(()),
+        _ = interrupt.recv() => return Ok(()),
+    };
     for address in tenure.addresses() {
         tracing::info!(%address, "serving client traffic");
     }
@@ -100,6 +105,10 @@ async fn run(flags: Flags) -> anyhow::Result<()> {
         _ = terminate.recv() => None,
         _ = interrupt.recv() => None,
         failure = tenure.cell().failed() => Some(failure),
+        () = tenure.cell().removed() => {
+            tracing::info!("the member has been permanently removed from the cluster");
+            None
+        }
     };
     if let Some(failure) = failure {
         anyhow::bail!("this member cannot go on: {failure}");
@@ -126,7 +135,23 @@ fn builder(flags: Flags) -> Builder {
         .timing(flags.heartbeat_interval, flags.election_timeout)
         .connection_limits(flags.connections)
         .http_access(flags.access)
-        .bootstrap(flags.advertise_peer_urls, flags.cluster_token);
+        .bootstrap(flags.advertise_peer_urls, flags.cluster_token)
+        .initial_cluster(flags.initial_cluster, flags.cluster_state)
+        .reconfiguration(flags.strict_reconfig_check, flags.max_learners)
+        .pre_vote(flags.pre_vote)
+        .snapshots(flags.snapshot_count, flags.snapshot_catchup_entries);
+    if let Some(bytes) = flags.disk_reserve_bytes {
+        builder = builder.disk_reserve_bytes(bytes);
+    }
+    if flags.force_new_cluster {
+        builder = builder.force_new_cluster();
+    }
+    if let Some(files) = flags.peer_tls {
+        builder = builder.peer_tls(files);
+    }
+    for url in flags.listen_peer_urls {
+        builder = builder.peer_listen(url);
+    }
     if let Some(files) = flags.tls {
         builder = builder.tls(files);
     }

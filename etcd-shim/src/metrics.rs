@@ -4,8 +4,10 @@
 //! disk) is shown to `default` alone, the tenant of whoever runs the store: a proposal counted there is some tenant's write.
 
 use std::fmt::Write as _;
+use std::sync::Arc;
 
 use tenure_raft_server::HistogramSnapshot;
+use tenure_raft_server::transport::peers::{PeerStats, SnapshotStats};
 
 use crate::cell::{Cell, DEFAULT_TENANT, Tenant};
 use crate::rpc_metrics::RpcMetrics;
@@ -18,6 +20,7 @@ pub(crate) fn render(cell: &Cell, tenant: &Tenant, rpc_metrics: &RpcMetrics) -> 
     rpc_metrics.render(tenant.id(), &mut out);
     if tenant.name() == DEFAULT_TENANT {
         of_member(&mut out, cell);
+        of_peers(&mut out, cell);
     }
     of_process(&mut out);
     out
@@ -32,7 +35,7 @@ fn of_tenant(out: &mut String, cell: &Cell, tenant: &Tenant) {
     let (streams, watchers) = tenant.reader().watch_counts();
     metric(out, "etcd_server_has_leader", "gauge", u8::from(cell.leader_id() != 0));
     metric(out, "etcd_server_is_leader", "gauge", u8::from(cell.raft_status().is_leader));
-    metric(out, "etcd_server_is_learner", "gauge", 0);
+    metric(out, "etcd_server_is_learner", "gauge", u8::from(cell.raft_status().is_learner));
     metric(out, "etcd_server_quota_backend_bytes", "gauge", tenant.quota_bytes());
     metric(out, "etcd_mvcc_db_total_size_in_bytes", "gauge", state.db_size_bytes());
     metric(out, "etcd_mvcc_db_total_size_in_use_in_bytes", "gauge", state.db_in_use_bytes());
@@ -59,17 +62,96 @@ fn of_member(out: &mut String, cell: &Cell) {
     metric(out, "etcd_server_proposals_pending", "gauge", metrics.proposals_pending());
     metric(out, "etcd_server_proposals_failed_total", "counter", metrics.proposals_failed());
     metric(out, "etcd_disk_wal_write_bytes_total", "gauge", metrics.wal_write_bytes());
+    let heartbeats = cell.peer_stats().iter().map(|(_, stats)| stats.heartbeats_dropped()).sum::<u64>();
+    metric(out, "etcd_server_heartbeat_send_failures_total", "counter", heartbeats);
+    metric(out, "etcd_server_read_indexes_failed_total", "counter", metrics.reads_failed());
+    metric(out, "etcd_server_slow_read_indexes_total", "counter", metrics.read_rounds_repeated());
+    metric(out, "etcd_server_snapshot_apply_in_progress_total", "gauge", metrics.snapshots_installing());
+    metric(out, "etcd_server_learner_promote_successes", "counter", cell.learners_promoted());
+    let disk = cell.disk();
+    metric(out, "tenure_disk_free_bytes", "gauge", disk.free_bytes());
+    metric(out, "tenure_disk_reserve_bytes", "gauge", disk.reserve_bytes());
+    metric(out, "tenure_disk_full", "gauge", u8::from(disk.is_full()));
+    histogram(out, "etcd_disk_backend_commit_duration_seconds", &metrics.backend_commit_duration.snapshot());
     histogram(out, "etcd_disk_wal_fsync_duration_seconds", &metrics.wal_fsync_duration.snapshot());
     histogram(out, "etcd_disk_wal_write_duration_seconds", &metrics.wal_write_duration.snapshot());
 }
 
 fn histogram(out: &mut String, name: &str, snapshot: &HistogramSnapshot) {
     let _ = writeln!(out, "# TYPE {name} histogram");
+    buckets(out, name, "", snapshot);
+}
+
+/// `labels` in front of a bucket's own, each with its comma.
+fn buckets(out: &mut String, name: &str, labels: &str, snapshot: &HistogramSnapshot) {
     for (bound, count) in &snapshot.buckets {
         let bound = if bound.is_finite() { bound.to_string() } else { "+Inf".to_string() };
-        let _ = writeln!(out, "{name}_bucket{{le=\"{bound}\"}} {count}");
+        let _ = writeln!(out, "{name}_bucket{{{labels}le=\"{bound}\"}} {count}");
     }
-    let _ = writeln!(out, "{name}_sum {}\n{name}_count {}", snapshot.sum_seconds, snapshot.count);
+    let alone = labels.trim_end_matches(',');
+    let braces = if alone.is_empty() { String::new() } else { format!("{{{alone}}}") };
+    let _ = writeln!(out, "{name}_sum{braces} {}\n{name}_count{braces} {}", snapshot.sum_seconds, snapshot.count);
+}
+
+/// What is counted of the other members, under etcd's names.
+fn of_peers(out: &mut String, cell: &Cell) {
+    let peers = cell.peer_stats();
+    metric(out, "etcd_network_known_peers", "gauge", peers.len());
+    type Count = (&'static str, fn(&PeerStats) -> u64);
+    let counts: [Count; 3] = [
+        ("etcd_network_peer_sent_failures_total", PeerStats::sent_failures),
+        ("etcd_network_peer_sent_bytes_total", PeerStats::sent_bytes),
+        ("etcd_network_peer_received_bytes_total", PeerStats::received_bytes),
+    ];
+    for (name, count) in counts {
+        let label = if name.contains("received") { "From" } else { "To" };
+        let _ = writeln!(out, "# TYPE {name} counter");
+        for (id, stats) in &peers {
+            let _ = writeln!(out, "{name}{{{label}=\"{id:x}\"}} {}", count(stats));
+        }
+    }
+    snapshots(out, &peers, "send", "To", |stats| &stats.sent_snapshots);
+    snapshots(out, &peers, "receive", "From", |stats| &stats.received_snapshots);
+    let _ = writeln!(out, "# TYPE etcd_network_active_peers gauge");
+    for (id, stats) in &peers {
+        let active = u8::from(stats.connected_for().is_some());
+        let _ = writeln!(out, "etcd_network_active_peers{{Remote=\"{id:x}\"}} {active}");
+    }
+    const ROUND_TRIP: &str = "etcd_network_peer_round_trip_time_seconds";
+    let _ = writeln!(out, "# TYPE {ROUND_TRIP} histogram");
+    for (id, stats) in &peers {
+        buckets(out, ROUND_TRIP, &format!("To=\"{id:x}\","), &stats.round_trip().snapshot());
+    }
+}
+
+/// Snapshots in one direction. As in etcd, a peer shows up with its first.
+fn snapshots(
+    out: &mut String,
+    peers: &[(u64, Arc<PeerStats>)],
+    direction: &str,
+    label: &str,
+    of: fn(&PeerStats) -> &SnapshotStats,
+) {
+    let seen = |stats: &SnapshotStats| stats.succeeded() + stats.failed() > 0 || stats.is_inflight();
+    let all: Vec<_> = peers.iter().map(|(id, stats)| (id, of(stats))).filter(|(_, stats)| seen(stats)).collect();
+    type Count = (&'static str, &'static str, fn(&SnapshotStats) -> u64);
+    let counts: [Count; 3] = [
+        ("success", "counter", SnapshotStats::succeeded),
+        ("failures", "counter", SnapshotStats::failed),
+        ("inflights_total", "gauge", |stats| u64::from(stats.is_inflight())),
+    ];
+    for (name, kind, count) in counts {
+        let _ = writeln!(out, "# TYPE etcd_network_snapshot_{direction}_{name} {kind}");
+        for (id, stats) in &all {
+            let value = count(stats);
+            let _ = writeln!(out, "etcd_network_snapshot_{direction}_{name}{{{label}=\"{id:x}\"}} {value}");
+        }
+    }
+    let name = format!("etcd_network_snapshot_{direction}_total_duration_seconds");
+    let _ = writeln!(out, "# TYPE {name} histogram");
+    for (id, stats) in &all {
+        buckets(out, &name, &format!("{label}=\"{id:x}\","), &stats.duration().snapshot());
+    }
 }
 
 /// Of this process, from the operating system; what it does not say is left out.

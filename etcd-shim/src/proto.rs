@@ -24,6 +24,11 @@ pub mod v3electionpb {
     tonic::include_proto!("v3electionpb");
 }
 
+/// Between members.
+pub mod cell {
+    tonic::include_proto!("tenure.cell.v1");
+}
+
 pub mod grpc {
     pub mod health {
         pub mod v1 {

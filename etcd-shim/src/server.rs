@@ -75,7 +75,7 @@ impl Router {
             cluster: server!(ClusterServer, ClusterService::new(context.clone())),
             maintenance: server!(MaintenanceServer, MaintenanceService::new(context.clone())),
             auth: server!(AuthServer, AuthService::new(context.clone())),
-            health: server!(HealthServer, HealthService),
+            health: server!(HealthServer, HealthService::new(context.clone())),
         }))
     }
 

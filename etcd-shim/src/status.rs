@@ -6,7 +6,7 @@
 use tenure_storage::Refusal;
 use tonic::{Code, Status};
 
-use crate::cell_error::CellError;
+use crate::cell_error::{CellError, MembershipError};
 use crate::check::CheckError;
 
 /// Authentication is not built: what `Authenticate` truthfully answers.
@@ -38,8 +38,28 @@ fn refusal(refusal: &Refusal) -> (Code, &'static str) {
         // No etcd text exists: a tenant is found before its requests are.
         Refusal::TenantNotFound => (Code::NotFound, "etcdserver: tenant not found"),
         Refusal::TxnTooLarge => (Code::InvalidArgument, "etcdserver: request is too large"),
+        Refusal::MemberNotFound => (Code::NotFound, "etcdserver: member not found"),
+        Refusal::MemberExists => (Code::FailedPrecondition, "etcdserver: member ID already exist"),
+        Refusal::PeerUrlExists => (Code::FailedPrecondition, "etcdserver: Peer URLs already exists"),
+        Refusal::MemberNotLearner => (Code::FailedPrecondition, "etcdserver: can only promote a learner member"),
         Refusal::TooManyTenants => (Code::ResourceExhausted, "etcdserver: too many tenants"),
     }
+}
+
+fn membership(error: &MembershipError) -> Status {
+    let code = match error {
+        MembershipError::BadUrls => Code::InvalidArgument,
+        MembershipError::Unhealthy => Code::Unavailable,
+        MembershipError::NotEnoughStarted
+        | MembershipError::TooManyLearners
+        | MembershipError::LearnerNotReady
+        | MembershipError::NotLeader
+        | MembershipError::Learner
+        | MembershipError::BadTransferee => Code::FailedPrecondition,
+        MembershipError::TransferTimeout => Code::Unknown,
+        MembershipError::AtLeader { code, .. } => Code::from_i32(*code),
+    };
+    Status::new(code, error.to_string())
 }
 
 impl From<CellError> for Status {
@@ -53,6 +73,7 @@ impl From<CellError> for Status {
             CellError::TooManyRequests => (Code::ResourceExhausted, "etcdserver: too many requests"),
             CellError::TooLarge => (Code::InvalidArgument, "etcdserver: request is too large"),
             CellError::Stopped => (Code::Unavailable, "etcdserver: server stopped"),
+            CellError::Membership(error) => return membership(error),
             CellError::Fault(fault) => {
                 // The client learns nothing of our disk, and that the member is about to go.
                 tracing::error!(error = %fault, "answer a request");

@@ -1,17 +1,19 @@
-//! TLS of the client listeners: rustls, TLS 1.2 and up, certificates read anew when their files change.
+//! TLS of the client listeners and between members: rustls, TLS 1.2 and up, certificates read anew when their files change.
 //!
 //! ALPN (contract 3.2): the server offers h2 alone. A client that offers only http/1.1, or nothing, is not turned away: it
 //! gets no ALPN answer and HTTP/1.1, so the configuration is chosen after its hello was read.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::SystemTime;
 
 use parking_lot::Mutex;
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::crypto::{verify_tls12_signature, verify_tls13_signature};
 use rustls::pki_types::pem::PemObject;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
 use rustls::server::{ClientHello, WebPkiClientVerifier};
-use rustls::{RootCertStore, ServerConfig};
+use rustls::{ClientConfig, DigitallySignedStruct, RootCertStore, ServerConfig, SignatureScheme};
 
 use crate::flags::TlsFiles;
 use crate::tenant::PeerCertificate;
@@ -23,6 +25,8 @@ pub enum TlsError {
     Pem { file: String, error: rustls::pki_types::pem::Error },
     #[error("use certificate: {0}")]
     Rustls(#[from] rustls::Error),
+    #[error("make a certificate: {0}")]
+    Make(#[from] rcgen::Error),
     #[error("use trusted CA: {0}")]
     Verifier(#[from] rustls::server::VerifierBuilderError),
 }
@@ -41,12 +45,20 @@ pub struct Tls {
 }
 
 impl Tls {
-    /// Reads the files once, so that a mistake shows at start.
+    /// Reads the files once, so that a mistake shows at start, or makes a certificate for these host names.
     ///
     /// # Errors
     /// [`TlsError`].
-    pub fn new(files: TlsFiles) -> Result<Self, TlsError> {
-        let configs = load(&files)?;
+    pub fn new(files: TlsFiles, hosts: &[String]) -> Result<Self, TlsError> {
+        let configs = match &files {
+            TlsFiles::Files { cert_file, key_file, trusted_ca_file, client_cert_auth } => {
+                load(cert_file, key_file, trusted_ca_file.as_deref().filter(|_| *client_cert_auth))?
+            }
+            TlsFiles::Auto => {
+                let (certificate, key) = self_signed(hosts)?;
+                configs(None, vec![certificate], key)?
+            }
+        };
         Ok(Tls { current: Mutex::new((newest_change(&files), configs)), files })
     }
 
@@ -54,8 +66,10 @@ impl Tls {
     pub fn choose(&self, hello: &ClientHello<'_>) -> Arc<ServerConfig> {
         let mut current = self.current.lock();
         let changed = newest_change(&self.files);
-        if changed != current.0 {
-            match load(&self.files) {
+        if let TlsFiles::Files { cert_file, key_file, trusted_ca_file, client_cert_auth } = &self.files
+            && changed != current.0
+        {
+            match load(cert_file, key_file, trusted_ca_file.as_deref().filter(|_| *client_cert_auth)) {
                 Ok(configs) => *current = (changed, configs),
                 Err(error) => tracing::warn!(%error, "keep the old certificate"),
             }
@@ -66,7 +80,8 @@ impl Tls {
 }
 
 fn newest_change(files: &TlsFiles) -> Option<SystemTime> {
-    let paths = [Some(&files.cert_file), Some(&files.key_file), files.trusted_ca_file.as_ref()];
+    let TlsFiles::Files { cert_file, key_file, trusted_ca_file, .. } = files else { return None };
+    let paths = [Some(cert_file), Some(key_file), trusted_ca_file.as_ref()];
     paths.into_iter().flatten().filter_map(|path| path.metadata().ok()?.modified().ok()).max()
 }
 
@@ -75,14 +90,25 @@ fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
     CertificateDer::pem_file_iter(path).map_err(error)?.collect::<Result<_, _>>().map_err(error)
 }
 
-fn load(files: &TlsFiles) -> Result<Configs, TlsError> {
-    let chain = certificates(&files.cert_file)?;
-    let key = PrivateKeyDer::from_pem_file(&files.key_file)
-        .map_err(|error| TlsError::Pem { file: files.key_file.display().to_string(), error })?;
+fn private_key(path: &Path) -> Result<PrivateKeyDer<'static>, TlsError> {
+    let error = |error| TlsError::Pem { file: path.display().to_string(), error };
+    PrivateKeyDer::from_pem_file(path).map_err(error)
+}
+
+fn load(cert_file: &Path, key_file: &Path, client_ca: Option<&Path>) -> Result<Configs, TlsError> {
+    configs(client_ca, certificates(cert_file)?, private_key(key_file)?)
+}
+
+/// With a CA, clients must show a certificate of it.
+fn configs(
+    client_ca: Option<&Path>,
+    chain: Vec<CertificateDer<'static>>,
+    key: PrivateKeyDer<'static>,
+) -> Result<Configs, TlsError> {
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let builder = ServerConfig::builder_with_provider(Arc::clone(&provider)).with_safe_default_protocol_versions()?;
-    let builder = match &files.trusted_ca_file {
-        Some(ca) if files.client_cert_auth => {
+    let builder = match client_ca {
+        Some(ca) => {
             let mut roots = RootCertStore::empty();
             for certificate in certificates(ca)? {
                 roots.add(certificate)?;
@@ -90,12 +116,123 @@ fn load(files: &TlsFiles) -> Result<Configs, TlsError> {
             let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider).build()?;
             builder.with_client_cert_verifier(verifier)
         }
-        Some(_) | None => builder.with_no_client_auth(),
+        None => builder.with_no_client_auth(),
     };
     let no_alpn = builder.with_single_cert(chain, key)?;
     let mut h2 = no_alpn.clone();
     h2.alpn_protocols = vec![b"h2".to_vec()];
     Ok(Configs { h2: Arc::new(h2), no_alpn: Arc::new(no_alpn) })
+}
+
+/// A certificate that nobody but itself vouches for.
+fn self_signed(hosts: &[String]) -> Result<(CertificateDer<'static>, PrivateKeyDer<'static>), TlsError> {
+    let made = rcgen::generate_simple_self_signed(hosts.to_vec())?;
+    Ok((made.cert.der().clone(), PrivateKeyDer::Pkcs8(made.signing_key.serialize_der().into())))
+}
+
+/// The certificates of a member among members: `--peer-cert-file` and the rest.
+#[derive(Clone, Debug)]
+pub enum PeerTlsFiles {
+    Files {
+        cert_file: PathBuf,
+        key_file: PathBuf,
+        /// Who signs the certificates of members; without it, whoever the system trusts signs the other side's.
+        trusted_ca_file: Option<PathBuf>,
+        /// Whether members that connect must show a certificate.
+        client_cert_auth: bool,
+    },
+    /// Certificates made at start, which nobody checks: `--peer-auto-tls`. Against listeners, not against impostors.
+    Auto,
+}
+
+/// Both sides of the connections between members.
+#[derive(Clone)]
+pub struct PeerTls {
+    pub server: Arc<ServerConfig>,
+    pub client: Arc<ClientConfig>,
+}
+
+impl PeerTls {
+    /// Reads the files, or makes certificates for these host names.
+    ///
+    /// # Errors
+    /// [`TlsError`].
+    pub fn new(files: &PeerTlsFiles, hosts: &[String]) -> Result<Self, TlsError> {
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let server =
+            ServerConfig::builder_with_provider(Arc::clone(&provider)).with_safe_default_protocol_versions()?;
+        let client =
+            ClientConfig::builder_with_provider(Arc::clone(&provider)).with_safe_default_protocol_versions()?;
+        let (mut server, mut client) = match files {
+            PeerTlsFiles::Files { cert_file, key_file, trusted_ca_file, client_cert_auth } => {
+                let chain = certificates(cert_file)?;
+                let key = || private_key(key_file);
+                let mut roots = RootCertStore::empty();
+                if let Some(ca) = trusted_ca_file {
+                    for certificate in certificates(ca)? {
+                        roots.add(certificate)?;
+                    }
+                }
+                let roots = Arc::new(roots);
+                let server = if *client_cert_auth {
+                    let verifier = WebPkiClientVerifier::builder_with_provider(Arc::clone(&roots), provider).build()?;
+                    server.with_client_cert_verifier(verifier)
+                } else {
+                    server.with_no_client_auth()
+                };
+                let client = client.with_root_certificates(roots).with_client_auth_cert(chain.clone(), key()?)?;
+                (server.with_single_cert(chain, key()?)?, client)
+            }
+            PeerTlsFiles::Auto => {
+                let (certificate, key) = self_signed(hosts)?;
+                let server = server.with_no_client_auth().with_single_cert(vec![certificate], key)?;
+                let verifier = Arc::new(AnyCertificate(provider));
+                (server, client.dangerous().with_custom_certificate_verifier(verifier).with_no_client_auth())
+            }
+        };
+        server.alpn_protocols = vec![b"h2".to_vec()];
+        client.alpn_protocols = vec![b"h2".to_vec()];
+        Ok(PeerTls { server: Arc::new(server), client: Arc::new(client) })
+    }
+}
+
+/// Takes every certificate whose holder has its key: all that `--peer-auto-tls` promises.
+#[derive(Debug)]
+struct AnyCertificate(Arc<rustls::crypto::CryptoProvider>);
+
+impl ServerCertVerifier for AnyCertificate {
+    fn verify_server_cert(
+        &self,
+        _: &CertificateDer<'_>,
+        _: &[CertificateDer<'_>],
+        _: &ServerName<'_>,
+        _: &[u8],
+        _: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        Ok(ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        verify_tls12_signature(message, certificate, signature, &self.0.signature_verification_algorithms)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        verify_tls13_signature(message, certificate, signature, &self.0.signature_verification_algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.0.signature_verification_algorithms.supported_schemes()
+    }
 }
 
 /// What a verified certificate says; empty if it cannot be read.

@@ -70,7 +70,7 @@ fn write(dir: &Path, name: &str, pem: &str) -> PathBuf {
 /// A served store with one TLS listener and a tenant `acme`.
 async fn serve_tls(dir: &Path, server: &Authority, clients: Option<&Authority>) -> Tenure {
     let identity = server.sign(&[]);
-    let files = TlsFiles {
+    let files = TlsFiles::Files {
         cert_file: write(dir, "server.crt", &identity.certificate.pem()),
         key_file: write(dir, "server.key", &identity.key.serialize_pem()),
         trusted_ca_file: clients.map(|ca| write(dir, "ca.crt", &ca.certificate.pem())),

@@ -145,7 +145,7 @@ fn what_is_wrong_is_one_line_and_exit_1() {
         &["--max-txn-ops=many"],
         &["--tenant-listen=Bad=http://127.0.0.1:0"],
         &["--listen-client-urls=ftp://127.0.0.1:0"],
-        &["--force-new-cluster"],
+        &["--wal-dir=elsewhere"],
         &["--election-timeout=1"],
     ] {
         let output =

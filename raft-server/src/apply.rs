@@ -7,24 +7,38 @@
 //! Each round takes all that is committed, up to `apply_bytes_max`, in one [`StateMachine::apply`]; publishes the applied
 //! index; only then answers, so whoever has a reply finds its effect in the state.
 //!
+//! Whose reply it is. An entry proposed here is known by its place; a command that this member forwarded by its origin, which
+//! the entry carries. An entry of a new term says of all that still waits from earlier ones that it was lost: it goes
+//! back to the lanes ([`proposals`](crate::proposals)).
+//!
+//! A snapshot of the leader takes the place of entries: raft's thread announces it, what was to be applied before it need not be
+//! any more, and the state is switched here, between two rounds ([`snapshot`](crate::snapshot)).
+//!
 //! The state has no write-ahead log of its own, so from time to time what it holds is made durable and the log truncated
 //! to it: when the log has grown to half of `log_bytes_flush` it is asked what is durable by now, at the whole it begins
 //! to flush in the background. Only at twice that, when the disk cannot keep up, does the thread wait for it.
 
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Instant;
 
 use bytes::Bytes;
 use parking_lot::{Condvar, Mutex};
-use raft::eraftpb::{Entry, EntryType};
+use protobuf::Message as _;
+use raft::eraftpb::{ConfChange, ConfChangeV2, Entry, EntryType};
 use tenure_storage::Fault;
 
-use crate::frame;
-use crate::log::{Log, Position};
-use crate::shared::Shared;
+use crate::error::ProposeError;
+use crate::frame::{self, Frame};
+use crate::log::{Conf, Log, Position};
+use crate::proposals::{Origin, Proposal, Waiter};
+use crate::shared::{Answered, Shared};
+use crate::snapshot::Snapshotter;
 
-/// One committed raft entry as the state machine sees it: its index and the commands batched in it, in order. Entries
-/// of raft's own (the first of a term, a change of members) carry none; their index counts all the same.
+/// One committed raft entry as the state machine sees it: its index and the commands batched in it, in order. A change of
+/// members carries the one command that goes with it, an entry of raft's own (the first of a term) none; their index counts
+/// all the same.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CommittedEntry {
     pub index: u64,
@@ -66,6 +80,16 @@ pub trait StateMachine: Send + 'static {
     fn begin_flush(&mut self) -> Result<(), Fault> {
         self.flush().map(drop)
     }
+
+    /// What makes copies of this state for other members, from any thread.
+    fn snapshotter(&self) -> Arc<dyn Snapshotter>;
+
+    /// Replaces the whole state by that in `dir`, which a [`Snapshotter`] of another member wrote, and takes the directory
+    /// over. Gives its applied index. Durable on return, and all or nothing: after a crash the state is the old or the new one.
+    ///
+    /// # Errors
+    /// As [`StateMachine::apply`].
+    fn install(&mut self, dir: &Path) -> Result<u64, Fault>;
 }
 
 /// How far the apply thread may go. A level, not a queue.
@@ -78,7 +102,24 @@ pub(crate) struct ApplySignal {
 #[derive(Default)]
 struct Level {
     commit_index: u64,
+    /// A snapshot takes the place of what is not applied yet.
+    replaced: bool,
+    install: Option<Install>,
     stopping: bool,
+}
+
+/// A snapshot that is to be installed; the log has noted it.
+pub(crate) struct Install {
+    pub(crate) at: Position,
+    pub(crate) conf: Conf,
+    pub(crate) path: PathBuf,
+}
+
+/// What there is to do.
+enum Work {
+    /// Entries up to here.
+    Apply(u64),
+    Install(Install),
 }
 
 impl ApplySignal {
@@ -90,23 +131,48 @@ impl ApplySignal {
         self.bell.notify_one();
     }
 
+    /// A snapshot comes: no further entry is applied before it.
+    pub(crate) fn announce_install(&self) {
+        self.state.lock().replaced = true;
+    }
+
+    /// Lets the announced snapshot be installed.
+    pub(crate) fn install(&self, install: Install) {
+        let mut level = self.state.lock();
+        assert!(level.replaced, "a snapshot is announced first");
+        level.install = Some(install);
+        self.bell.notify_one();
+    }
+
     pub(crate) fn stop(&self) {
         self.state.lock().stopping = true;
         self.bell.notify_one();
     }
 
     /// Waits until there is something after `applied`. `None`: stopped.
-    fn wait_beyond(&self, applied: u64) -> Option<u64> {
+    fn wait_beyond(&self, applied: u64) -> Option<Work> {
         let mut level = self.state.lock();
         loop {
             if level.stopping {
                 return None;
             }
-            if level.commit_index > applied {
-                return Some(level.commit_index);
+            if let Some(install) = level.install.take() {
+                level.replaced = false;
+                level.commit_index = level.commit_index.max(install.at.index);
+                return Some(Work::Install(install));
+            }
+            if level.commit_index > applied && !level.replaced {
+                return Some(Work::Apply(level.commit_index));
             }
             self.bell.wait(&mut level);
         }
+    }
+
+    /// Whether nothing is to be done after `applied`; for a driver that steps the threads' work itself.
+    #[cfg(test)]
+    pub(crate) fn is_idle(&self, applied: u64) -> bool {
+        let level = self.state.lock();
+        level.install.is_none() && (level.replaced || level.commit_index <= applied)
     }
 }
 
@@ -114,6 +180,8 @@ impl ApplySignal {
 pub(crate) enum Progress {
     Applied,
     Durable,
+    /// The announced snapshot is the state now, and the log begins after it.
+    Installed,
 }
 
 /// The apply thread's own state.
@@ -124,7 +192,14 @@ pub(crate) struct Applier<S: StateMachine> {
     pub(crate) signal: Arc<ApplySignal>,
     pub(crate) apply_bytes_max: u64,
     pub(crate) log_bytes_flush: u64,
+    pub(crate) flush_entries: u64,
     pub(crate) flush_on_stop: bool,
+    /// Bytes in the log after the durable index, when that was last asked for.
+    pub(crate) probed_bytes: u64,
+    /// The applied index at which `flush_entries` last began a flush.
+    pub(crate) flushed_at: u64,
+    /// The term of the last applied entry.
+    pub(crate) term: u64,
 }
 
 impl<S: StateMachine> Applier<S> {
@@ -133,17 +208,7 @@ impl<S: StateMachine> Applier<S> {
     /// # Errors
     /// The state machine's or the log's; the member must stop.
     pub(crate) fn run(mut self, mut notify: impl FnMut(Progress)) -> Result<(), Fault> {
-        let mut applied = self.shared.status.applied_index.load(Ordering::Relaxed);
-        let mut probed_bytes = 0;
-        while let Some(commit_index) = self.signal.wait_beyond(applied) {
-            let entries = self.log.entries_between(applied + 1, commit_index + 1, self.apply_bytes_max)?;
-            let entries = entries.expect("only what the state has durably is truncated");
-            applied = self.apply(entries)?;
-            notify(Progress::Applied);
-            if self.maybe_flush(&mut probed_bytes)? {
-                notify(Progress::Durable);
-            }
-        }
+        while self.step(&mut notify)? {}
         if self.flush_on_stop && !self.shared.faulted() {
             let durable = self.state_machine.flush()?;
             self.shared.status.durable_index.store(durable, Ordering::Release);
@@ -151,70 +216,182 @@ impl<S: StateMachine> Applier<S> {
         Ok(())
     }
 
-    /// Applies, publishes, answers. Gives the index of the last entry.
-    fn apply(&mut self, entries: Vec<Entry>) -> Result<u64, Fault> {
-        let last = entries.last().expect("entries_between gives one at least").index;
-        let terms: Vec<Position> = entries.iter().map(|e| Position { index: e.index, term: e.term }).collect();
-        let committed = entries.into_iter().map(decode).collect::<Result<Vec<_>, _>>()?;
-        let counts: Vec<usize> = committed.iter().map(|entry| entry.commands.len()).collect();
-        let replies = self.state_machine.apply(committed)?;
-        assert!(replies.iter().map(Vec::len).eq(counts), "one reply for each command");
-        assert_eq!(self.state_machine.applied_index(), last, "the applied index follows the log");
-        self.shared.status.applied_index.store(last, Ordering::Release);
-        self.answer(&terms, replies);
-        Ok(last)
+    /// Waits for work and does one round of it. Gives whether to go on.
+    ///
+    /// # Errors
+    /// As [`Applier::run`].
+    pub(crate) fn step(&mut self, notify: &mut impl FnMut(Progress)) -> Result<bool, Fault> {
+        let applied = self.shared.status.applied_index.load(Ordering::Relaxed);
+        match self.signal.wait_beyond(applied) {
+            None => return Ok(false),
+            Some(Work::Install(install)) => {
+                self.install(install)?;
+                notify(Progress::Installed);
+            }
+            Some(Work::Apply(commit_index)) => {
+                // Nothing, if a snapshot was announced meanwhile and has taken the entries' place in the log.
+                if let Some(entries) = self.log.entries_between(applied + 1, commit_index + 1, self.apply_bytes_max)? {
+                    self.apply(entries)?;
+                    notify(Progress::Applied);
+                    if self.maybe_flush()? {
+                        notify(Progress::Durable);
+                    }
+                }
+            }
+        }
+        Ok(true)
     }
 
-    fn answer(&self, applied: &[Position], replies: Vec<Vec<S::Reply>>) {
-        let last = applied.last().expect("something was applied").index;
-        let mut batches = self.shared.waiting.take_through(last).into_iter().peekable();
+    /// Applies, publishes, answers.
+    fn apply(&mut self, entries: Vec<Entry>) -> Result<(), Fault> {
+        let last = entries.last().expect("entries_between gives one at least").index;
+        let mut places = Vec::with_capacity(entries.len());
+        let mut committed = Vec::with_capacity(entries.len());
+        for entry in entries {
+            let at = Position { index: entry.index, term: entry.term };
+            let Frame { commands, origins } = decode(entry)?;
+            places.push((at, commands.len(), origins));
+            committed.push(CommittedEntry { index: at.index, commands });
+        }
+        let began = Instant::now();
+        let replies = self.state_machine.apply(committed)?;
+        self.shared.metrics.backend_commit_duration.observe(began.elapsed());
+        assert!(
+            replies.iter().map(Vec::len).eq(places.iter().map(|(_, count, _)| *count)),
+            "one reply for each command"
+        );
+        assert_eq!(self.state_machine.applied_index(), last, "the applied index follows the log");
+        self.shared.status.applied_index.store(last, Ordering::Release);
         let mut answered = Vec::new();
-        for (at, replies) in applied.iter().zip(replies) {
-            while let Some(batch) = batches.next_if(|batch| batch.at.index <= at.index) {
-                if batch.at == *at {
-                    answered.push((batch, replies));
-                    break;
-                }
-                // Another leader's entry took its place, and the raft thread has not come to say so yet.
-                self.shared.drop_batches([batch]);
-            }
+        for ((at, _, origins), replies) in places.into_iter().zip(replies) {
+            self.on_term(at.term);
+            self.answer(at, &origins, replies, &mut answered);
         }
         if !answered.is_empty() {
             self.shared.complete(answered);
         }
+        Ok(())
+    }
+
+    /// What was proposed in earlier terms and is not applied by now never will be.
+    fn on_term(&mut self, term: u64) {
+        assert!(term >= self.term, "terms of the log grow");
+        if term > self.term {
+            self.term = term;
+            let dead = self.shared.waiting.take_dead(term);
+            if !dead.is_empty() {
+                self.shared.requeue(dead);
+            }
+        }
+    }
+
+    fn answer(
+        &self,
+        at: Position,
+        origins: &[(usize, Origin)],
+        replies: Vec<S::Reply>,
+        answered: &mut Answered<S::Reply>,
+    ) {
+        let waiting = &self.shared.waiting;
+        if let Some(batch) = waiting.take_batch(at) {
+            if replies.is_empty() {
+                // A change of members that raft put off: it became an empty entry.
+                return self.shared.refuse(batch.proposals, ProposeError::Dropped);
+            }
+            assert_eq!(batch.proposals.len(), replies.len(), "an entry carries the commands it was proposed with");
+            let local =
+                batch.proposals.into_iter().zip(replies).filter_map(|(proposal, reply)| match proposal.waiter {
+                    Waiter::Local(sender) => Some((sender, reply)),
+                    Waiter::Remote(_) => None,
+                });
+            return answered.extend(local);
+        }
+        let mut own = origins.iter().filter(|(_, origin)| origin.life == self.shared.life).peekable();
+        if own.peek().is_none() {
+            return;
+        }
+        let mut replies = replies.into_iter().enumerate();
+        for (place, origin) in own {
+            let reply = replies.find(|(at, _)| at == place).map(|(_, reply)| reply);
+            let proposal = waiting.take_forwarded(at.term, origin.number);
+            if let (Some(Proposal { waiter: Waiter::Local(sender), .. }), Some(reply)) = (proposal, reply) {
+                answered.push((sender, reply));
+            }
+        }
+    }
+
+    /// Makes the snapshot the state, and the log begin after it.
+    fn install(&mut self, Install { at, conf, path }: Install) -> Result<(), Fault> {
+        let applied = self.state_machine.install(&path)?;
+        assert_eq!(applied, at.index, "a snapshot is what it was offered as");
+        assert_eq!(self.state_machine.durable_index()?, applied, "a snapshot is durable");
+        self.log.store().finish_install(at, &conf)?;
+        self.shared.status.applied_index.store(applied, Ordering::Release);
+        self.shared.status.durable_index.store(applied, Ordering::Release);
+        self.probed_bytes = 0;
+        self.term = self.term.max(at.term);
+        // What it contains of these, nobody can tell.
+        self.shared.refuse(self.shared.waiting.take_all(), ProposeError::Dropped);
+        tracing::info!(index = at.index, term = at.term, "installed a snapshot");
+        Ok(())
     }
 
     /// Whether there is a newer durable index than before, so that the log can be truncated.
-    fn maybe_flush(&mut self, probed_bytes: &mut u64) -> Result<bool, Fault> {
-        let retained = self.log.retained_bytes();
-        *probed_bytes = (*probed_bytes).min(retained);
-        // Truncation follows on other threads; until they are through, asking again would flush again.
-        if retained < self.log_bytes_flush / 2 || retained < *probed_bytes + self.log_bytes_flush / 8 {
+    fn maybe_flush(&mut self) -> Result<bool, Fault> {
+        let (applied, durable) = {
+            let status = &self.shared.status;
+            (status.applied_index.load(Ordering::Relaxed), status.durable_index.load(Ordering::Relaxed))
+        };
+        let unflushed = self.log.bytes_after(durable);
+        self.probed_bytes = self.probed_bytes.min(unflushed);
+        let many_entries = self.flush_entries > 0 && applied - durable.max(self.flushed_at) >= self.flush_entries;
+        // A flush in the background takes its time; beginning another at once would not help.
+        let more_bytes =
+            unflushed >= self.log_bytes_flush / 2 && unflushed >= self.probed_bytes + self.log_bytes_flush / 8;
+        if !many_entries && !more_bytes && self.flushed_at <= durable {
             return Ok(false);
         }
-        let durable = if retained >= 2 * self.log_bytes_flush {
+        let now = if unflushed >= 2 * self.log_bytes_flush {
             self.state_machine.flush()?
         } else {
-            if retained >= self.log_bytes_flush {
+            if many_entries || (more_bytes && unflushed >= self.log_bytes_flush) {
                 self.state_machine.begin_flush()?;
+                self.flushed_at = applied;
             }
             self.state_machine.durable_index()?
         };
-        *probed_bytes = retained;
-        let before = self.shared.status.durable_index.swap(durable, Ordering::AcqRel);
-        assert!(durable >= before, "what is durable stays so");
-        Ok(durable > before)
+        if !many_entries && !more_bytes {
+            return Ok(self.publish_durable(now));
+        }
+        self.probed_bytes = unflushed;
+        Ok(self.publish_durable(now))
+    }
+
+    /// Gives whether the index moved.
+    fn publish_durable(&self, now: u64) -> bool {
+        let before = self.shared.status.durable_index.swap(now, Ordering::AcqRel);
+        assert!(now >= before, "what is durable stays so");
+        now > before
     }
 }
 
-fn decode(entry: Entry) -> Result<CommittedEntry, Fault> {
+/// The commands of an entry. A change of members has one beside it.
+fn decode(entry: Entry) -> Result<Frame, Fault> {
     let index = entry.index;
-    let commands = match entry.entry_type {
-        EntryType::EntryNormal => frame::decode(entry.data).map_err(|error| {
-            tracing::error!(index, %error, "decode raft entry");
-            Fault::Corrupt { what: "raft entry", key: index.to_be_bytes().to_vec() }
-        })?,
-        EntryType::EntryConfChange | EntryType::EntryConfChangeV2 => Vec::new(),
+    let corrupt = |what| Fault::Corrupt { what, key: index.to_be_bytes().to_vec() };
+    let frame = match entry.entry_type {
+        EntryType::EntryNormal => entry.data,
+        EntryType::EntryConfChange => {
+            let change = ConfChange::parse_from_bytes(&entry.data);
+            change.map_err(|_| corrupt("change of members in raft entry"))?.context
+        }
+        EntryType::EntryConfChangeV2 => {
+            let change = ConfChangeV2::parse_from_bytes(&entry.data);
+            change.map_err(|_| corrupt("change of members in raft entry"))?.context
+        }
     };
-    Ok(CommittedEntry { index, commands })
+    frame::decode(frame).map_err(|error| {
+        tracing::error!(index, %error, "decode raft entry");
+        corrupt("raft entry")
+    })
 }

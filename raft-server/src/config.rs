@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 use crate::error::{MemberFault, StartError};
 
@@ -16,12 +17,27 @@ pub struct Config {
     pub id: u64,
     /// The log's directory, created if missing. Held exclusively.
     pub data_dir: PathBuf,
-    /// Who votes when the group is created; must contain `id`. Read on the first start only: afterwards the log knows.
+    /// Where snapshots are kept while they come and go; created if missing, what an earlier life left in it is removed. Must
+    /// be on the file system of the state. Default: beside `data_dir`.
+    pub snapshot_dir: PathBuf,
+    /// Who votes when the group is created; must contain `id`. Empty: the group exists, its leader will send what it holds. Read
+    /// on the first start only: afterwards the log knows.
     pub initial_voters: Vec<u64>,
+    /// For a majority that is lost for ever: from this start on the member is the only voter and forgets the others, and all
+    /// that its log holds is committed, also what was not yet. What the others acknowledged without it is lost. The state
+    /// machine hears nothing of it. Of no effect on a new log. Default false.
+    pub force_sole_voter: bool,
+    /// While true the log is to grow no more: entries and snapshots of a leader are not taken (it sends them again), nor are
+    /// other members' commands. For a disk that is nearly full.
+    pub append_paused: Arc<AtomicBool>,
     /// Length of raft's clock tick. Default 100, range 1–10,000.
     pub tick_ms: u64,
     /// Ticks without a leader before an election, doubled at random. Default 10, more than `heartbeat_timeout_ticks`.
     pub election_timeout_ticks: usize,
+    /// If not 0, elections begin after a time below this instead of below the double. Simulations make it fixed.
+    pub election_timeout_ticks_max: usize,
+    /// Whether a member asks if it could win before it disturbs the others with an election. Default true.
+    pub pre_vote: bool,
     /// Ticks between heartbeats. Default 1, at least 1.
     pub heartbeat_timeout_ticks: usize,
     /// Commands of one batch, in bytes; a larger command travels alone. Default 1 MiB, range 1 KiB–64 MiB.
@@ -60,6 +76,16 @@ pub struct Config {
     /// When the log holds more than this, the state is flushed in the background and the log truncated to it; at twice this,
     /// apply waits for that. So twice this bounds the disk used and the time a restart takes. Default 64 MiB, at least 64 KiB.
     pub log_bytes_flush: u64,
+    /// If not 0, the state is flushed too when it has applied this many entries since. Default 0.
+    pub flush_entries: u64,
+    /// Of what the state has durably, the newest entries are kept for members that are behind: this many at most. Default 5,000.
+    pub log_catchup_entries: u64,
+    /// And of these as many as fit. Default 64 MiB. A sole voter keeps none.
+    pub log_catchup_bytes: u64,
+    /// Tells this life of the member from others. Default 0: drawn at random.
+    pub life: u64,
+    /// Whether snapshots are written on raft's own thread. For simulations, whose threads are none. Default false.
+    pub snapshots_on_raft_thread: bool,
     /// Whether a clean stop flushes the state, so that the next start replays nothing. Default true.
     pub flush_on_stop: bool,
     /// Where replies are given. On the runtime of those who wait, one wake-up from the apply thread serves all replies of a
@@ -72,12 +98,18 @@ pub struct Config {
 impl Config {
     /// The defaults, for a group of which `id` is the only voter.
     pub fn new(id: u64, data_dir: impl Into<PathBuf>) -> Self {
+        let data_dir = data_dir.into();
         Config {
             id,
-            data_dir: data_dir.into(),
+            snapshot_dir: data_dir.with_extension("snapshots"),
+            data_dir,
             initial_voters: vec![id],
+            force_sole_voter: false,
+            append_paused: Arc::default(),
             tick_ms: 100,
             election_timeout_ticks: 10,
+            election_timeout_ticks_max: 0,
+            pre_vote: true,
             heartbeat_timeout_ticks: 1,
             batch_bytes_max: 1 << 20,
             batch_commands_max: 4096,
@@ -95,6 +127,11 @@ impl Config {
             apply_bytes_max: 4 << 20,
             log_cache_bytes_max: 64 << 20,
             log_bytes_flush: 64 << 20,
+            flush_entries: 0,
+            log_catchup_entries: 5_000,
+            log_catchup_bytes: 64 << 20,
+            life: 0,
+            snapshots_on_raft_thread: false,
             flush_on_stop: true,
             reply_runtime: None,
             fault_handler: None,
@@ -114,7 +151,7 @@ impl Config {
         const KIB: u64 = 1 << 10;
         const GIB: u64 = 1 << 30;
         within("id", self.id, 1, u64::MAX)?;
-        if !self.initial_voters.contains(&self.id) {
+        if !self.initial_voters.is_empty() && !self.initial_voters.contains(&self.id) {
             return Err(StartError::Config(format!("initial_voters must contain id {}", self.id)));
         }
         if self.initial_voters.contains(&0) {

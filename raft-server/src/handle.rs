@@ -6,13 +6,14 @@ use std::sync::atomic::Ordering;
 use bytes::Bytes;
 use tokio::sync::{oneshot, watch};
 
-use crate::error::{ProposeError, ReadError};
-use crate::lanes::PushError;
+use crate::error::{ChangeError, ProposeError, ReadError};
+use crate::log::Position;
 use crate::metrics::Metrics;
-use crate::node::Event;
-use crate::proposals::Proposal;
-use crate::shared::{Leadership, Shared};
-use crate::transport::Message;
+use crate::node::{Event, MembersChange};
+use crate::proposals::{Proposal, Waiter};
+use crate::shared::{Leadership, Progress, Shared};
+use crate::snapshot::{OutgoingSnapshot, SnapshotOffer};
+use crate::transport::PeerMessage;
 
 /// A member, seen from outside. Cheap to clone; outlives the member, and then refuses everything.
 pub struct Handle<R> {
@@ -48,6 +49,8 @@ pub struct Status {
     pub proposals_pending: u64,
     /// How many vote.
     pub voters: u64,
+    /// Whether this member is in the group without a vote.
+    pub is_learner: bool,
 }
 
 impl<R> Clone for Handle<R> {
@@ -61,21 +64,37 @@ impl<R: Send + 'static> Handle<R> {
         Handle { shared, limits }
     }
 
+    #[cfg(test)]
+    pub(crate) fn shared(&self) -> &Shared<R> {
+        &self.shared
+    }
+
     /// This member's id.
     pub fn id(&self) -> u64 {
         self.shared.id
     }
 
-    /// Resolves once the command is committed (durable on a quorum) and applied here, with the state machine's reply.
-    /// Commands of one lane that are proposed one after the other are applied in that order.
+    /// Resolves once the command is committed (durable on a quorum) and applied here, with the state machine's reply; any
+    /// member will do, one that does not lead forwards it. Commands of one lane that are proposed one after the other
+    /// are applied in that order, each once.
     ///
-    /// Dropping the future does not take the command back.
+    /// Without a leader it waits for one: give it a time limit. Dropping the future takes the command back only if it is not on
+    /// its way yet.
     ///
     /// # Errors
     /// Each variant says whether the command may still take effect and what to do.
     pub async fn propose(&self, lane: u32, command: Bytes) -> Result<R, ProposeError> {
         // The receiver fails only if the member died with the command on its way.
-        self.enqueue(lane, command)?.await.unwrap_or(Err(ProposeError::Dropped))
+        self.enqueue(lane, command, None)?.await.unwrap_or(Err(ProposeError::Dropped))
+    }
+
+    /// As [`Handle::propose`], for what only the leader of one term may decide: the command is proposed by this member in that term,
+    /// or never.
+    ///
+    /// # Errors
+    /// As [`Handle::propose`]; [`ProposeError::OtherTerm`].
+    pub async fn propose_in_term(&self, term: u64, lane: u32, command: Bytes) -> Result<R, ProposeError> {
+        self.enqueue(lane, command, Some(term))?.await.unwrap_or(Err(ProposeError::Dropped))
     }
 
     /// As [`Handle::propose`], for threads without an async runtime.
@@ -86,10 +105,15 @@ impl<R: Send + 'static> Handle<R> {
     /// # Panics
     /// If called from within an async runtime.
     pub fn propose_blocking(&self, lane: u32, command: Bytes) -> Result<R, ProposeError> {
-        self.enqueue(lane, command)?.blocking_recv().unwrap_or(Err(ProposeError::Dropped))
+        self.enqueue(lane, command, None)?.blocking_recv().unwrap_or(Err(ProposeError::Dropped))
     }
 
-    fn enqueue(&self, lane: u32, command: Bytes) -> Result<oneshot::Receiver<Result<R, ProposeError>>, ProposeError> {
+    pub(crate) fn enqueue(
+        &self,
+        lane: u32,
+        command: Bytes,
+        only_in: Option<u64>,
+    ) -> Result<oneshot::Receiver<Result<R, ProposeError>>, ProposeError> {
         let refused = |error| {
             self.shared.metrics.proposals_failed.fetch_add(1, Ordering::Relaxed);
             Err(error)
@@ -100,22 +124,15 @@ impl<R: Send + 'static> Handle<R> {
         if self.shared.stopping() {
             return refused(ProposeError::Stopped);
         }
-        // Raft's thread decides; this only spares the way there.
-        if !self.shared.status.is_leader.load(Ordering::Acquire) {
-            let leader = self.shared.status.leader_id.load(Ordering::Acquire);
-            return refused(ProposeError::NotLeader { leader: (leader != 0).then_some(leader) });
-        }
         let (reply, receiver) = oneshot::channel();
         let bytes = command.len();
         let ring = {
             let mut queue = self.shared.queue.lock();
             let before = queue.lanes.bytes();
-            if let Err(full) = queue.lanes.push(lane, bytes, Proposal { command, reply }) {
+            let proposal = Proposal { lane, command, waiter: Waiter::Local(reply), only_in };
+            if let Err((error, _)) = queue.lanes.push(lane, bytes, proposal) {
                 drop(queue);
-                return refused(match full {
-                    PushError::Full => ProposeError::QueueFull,
-                    PushError::Closed => ProposeError::Stopped,
-                });
+                return refused(error.into());
             }
             self.shared.metrics.proposals_pending.fetch_add(1, Ordering::Relaxed);
             let batch_full = (before..queue.lanes.bytes()).contains(&self.limits.batch_bytes_max);
@@ -180,6 +197,7 @@ impl<R: Send + 'static> Handle<R> {
             last_index: cells.last_index.load(Ordering::Acquire),
             proposals_pending: self.shared.metrics.proposals_pending(),
             voters: cells.voters.load(Ordering::Acquire),
+            is_learner: cells.is_learner.load(Ordering::Acquire),
         }
     }
 
@@ -197,11 +215,65 @@ impl<R: Send + 'static> Handle<R> {
         &self.shared.metrics
     }
 
-    /// Hands over a message from a peer. Drops it at the bound of the event queue; raft repeats it.
-    pub fn deliver(&self, message: Message) {
+    /// How far each member has come, as this one knows while it leads; else nobody. As of the last tick.
+    pub fn progress(&self) -> Arc<[Progress]> {
+        Arc::clone(&self.shared.progress.read())
+    }
+
+    /// Hands over a message from a peer. Drops it at the bound of the event queue; it is repeated.
+    pub fn deliver(&self, message: PeerMessage) {
         if self.shared.events.try_send(Event::Message(Box::new(message))).is_err() {
             self.shared.metrics.messages_dropped.fetch_add(1, Ordering::Relaxed);
         }
+    }
+
+    /// The peer could not be reached: raft sends it less until it answers.
+    pub fn report_unreachable(&self, id: u64) {
+        let _ = self.shared.events.try_send(Event::Unreachable(id));
+    }
+
+    /// A snapshot that this member offers, for its transport to send. The files stay for as long as it is held.
+    pub fn outgoing_snapshot(&self, at: Position) -> Option<Arc<OutgoingSnapshot>> {
+        self.shared.outgoing.named(at)
+    }
+
+    /// The transport's answer to [`Transport::fetch`](crate::Transport::fetch): the directory is complete and durable, or it
+    /// could not be fetched. Not for an async thread: it waits for room in the event queue.
+    pub fn snapshot_fetched(&self, offer: SnapshotOffer, complete: bool) {
+        let _ = self.shared.events.send(Event::Fetched { offer, complete });
+    }
+
+    /// Changes who is in the group, on the leader, together with the command that records it. Resolves as [`Handle::propose`]
+    /// does; the change is in force before that.
+    ///
+    /// # Errors
+    /// See [`ChangeError`].
+    pub async fn change_members(&self, change: MembersChange, command: Bytes) -> Result<R, ChangeError> {
+        let (reply, receiver) = oneshot::channel();
+        let event = Event::Change { change, command, reply };
+        self.shared.events.try_send(event).map_err(|_| ChangeError::Propose(ProposeError::QueueFull))?;
+        receiver
+            .await
+            .unwrap_or(Err(ChangeError::Propose(ProposeError::Stopped)))?
+            .await
+            .unwrap_or(Err(ProposeError::Dropped))
+            .map_err(ChangeError::from)
+    }
+
+    /// Asks the leader, if this is it, to hand over: to that member, or to the one that is furthest if it is 0. Whether it came
+    /// to that, [`Handle::leadership`] tells; raft gives up after an election timeout.
+    pub fn transfer_leadership(&self, to: u64) {
+        let _ = self.shared.events.try_send(Event::Transfer(to));
+    }
+
+    /// Becomes true when this member finds that it was removed from the group.
+    pub fn removed(&self) -> watch::Receiver<bool> {
+        self.shared.removed.subscribe()
+    }
+
+    /// This member heard from a peer that it was removed from the group.
+    pub fn report_removed(&self) {
+        self.shared.removed.send_replace(true);
     }
 
     /// Asks the member to stop; its [`JoinGuard`](crate::JoinGuard) waits for it. Commands on their way are answered

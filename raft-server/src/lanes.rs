@@ -11,6 +11,8 @@
 
 use std::collections::{HashMap, VecDeque};
 
+use crate::error::ProposeError;
+
 /// Bytes a lane may send per turn.
 pub(crate) const QUANTUM_BYTES: usize = 64 << 10;
 
@@ -45,6 +47,15 @@ pub(crate) enum PushError {
     Closed,
 }
 
+impl From<PushError> for ProposeError {
+    fn from(error: PushError) -> Self {
+        match error {
+            PushError::Full => ProposeError::QueueFull,
+            PushError::Closed => ProposeError::Stopped,
+        }
+    }
+}
+
 impl<T> Lanes<T> {
     pub(crate) fn new(lane_bytes_max: usize, total_bytes_max: usize) -> Self {
         let (lanes, turns) = (HashMap::new(), VecDeque::new());
@@ -61,15 +72,16 @@ impl<T> Lanes<T> {
         self.items
     }
 
-    pub(crate) fn push(&mut self, lane: u32, command_bytes: usize, item: T) -> Result<(), PushError> {
+    /// Adds an item, or gives it back with the reason.
+    pub(crate) fn push(&mut self, lane: u32, command_bytes: usize, item: T) -> Result<(), (PushError, T)> {
         if self.closed {
-            return Err(PushError::Closed);
+            return Err((PushError::Closed, item));
         }
         let bytes = command_bytes + COMMAND_OVERHEAD_BYTES;
         let held = self.lanes.get(&lane).map_or(0, |lane| lane.bytes);
         let free = self.total_bytes_max.saturating_sub(self.bytes);
         if held + bytes > self.lane_bytes_max.min(free) {
-            return Err(PushError::Full);
+            return Err((PushError::Full, item));
         }
         let turns = &mut self.turns;
         let entry = self.lanes.entry(lane).or_insert_with(|| {
@@ -127,12 +139,32 @@ impl<T> Lanes<T> {
         self.drain()
     }
 
-    /// Gives back what waits.
-    pub(crate) fn drain(&mut self) -> Vec<T> {
-        let drained = self.lanes.drain().flat_map(|(_, lane)| lane.queue).map(|(_, item)| item).collect();
-        self.turns.clear();
+    /// Gives back what waits, lane by lane.
+    fn drain(&mut self) -> Vec<T> {
+        let turns = std::mem::take(&mut self.turns);
+        let lanes = turns.into_iter().filter_map(|id| self.lanes.remove(&id));
+        let drained = lanes.flat_map(|lane| lane.queue).map(|(_, item)| item).collect();
+        assert!(self.lanes.is_empty(), "a lane that holds something has a turn");
         (self.bytes, self.items) = (0, 0);
         drained
+    }
+
+    /// Drops the items that `keep` does not want.
+    pub(crate) fn retain(&mut self, mut keep: impl FnMut(&T) -> bool) {
+        for lane in self.lanes.values_mut() {
+            lane.queue.retain(|(bytes, item)| {
+                let kept = keep(item);
+                if !kept {
+                    lane.bytes -= bytes;
+                    self.bytes -= bytes;
+                    self.items -= 1;
+                }
+                kept
+            });
+        }
+        self.lanes.retain(|_, lane| !lane.queue.is_empty());
+        let lanes = &self.lanes;
+        self.turns.retain(|id| lanes.contains_key(id));
     }
 }
 
@@ -189,7 +221,7 @@ mod tests {
             }
         }
         assert!(pushed.iter().all(|&n| (240..=250).contains(&n)), "a quarter each: {pushed:?}");
-        assert_eq!(lanes.push(0, 1000, ()), Err(PushError::Full));
+        assert_eq!(lanes.push(0, 1000, ()), Err((PushError::Full, ())));
         for _ in 0..100 {
             lanes.push(9, 1000, ()).unwrap();
         }
@@ -208,7 +240,19 @@ mod tests {
         assert_eq!(order, ["small", "large"]);
         assert_eq!((lanes.lanes.len(), lanes.turns.len(), lanes.bytes()), (0, 0, 0));
         assert_eq!(lanes.close(), Vec::<&str>::new());
-        assert_eq!(lanes.push(1, 1, "late"), Err(PushError::Closed));
+        assert_eq!(lanes.push(1, 1, "late"), Err((PushError::Closed, "late")));
+    }
+
+    #[test]
+    fn what_is_not_wanted_any_more_leaves_nothing_behind() {
+        let mut lanes = Lanes::new(MIB, MIB);
+        for number in 0..10u32 {
+            lanes.push(number % 3, 100, number).unwrap();
+        }
+        lanes.retain(|number| number % 3 == 1 && *number > 1);
+        assert_eq!((lanes.items(), lanes.bytes()), (2, 2 * (100 + COMMAND_OVERHEAD_BYTES)));
+        assert_eq!(lanes.take_batch(MIB, 100), [4, 7]);
+        assert_eq!((lanes.lanes.len(), lanes.turns.len(), lanes.bytes()), (0, 0, 0));
     }
 
     proptest! {

@@ -27,8 +27,8 @@
 //! - A fault or a panic on any thread ends the member ([`Config::fault_handler`]): it never carries on with less.
 //! - Only this crate names `raft`.
 //!
-//! Left out for now: snapshots (a member that needs entries from before the log's beginning waits for ever), change of
-//! members through the handle (committed changes are applied and recorded), the network transport, leadership transfer.
+//! A command may be proposed at any member: one that does not lead sends it to the leader (`forward`), and whatever becomes of
+//! leaders, it is applied once (`proposals`). A member that is too far behind gets a copy of the state (`snapshot`).
 
 // A test that unwraps says what it expects.
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::cast_possible_truncation))]
@@ -36,6 +36,7 @@
 mod apply;
 mod config;
 mod error;
+mod forward;
 mod frame;
 mod handle;
 mod lanes;
@@ -49,16 +50,21 @@ mod ready;
 mod server;
 mod shared;
 #[cfg(test)]
+mod sim;
+mod snapshot;
+#[cfg(test)]
 mod tests;
 pub mod transport;
 mod writer;
 
 pub use crate::apply::{CommittedEntry, StateMachine};
 pub use crate::config::{Config, FaultHandler};
-pub use crate::error::{MemberFault, ProposeError, ReadError, StartError};
+pub use crate::error::{ChangeError, MemberFault, ProposeError, ReadError, StartError};
 pub use crate::handle::{Handle, Status};
 pub use crate::log::{Appended, BOOTSTRAP_INDEX, Conf, EngineLog, LogStore, LogWrite, MemoryLog, Position, Recovered};
-pub use crate::metrics::{DurationHistogram, HistogramSnapshot, Metrics};
+pub use crate::metrics::{DurationHistogram, HistogramSnapshot, Metrics, RoundTripHistogram, SnapshotHistogram};
+pub use crate::node::MembersChange;
 pub use crate::server::{JoinGuard, start, start_on};
-pub use crate::shared::Leadership;
+pub use crate::shared::{Leadership, Progress};
+pub use crate::snapshot::{OutgoingSnapshot, SnapshotOffer, Snapshotter};
 pub use crate::transport::{NoPeers, Transport};

@@ -4,14 +4,28 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-/// Buckets of a disk histogram: etcd's `ExponentialBuckets(0.001, 2, 14)`, and one for everything beyond.
-const BUCKETS: usize = 14;
-
-/// Durations in fixed buckets with upper bounds of 1 ms · 2^i, i in 0..14, then infinity.
-#[derive(Debug, Default)]
-pub struct DurationHistogram {
-    counts: [AtomicU64; BUCKETS + 1],
+/// Durations in `N` fixed buckets with upper bounds of `FIRST_US` µs · 2^i, then infinity.
+#[derive(Debug)]
+pub struct Histogram<const FIRST_US: u64, const N: usize> {
+    counts: [AtomicU64; N],
+    beyond: AtomicU64,
     sum_ns: AtomicU64,
+}
+
+/// Of the disk: etcd's `ExponentialBuckets(0.001, 2, 14)`.
+pub type DurationHistogram = Histogram<1000, 14>;
+
+/// Of the way to other members: etcd's `ExponentialBuckets(0.0001, 2, 16)`.
+pub type RoundTripHistogram = Histogram<100, 16>;
+
+/// Of snapshots on their way: etcd's `ExponentialBuckets(0.1, 2, 10)`.
+pub type SnapshotHistogram = Histogram<100_000, 10>;
+
+impl<const FIRST_US: u64, const N: usize> Default for Histogram<FIRST_US, N> {
+    fn default() -> Self {
+        let counts = std::array::from_fn(|_| AtomicU64::new(0));
+        Histogram { counts, beyond: AtomicU64::new(0), sum_ns: AtomicU64::new(0) }
+    }
 }
 
 /// A histogram as it is exported.
@@ -24,10 +38,10 @@ pub struct HistogramSnapshot {
     pub count: u64,
 }
 
-impl DurationHistogram {
+impl<const FIRST_US: u64, const N: usize> Histogram<FIRST_US, N> {
     pub(crate) fn observe(&self, duration: Duration) {
-        let bucket = (0..BUCKETS).find(|&i| duration <= bound(i)).unwrap_or(BUCKETS);
-        self.counts[bucket].fetch_add(1, Ordering::Relaxed);
+        let bucket = (0..N).find(|&i| duration <= bound(FIRST_US, i)).and_then(|i| self.counts.get(i));
+        bucket.unwrap_or(&self.beyond).fetch_add(1, Ordering::Relaxed);
         let nanoseconds = u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX);
         self.sum_ns.fetch_add(nanoseconds, Ordering::Relaxed);
     }
@@ -35,19 +49,19 @@ impl DurationHistogram {
     /// Not one point in time: an observation made meanwhile may be in the count and not in the sum.
     pub fn snapshot(&self) -> HistogramSnapshot {
         let mut count = 0;
-        let bounds = (0..BUCKETS).map(|i| bound(i).as_secs_f64()).chain([f64::INFINITY]);
+        let bounds = (0..N).map(|i| bound(FIRST_US, i).as_secs_f64()).chain([f64::INFINITY]);
         let cumulative = |(bound, bucket): (f64, &AtomicU64)| {
             count += bucket.load(Ordering::Relaxed);
             (bound, count)
         };
-        let buckets = bounds.zip(&self.counts).map(cumulative).collect();
+        let buckets = bounds.zip(self.counts.iter().chain([&self.beyond])).map(cumulative).collect();
         let sum_seconds = Duration::from_nanos(self.sum_ns.load(Ordering::Relaxed)).as_secs_f64();
         HistogramSnapshot { buckets, sum_seconds, count }
     }
 }
 
-fn bound(bucket: usize) -> Duration {
-    Duration::from_millis(1 << bucket)
+fn bound(first_us: u64, bucket: usize) -> Duration {
+    Duration::from_micros(first_us << bucket)
 }
 
 /// What a member counts. All grow only, but for `proposals_pending`.
@@ -57,11 +71,16 @@ pub struct Metrics {
     pub wal_fsync_duration: DurationHistogram,
     /// `etcd_disk_wal_write_duration_seconds`: the write before the sync.
     pub wal_write_duration: DurationHistogram,
+    /// `etcd_disk_backend_commit_duration_seconds`: applying a round of entries to the state.
+    pub backend_commit_duration: DurationHistogram,
     pub(crate) wal_write_bytes: AtomicU64,
     pub(crate) proposals_pending: AtomicU64,
     pub(crate) proposals_failed: AtomicU64,
     pub(crate) leader_changes: AtomicU64,
     pub(crate) messages_dropped: AtomicU64,
+    pub(crate) reads_failed: AtomicU64,
+    pub(crate) read_rounds_repeated: AtomicU64,
+    pub(crate) snapshots_installing: AtomicU64,
 }
 
 impl Metrics {
@@ -84,6 +103,21 @@ impl Metrics {
     /// `etcd_server_leader_changes_seen_total`.
     pub fn leader_changes(&self) -> u64 {
         self.leader_changes.load(Ordering::Relaxed)
+    }
+
+    /// `etcd_server_read_indexes_failed_total`: linearizable reads that no leader confirmed in time.
+    pub fn reads_failed(&self) -> u64 {
+        self.reads_failed.load(Ordering::Relaxed)
+    }
+
+    /// `etcd_server_slow_read_indexes_total`: read rounds that were asked for again.
+    pub fn read_rounds_repeated(&self) -> u64 {
+        self.read_rounds_repeated.load(Ordering::Relaxed)
+    }
+
+    /// `etcd_server_snapshot_apply_in_progress_total`: 1 while a snapshot becomes the state.
+    pub fn snapshots_installing(&self) -> u64 {
+        self.snapshots_installing.load(Ordering::Relaxed)
     }
 
     /// Messages from peers dropped at a full queue.

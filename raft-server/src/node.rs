@@ -5,41 +5,59 @@
 //! thread never waits for another one: writes go into a queue that the log thread empties whole, the apply thread
 //! follows a watermark, transports drop. So the other threads may wait for it.
 //!
-//! Batching. While nothing of ours is on its way to the disk, whatever waits is proposed at once: one client alone has
-//! no delay. While something is, a batch is proposed only if it is full, else it keeps filling until that sync is done. So
-//! small loads cost one sync per batch, large ones keep the disk busy.
+//! Batching. While nothing of ours is on its way, whatever waits is proposed at once: one client alone has no delay. While
+//! something is, a batch is proposed only if it is full, else it keeps filling until that has arrived: on this disk, or, with
+//! other voters, on a quorum's. So small loads cost one sync per batch, large ones keep the disks busy. What is forwarded to a
+//! leader goes by the same rule, and has arrived when the leader says so.
 //!
 //! A sole voter writes its log on this thread: nobody else's messages wait here, its reads need no round, and two changes of
 //! threads for each sync are spared (decision 0003). Proposals fill the next batch meanwhile, as they would otherwise.
 
 use std::collections::VecDeque;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use bytes::Bytes;
 use crossbeam_channel::{Receiver, RecvTimeoutError};
-use raft::eraftpb::MessageType;
-use raft::{RawNode, StateRole};
+use raft::eraftpb::{ConfChangeSingle, ConfChangeTransition, ConfChangeType, ConfChangeV2, MessageType};
+use raft::{RawNode, SnapshotStatus, StateRole};
 use tenure_storage::Fault;
+use tokio::sync::oneshot;
 
-use crate::apply::ApplySignal;
+use crate::apply::{self, ApplySignal};
 use crate::config::Config;
-use crate::error::{ProposeError, ReadError};
+use crate::error::{ChangeError, ProposeError, ReadError};
+use crate::forward::{Forward, Forwarded, Intakes, Sending};
 use crate::frame;
 use crate::log::{Conf, Log, LogWrite, Position, RaftStorage};
-use crate::proposals::{Batch, Proposal};
+use crate::proposals::{Batch, Origin, Proposal, Waiter};
 use crate::read_index::{ReadRounds, ReadSender};
-use crate::shared::{Leadership, Shared};
-use crate::transport::{Message, Transport};
+use crate::shared::{Leadership, Progress, Shared};
+use crate::snapshot::{self, OutgoingSnapshot, SnapshotOffer, Snapshotter};
+use crate::transport::{Message, PeerMessage, Transport};
 use crate::writer::WriteQueue;
 
+/// One step of who is in the group.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MembersChange {
+    /// Joins, or a learner gets its vote.
+    AddVoter(u64),
+    AddLearner(u64),
+    Remove(u64),
+}
+
+/// Who waits for a change of members: whether it was proposed, then what became of it.
+pub(crate) type ChangeReply<R> = oneshot::Sender<Result<oneshot::Receiver<Result<R, ProposeError>>, ChangeError>>;
+
 /// Everything that can make this member act. Adding work means adding a variant here.
-pub(crate) enum Event {
+pub(crate) enum Event<R> {
     /// A tick of raft's clock is due.
     Tick,
     /// Proposals wait in the lanes.
     Proposals,
-    Message(Box<Message>),
+    Message(Box<PeerMessage>),
     Read(ReadSender),
     /// The `Ready` of this number and all before are durable.
     Persisted(u64),
@@ -47,8 +65,36 @@ pub(crate) enum Event {
     Applied,
     /// The durable index in the status moved: the log can be truncated.
     Durable,
+    /// The snapshot that was announced is the state now.
+    Installed,
+    /// A snapshot of the state as of this index was written, or could not be.
+    SnapshotMade(Result<(u64, PathBuf), Fault>),
+    /// What a peer offered is here, or could not be had.
+    Fetched {
+        offer: SnapshotOffer,
+        complete: bool,
+    },
+    Change {
+        change: MembersChange,
+        command: Bytes,
+        reply: ChangeReply<R>,
+    },
+    /// Hand over to this member; 0: to whoever is furthest.
+    Transfer(u64),
+    /// Messages to this member do not get through.
+    Unreachable(u64),
     /// The stopping flag is set.
     Stop,
+}
+
+impl<R> From<apply::Progress> for Event<R> {
+    fn from(progress: apply::Progress) -> Self {
+        match progress {
+            apply::Progress::Applied => Event::Applied,
+            apply::Progress::Durable => Event::Durable,
+            apply::Progress::Installed => Event::Installed,
+        }
+    }
 }
 
 /// Events taken before the loop looks at what they made possible, so that neither starves the other.
@@ -64,10 +110,10 @@ pub(crate) struct Node<R> {
     pub(crate) apply: Arc<ApplySignal>,
     pub(crate) transport: Box<dyn Transport>,
     pub(crate) reads: ReadRounds,
-    pub(crate) events: Receiver<Event>,
+    pub(crate) events: Receiver<Event<R>>,
     pub(crate) next_tick: Instant,
-    /// Indexes of our batches that are not on this disk yet, oldest first.
-    pub(crate) unpersisted: VecDeque<u64>,
+    /// Indexes of our batches that a further one waits for, oldest first: see [`Node::forget_arrived`].
+    pub(crate) underway: VecDeque<u64>,
     pub(crate) outbox: crate::ready::Outbox,
     /// What raft wants saved but needs no sync for: goes with the next write.
     pub(crate) unsaved: LogWrite,
@@ -76,6 +122,27 @@ pub(crate) struct Node<R> {
     pub(crate) read_floor: Option<Position>,
     /// A write was done on this thread: there may be more to do without any event's saying so.
     pub(crate) again: bool,
+    /// What we forward to a leader, and what we take from members as one.
+    pub(crate) sending: Sending,
+    pub(crate) intakes: Intakes,
+    pub(crate) snapshots: Snapshots,
+}
+
+/// Snapshots that come and go.
+pub(crate) struct Snapshots {
+    pub(crate) snapshotter: Arc<dyn Snapshotter>,
+    /// Whether a thread is writing one.
+    pub(crate) making: bool,
+    pub(crate) made: u64,
+    /// Since a member was last in need of the outgoing one.
+    pub(crate) idle_ticks: usize,
+    pub(crate) offer_ticks: usize,
+    /// What is being fetched, and raft's message that offered it.
+    pub(crate) fetching: Option<(SnapshotOffer, Box<Message>)>,
+    /// What raft is about to hear of.
+    pub(crate) fetched: Option<SnapshotOffer>,
+    /// The `Ready` that waits for the snapshot to be installed.
+    pub(crate) installing: Option<crate::ready::Installing>,
 }
 
 impl<R: Send + 'static> Node<R> {
@@ -103,7 +170,7 @@ impl<R: Send + 'static> Node<R> {
     }
 
     /// The next event; a due tick goes before whatever waits in the queue.
-    fn next_event(&mut self) -> Event {
+    fn next_event(&mut self) -> Event<R> {
         if Instant::now() < self.next_tick {
             if std::mem::take(&mut self.again) {
                 return self.events.try_recv().unwrap_or(Event::Proposals);
@@ -120,15 +187,14 @@ impl<R: Send + 'static> Node<R> {
         Event::Tick
     }
 
-    fn on_event(&mut self, event: Event) -> Result<(), Fault> {
+    pub(crate) fn on_event(&mut self, event: Event<R>) -> Result<(), Fault> {
         match event {
-            Event::Tick => {
-                self.raw.tick();
-                if let Some(name) = self.reads.on_tick() {
-                    self.raw.read_index(name);
-                }
-            }
-            Event::Message(message) => self.on_message(*message),
+            Event::Tick => self.on_tick(),
+            Event::Message(message) => match *message {
+                PeerMessage::Raft(message) => self.on_message(message),
+                PeerMessage::Forward(message) => self.on_forward(message),
+                PeerMessage::Forwarded(message) => self.on_forwarded(&message),
+            },
             Event::Read(sender) => self.reads.join(sender),
             Event::Persisted(number) => self.on_persisted(number),
             Event::Applied => self.on_applied(),
@@ -136,112 +202,480 @@ impl<R: Send + 'static> Node<R> {
                 self.on_applied();
                 self.truncate()?;
             }
+            Event::Installed => self.on_installed(),
+            Event::SnapshotMade(made) => self.on_snapshot_made(made)?,
+            Event::Fetched { offer, complete } => self.on_fetched(offer, complete),
+            Event::Change { change, command, reply } => self.on_change(change, command, reply),
+            Event::Transfer(to) => self.transfer(to),
+            Event::Unreachable(id) => self.raw.report_unreachable(id),
             Event::Proposals | Event::Stop => {}
         }
         Ok(())
     }
 
-    fn on_message(&mut self, message: Message) {
-        let kind = message.get_msg_type();
-        if matches!(kind, MessageType::MsgPropose | MessageType::MsgSnapshot) {
-            // Peers propose through their own leader; snapshots are not built yet.
-            return;
+    fn on_tick(&mut self) {
+        self.raw.tick();
+        if let Some(name) = self.reads.on_tick() {
+            self.shared.metrics.read_rounds_repeated.fetch_add(1, Ordering::Relaxed);
+            self.raw.read_index(name);
         }
-        if kind == MessageType::MsgAppend && self.writes.bytes() > self.config.append_queue_bytes_max {
-            self.shared.metrics.messages_dropped.fetch_add(1, Ordering::Relaxed);
-            return;
+        self.shared.metrics.reads_failed.store(self.reads.timed_out, Ordering::Relaxed);
+        if self.sending.on_tick() {
+            self.send_again();
         }
+        self.offer_snapshots();
+        self.publish_progress();
+    }
+
+    fn on_message(&mut self, message: Box<Message>) {
+        match message.get_msg_type() {
+            // Commands come as `Forward`.
+            MessageType::MsgPropose => return,
+            MessageType::MsgSnapshot => return self.on_offer(message),
+            MessageType::MsgAppend => {
+                let full = self.writes.bytes() > self.config.append_queue_bytes_max
+                    || (self.append_paused() && !message.entries.is_empty());
+                // What follows a snapshot comes again when it is installed.
+                if full || self.snapshots.installing.is_some() {
+                    self.shared.metrics.messages_dropped.fetch_add(1, Ordering::Relaxed);
+                    return;
+                }
+            }
+            MessageType::MsgHup
+            | MessageType::MsgBeat
+            | MessageType::MsgAppendResponse
+            | MessageType::MsgRequestVote
+            | MessageType::MsgRequestVoteResponse
+            | MessageType::MsgHeartbeat
+            | MessageType::MsgHeartbeatResponse
+            | MessageType::MsgUnreachable
+            | MessageType::MsgSnapStatus
+            | MessageType::MsgCheckQuorum
+            | MessageType::MsgTransferLeader
+            | MessageType::MsgTimeoutNow
+            | MessageType::MsgReadIndex
+            | MessageType::MsgReadIndexResp
+            | MessageType::MsgRequestPreVote
+            | MessageType::MsgRequestPreVoteResponse => {}
+        }
+        self.step(*message);
+    }
+
+    fn step(&mut self, message: Message) {
         if let Err(error) = self.raw.step(message) {
             tracing::debug!(%error, "step message");
         }
     }
 
-    fn on_applied(&mut self) {
+    pub(crate) fn on_applied(&mut self) {
         let applied = self.shared.status.applied_index.load(Ordering::Acquire);
+        // Of a snapshot raft first wants to hear that it is on disk.
+        let applied = applied.min(self.raw.raft.raft_log.persisted);
         if applied > self.raw.raft.raft_log.applied {
             self.raw.advance_apply_to(applied);
             self.reads.on_applied(applied);
         }
     }
 
+    /// Takes what the state has durably out of the log, but for the newest entries, which members that are a little behind
+    /// need, and those after a snapshot that is on its way.
     fn truncate(&mut self) -> Result<(), Fault> {
         let durable = self.shared.status.durable_index.load(Ordering::Acquire);
         assert!(durable <= self.raw.raft.raft_log.applied, "durable is not ahead of applied");
-        if durable > self.log.truncated().index {
-            self.writes.push_truncate(self.log.hide_through(durable)?);
+        let mut through = durable;
+        if !self.is_alone() {
+            let catchup = self.config.log_catchup_bytes;
+            let newest = self.raw.raft.raft_log.applied.saturating_sub(self.config.log_catchup_entries);
+            through = through.min(newest.max(self.log.index_before_last(catchup)));
+            if let Some(at) = self.log.outgoing.at() {
+                let kept = catchup.max(self.config.log_bytes_flush) * snapshot::KEPT_FOR_SNAPSHOT;
+                through = through.min(at.index.max(self.log.index_before_last(kept)));
+            }
+        }
+        if through > self.log.truncated().index && !self.snapshots.making && self.snapshots.installing.is_none() {
+            self.writes.push_truncate(self.log.hide_through(through)?);
         }
         Ok(())
     }
 
     /// Does all that the last events made possible.
-    fn settle(&mut self) -> Result<(), Fault> {
-        self.notice_lost_leadership();
+    pub(crate) fn settle(&mut self) -> Result<(), Fault> {
+        self.notice_new_term();
         self.propose_batches();
         self.begin_read_round();
-        while self.raw.has_ready() {
+        self.finish_joint_change();
+        while self.snapshots.installing.is_none() && self.raw.has_ready() {
             self.on_ready()?;
         }
+        self.make_snapshot();
         // A read round of a single voter is confirmed at once.
         self.reads.on_applied(self.shared.status.applied_index.load(Ordering::Acquire));
         self.publish();
         Ok(())
     }
 
-    fn notice_lost_leadership(&mut self) {
+    /// What other members sent us to propose was for the term they sent it in.
+    fn notice_new_term(&mut self) {
         let term = self.shared.status.term.load(Ordering::Relaxed);
         let led = self.shared.status.is_leader.load(Ordering::Relaxed);
         if led && (!self.is_leader() || self.raw.raft.term != term) {
-            self.unpersisted.clear();
-            let unknown = self.shared.waiting.take_after(self.raw.raft.raft_log.committed);
-            self.shared.drop_batches(unknown);
+            self.underway.clear();
+            let mut queue = self.shared.queue.lock();
+            queue.lanes.retain(|proposal| matches!(proposal.waiter, Waiter::Local(_)));
+        }
+    }
+
+    /// A sole voter's batch has arrived when it is on its disk, which is known first; anybody else's when it is committed.
+    pub(crate) fn forget_arrived(&mut self) {
+        let log = &self.raw.raft.raft_log;
+        let arrived = if self.is_sole_voter() { log.persisted } else { log.committed };
+        while self.underway.front().is_some_and(|index| *index <= arrived) {
+            self.underway.pop_front();
         }
     }
 
     fn propose_batches(&mut self) {
-        while let Some(batch) = self.next_batch() {
-            if self.is_leader() {
+        if self.is_leader() {
+            self.forget_arrived();
+            while let Some(batch) = self.next_batch() {
                 self.propose(batch);
-            } else {
-                self.shared.refuse(batch, self.not_leader());
             }
+        } else {
+            self.forward_batches();
         }
     }
 
-    /// What to propose, or to refuse, now; see the module's essay.
+    /// What to propose now; see the module's essay.
     fn next_batch(&mut self) -> Option<Vec<Proposal<R>>> {
-        let leader = self.is_leader();
         let applying_bytes = self.shared.waiting.bytes();
         let mut queue = self.shared.queue.lock();
-        if !leader {
-            queue.rung = false;
-            let all = queue.lanes.drain();
-            return (!all.is_empty()).then_some(all);
-        }
         let (bytes_max, items_max) = (self.config.batch_bytes_max, self.config.batch_commands_max);
         let full = queue.lanes.bytes() >= bytes_max || queue.lanes.items() >= items_max;
-        let writing = self.unpersisted.len();
-        let room = writing < self.config.inflight_batches_max && applying_bytes < self.config.inflight_bytes_max as u64;
+        let underway = self.underway.len();
+        let room = underway < self.config.inflight_batches_max
+            && applying_bytes < self.config.inflight_bytes_max as u64
+            // Handing over: raft would drop it.
+            && self.raw.raft.lead_transferee.is_none();
         // When the disk or the state machine is done, this is called again without anybody's notice.
-        queue.rung = writing > 0 || !room;
-        if !room || queue.lanes.items() == 0 || (writing > 0 && !full) {
+        queue.rung = underway > 0 || !room;
+        if !room || queue.lanes.items() == 0 || (underway > 0 && !full) {
             return None;
         }
         Some(queue.lanes.take_batch(bytes_max, items_max))
     }
 
-    fn propose(&mut self, proposals: Vec<Proposal<R>>) {
-        let frame = frame::encode(proposals.iter().map(|proposal| &proposal.command));
-        if let Err(error) = self.raw.propose(Vec::new(), frame) {
-            // The leader is handing over: nothing was appended.
-            tracing::debug!(%error, "propose batch");
-            self.shared.refuse(proposals, ProposeError::NotLeader { leader: None });
+    fn propose(&mut self, mut proposals: Vec<Proposal<R>>) {
+        let abandoned: Vec<_> = proposals.extract_if(.., |proposal| proposal.is_abandoned()).collect();
+        self.shared.refuse(abandoned, ProposeError::Dropped);
+        let term = self.raw.raft.term;
+        let late = proposals.extract_if(.., |proposal| proposal.only_in.is_some_and(|only_in| only_in != term));
+        self.shared.refuse(late.collect::<Vec<_>>(), ProposeError::OtherTerm);
+        if proposals.is_empty() {
             return;
         }
+        let frame = frame::encode(proposals.iter().map(|proposal| {
+            let origin = match &proposal.waiter {
+                Waiter::Local(_) => None,
+                Waiter::Remote(origin) => Some(*origin),
+            };
+            (&proposal.command, origin)
+        }));
+        if let Err(error) = self.raw.propose(Vec::new(), frame) {
+            // Nothing was appended. What other members sent they send again, in another term.
+            tracing::debug!(%error, "propose batch");
+            return self.shared.requeue(proposals);
+        }
+        self.register(proposals);
+    }
+
+    /// Remembers who waits for the entry that was just appended.
+    fn register(&mut self, proposals: Vec<Proposal<R>>) {
         let at = Position { index: self.raw.raft.raft_log.last_index(), term: self.raw.raft.term };
-        let bytes = Batch::bytes_of(&proposals);
-        let replies = proposals.into_iter().map(|proposal| proposal.reply).collect();
-        self.shared.waiting.register(Batch { at, bytes, replies });
-        self.unpersisted.push_back(at.index);
+        self.shared.waiting.register(Batch::new(at, proposals));
+        self.underway.push_back(at.index);
+    }
+
+    /// Sends what waits to the leader. Without one it goes on waiting.
+    fn forward_batches(&mut self) {
+        let (term, leader) = (self.raw.raft.term, self.raw.raft.leader_id);
+        if leader != 0 && (self.sending.term, self.sending.leader) != (term, leader) {
+            assert!(self.sending.term < term, "a term has one leader");
+            self.sending = Sending::to(term, leader);
+        }
+        loop {
+            let room = self.shared.waiting.bytes() < self.config.inflight_bytes_max as u64;
+            let mut proposals = {
+                let mut queue = self.shared.queue.lock();
+                let (bytes_max, items_max) = (self.config.batch_bytes_max, self.config.batch_commands_max);
+                let full = queue.lanes.bytes() >= bytes_max || queue.lanes.items() >= items_max;
+                let underway = self.sending.acknowledged < self.sending.next;
+                // A new leader, the leader's answer, and what is applied, bring us here again without anybody's notice.
+                queue.rung = leader == 0 || !room || underway;
+                if leader == 0 || !room || queue.lanes.items() == 0 || (underway && !full) {
+                    return;
+                }
+                queue.lanes.take_batch(bytes_max, items_max)
+            };
+            let abandoned: Vec<_> = proposals.extract_if(.., |proposal| proposal.is_abandoned()).collect();
+            self.shared.refuse(abandoned, ProposeError::Dropped);
+            let own: Vec<_> = proposals.extract_if(.., |proposal| proposal.only_in.is_some()).collect();
+            self.shared.refuse(own, ProposeError::OtherTerm);
+            let start = self.sending.assign(proposals.len());
+            let commands = (start..).zip(&proposals).map(|(number, p)| (number, p.lane, p.command.clone())).collect();
+            self.shared.waiting.register_forwarded(term, start, proposals);
+            self.send_forward(start, commands, self.sending.next);
+        }
+    }
+
+    fn send_again(&mut self) {
+        let (term, start) = (self.sending.term, self.sending.acknowledged);
+        if term != self.raw.raft.term || self.sending.leader != self.raw.raft.leader_id {
+            return;
+        }
+        let (commands, cut) = self.shared.waiting.forwarded_from(term, start, self.config.batch_bytes_max);
+        let end = cut.unwrap_or(self.sending.next);
+        self.send_forward(start, commands, end);
+    }
+
+    fn send_forward(&mut self, start: u64, commands: Vec<(u64, u32, Bytes)>, end: u64) {
+        let Sending { term, leader, acknowledged, .. } = self.sending;
+        let (from, life) = (self.config.id, self.shared.life);
+        let message = Forward { from, to: leader, term, life, heard: acknowledged, commands, end, start };
+        self.transport.send(vec![PeerMessage::Forward(message)]);
+    }
+
+    fn on_forward(&mut self, message: Forward) {
+        if !self.is_leader() || message.term != self.raw.raft.term || self.shared.stopping() {
+            return;
+        }
+        let (life, paused) = (message.life, self.append_paused());
+        let answer = {
+            let mut queue = self.shared.queue.lock();
+            self.intakes.receive(message.term, message, |number, lane, command| {
+                let bytes = command.len();
+                let waiter = Waiter::Remote(Origin { life, number });
+                !paused
+                    && bytes <= self.config.command_bytes_max
+                    && queue.lanes.push(lane, bytes, Proposal { lane, command, waiter, only_in: None }).is_ok()
+            })
+        };
+        self.transport.send(vec![PeerMessage::Forwarded(answer)]);
+    }
+
+    fn on_forwarded(&mut self, answer: &Forwarded) {
+        if answer.life != self.shared.life || !self.sending.on_answer(answer) {
+            return;
+        }
+        let refused = answer.refused.iter().filter_map(|n| self.shared.waiting.take_forwarded(answer.term, *n));
+        self.shared.refuse(refused, ProposeError::QueueFull);
+    }
+
+    fn on_change(&mut self, change: MembersChange, command: Bytes, reply: ChangeReply<R>) {
+        let refuse = |reply: ChangeReply<R>, error| drop(reply.send(Err(error)));
+        let raft = &self.raw.raft;
+        if !self.is_leader() || raft.lead_transferee.is_some() {
+            let leader = (raft.leader_id != 0 && raft.leader_id != self.config.id).then_some(raft.leader_id);
+            return refuse(reply, ChangeError::NotLeader { leader });
+        }
+        if raft.has_pending_conf() || !self.conf.state.voters_outgoing.is_empty() {
+            return refuse(reply, ChangeError::UnderWay);
+        }
+        let (kind, node_id) = match change {
+            MembersChange::AddVoter(id) => (ConfChangeType::AddNode, id),
+            MembersChange::AddLearner(id) => (ConfChangeType::AddLearnerNode, id),
+            MembersChange::Remove(id) => (ConfChangeType::RemoveNode, id),
+        };
+        if change == MembersChange::Remove(node_id) && self.conf.state.voters == [node_id] {
+            return refuse(reply, ChangeError::Invalid);
+        }
+        let mut single = ConfChangeSingle::default();
+        (single.change_type, single.node_id) = (kind, node_id);
+        let joint = ConfChangeV2 {
+            // Through both configurations; raft leaves the joint one by itself.
+            transition: ConfChangeTransition::Implicit,
+            changes: vec![single].into(),
+            context: frame::encode([(&command, None)].into_iter()).into(),
+            ..ConfChangeV2::default()
+        };
+        if let Err(error) = self.raw.propose_conf_change(Vec::new(), joint) {
+            tracing::warn!(%error, ?change, "propose a change of members");
+            return refuse(reply, ChangeError::Invalid);
+        }
+        let (sender, receiver) = oneshot::channel();
+        self.shared.metrics.proposals_pending.fetch_add(1, Ordering::Relaxed);
+        self.register(vec![Proposal { lane: 0, command, waiter: Waiter::Local(sender), only_in: None }]);
+        let _ = reply.send(Ok(receiver));
+    }
+
+    /// A leader that took over in the middle of a change completes it; raft itself does only for its own.
+    fn finish_joint_change(&mut self) {
+        let raft = &self.raw.raft;
+        let is_joint = !self.conf.state.voters_outgoing.is_empty() && self.conf.state.auto_leave;
+        if is_joint
+            && self.is_leader()
+            && raft.commit_to_current_term()
+            && !raft.has_pending_conf()
+            && let Err(error) = self.raw.propose_conf_change(Vec::new(), ConfChangeV2::default())
+        {
+            tracing::debug!(%error, "leave the joint configuration");
+        }
+    }
+
+    fn transfer(&mut self, to: u64) {
+        if !self.is_leader() {
+            return;
+        }
+        let own = self.config.id;
+        let voters = &self.conf.state.voters;
+        let furthest = || {
+            let progress = self.raw.raft.prs().iter();
+            let able = progress.filter(|(id, of)| **id != own && of.recent_active && voters.contains(id));
+            able.max_by_key(|(id, of)| (of.matched, **id)).map(|(id, _)| *id)
+        };
+        if let Some(to) = if to == 0 { furthest() } else { Some(to) } {
+            self.raw.transfer_leader(to);
+        }
+    }
+
+    // Snapshots: see the essay of `snapshot`.
+
+    fn on_offer(&mut self, message: Box<Message>) {
+        let metadata = message.get_snapshot().get_metadata();
+        let at = Position { index: metadata.index, term: metadata.term };
+        if self.snapshots.installing.is_some() || self.snapshots.fetched.is_some() || self.append_paused() {
+            return;
+        }
+        if at.index <= self.raw.raft.raft_log.committed {
+            // Nothing to fetch: raft says so to its sender.
+            return self.step(*message);
+        }
+        if let Some((offer, first)) = &mut self.snapshots.fetching
+            && offer.at == at
+            && offer.from == message.from
+        {
+            *first = message;
+            return;
+        }
+        let path = self.config.snapshot_dir.join(format!("in-{}-{}", at.term, at.index));
+        let offer = SnapshotOffer { from: message.from, at, path };
+        tracing::info!(from = offer.from, index = at.index, "fetch a snapshot");
+        self.snapshots.fetching = Some((offer.clone(), message));
+        self.transport.fetch(offer);
+    }
+
+    fn on_fetched(&mut self, offer: SnapshotOffer, complete: bool) {
+        let Some((_, message)) = self.snapshots.fetching.take_if(|(fetching, _)| *fetching == offer) else { return };
+        if !complete {
+            tracing::warn!(from = offer.from, index = offer.at.index, "a snapshot could not be fetched");
+            return;
+        }
+        self.snapshots.fetched = Some(offer);
+        self.step(*message);
+        if self.raw.raft.raft_log.unstable_snapshot().is_none()
+            && let Some(offer) = self.snapshots.fetched.take()
+        {
+            // A newer term, or entries that came meanwhile.
+            snapshot::remove(&offer.path);
+        }
+    }
+
+    /// Offers what is ready again to members that have not answered, and forgets it when nobody needs it.
+    fn offer_snapshots(&mut self) {
+        let needy: Vec<u64> = match self.is_leader() {
+            true => {
+                let progress = self.raw.raft.prs().iter();
+                progress.filter(|(_, of)| of.state == raft::ProgressState::Snapshot).map(|(id, _)| *id).collect()
+            }
+            false => Vec::new(),
+        };
+        if needy.is_empty() {
+            (self.snapshots.offer_ticks, self.snapshots.idle_ticks) = (0, self.snapshots.idle_ticks + 1);
+            if self.snapshots.idle_ticks == snapshot::IDLE_TICKS {
+                self.log.outgoing.set(None);
+            }
+            return;
+        }
+        self.snapshots.idle_ticks = 0;
+        self.snapshots.offer_ticks += 1;
+        if self.snapshots.offer_ticks >= snapshot::OFFER_TICKS {
+            self.snapshots.offer_ticks = 0;
+            for id in needy {
+                self.raw.report_snapshot(id, SnapshotStatus::Failure);
+            }
+        }
+    }
+
+    /// Has a snapshot written if raft wants one.
+    fn make_snapshot(&mut self) {
+        if self.snapshots.making || !self.log.outgoing.take_wanted() || !self.is_leader() {
+            return;
+        }
+        self.snapshots.making = true;
+        self.snapshots.made += 1;
+        let path = self.config.snapshot_dir.join(format!("out-{:x}-{}", self.shared.life, self.snapshots.made));
+        let (snapshotter, events) = (Arc::clone(&self.snapshots.snapshotter), self.shared.events.clone());
+        let write = move || {
+            let written = snapshotter.write_to(&path).map(|index| (index, path.clone()));
+            if written.is_err() {
+                snapshot::remove(&path);
+            }
+            let _ = events.send(Event::SnapshotMade(written));
+        };
+        if self.config.snapshots_on_raft_thread {
+            return write();
+        }
+        if let Err(error) = std::thread::Builder::new().name("raft-snapshot".to_owned()).spawn(write) {
+            tracing::warn!(%error, "start a thread for a snapshot");
+            self.snapshots.making = false;
+        }
+    }
+
+    fn on_snapshot_made(&mut self, made: Result<(u64, PathBuf), Fault>) -> Result<(), Fault> {
+        self.snapshots.making = false;
+        let (index, path) = match made {
+            Ok(made) => made,
+            Err(fault) => {
+                // Raft asks again.
+                tracing::warn!(%fault, "write a snapshot");
+                return Ok(());
+            }
+        };
+        // A state that raft's thread has not heard of yet: it is applied, so it is committed.
+        let term = self.log.term_at(index)?;
+        match term {
+            Some(term) if self.conf.index <= index => {
+                let at = Position { index, term };
+                self.snapshots.idle_ticks = 0;
+                self.log.outgoing.set(Some(OutgoingSnapshot { at, conf: self.conf.clone(), path }));
+            }
+            // Members changed meanwhile, or the log was replaced; raft asks again.
+            Some(_) | None => snapshot::remove(&path),
+        }
+        Ok(())
+    }
+
+    fn publish_progress(&mut self) {
+        let mut progress = self.shared.progress.write();
+        if !self.is_leader() {
+            if !progress.is_empty() {
+                *progress = Arc::from(Vec::new());
+            }
+            return;
+        }
+        let own = self.config.id;
+        let conf = &self.conf.state;
+        *progress = self
+            .raw
+            .raft
+            .prs()
+            .iter()
+            .map(|(id, of)| Progress {
+                id: *id,
+                matched_index: of.matched,
+                is_active: of.recent_active || *id == own,
+                is_learner: conf.learners.contains(id),
+            })
+            .collect();
     }
 
     fn begin_read_round(&mut self) {
@@ -289,6 +723,10 @@ impl<R: Send + 'static> Node<R> {
         self.shared.status.applied_index.load(Ordering::Acquire) >= floor.index
     }
 
+    fn append_paused(&self) -> bool {
+        self.config.append_paused.load(Ordering::Relaxed)
+    }
+
     pub(crate) fn is_leader(&self) -> bool {
         self.raw.raft.state == StateRole::Leader
     }
@@ -297,9 +735,9 @@ impl<R: Send + 'static> Node<R> {
         self.conf.state.voters == [self.config.id] && self.conf.state.voters_outgoing.is_empty()
     }
 
-    fn not_leader(&self) -> ProposeError {
-        let leader = self.raw.raft.leader_id;
-        ProposeError::NotLeader { leader: (leader != 0 && leader != self.config.id).then_some(leader) }
+    /// Whether nobody else is in the group.
+    fn is_alone(&self) -> bool {
+        self.is_sole_voter() && self.conf.state.learners.is_empty()
     }
 }
 

@@ -45,12 +45,14 @@ pub(crate) struct ReadRounds {
     /// Confirmed, by growing index; wait for it to be applied.
     confirmed: VecDeque<(u64, Vec<Waiter>)>,
     timeout_ticks: usize,
+    /// Readers that waited too long, so far.
+    pub(crate) timed_out: u64,
 }
 
 impl ReadRounds {
     pub(crate) fn new(member_id: u64, nonce: u64, timeout_ticks: usize) -> Self {
         let (joining, current, confirmed) = (Vec::new(), None, VecDeque::new());
-        ReadRounds { member_id, nonce, rounds_named: 0, joining, current, confirmed, timeout_ticks }
+        ReadRounds { member_id, nonce, rounds_named: 0, joining, current, confirmed, timeout_ticks, timed_out: 0 }
     }
 
     pub(crate) fn join(&mut self, sender: ReadSender) {
@@ -90,9 +92,12 @@ impl ReadRounds {
     /// One tick: fails who waited too long. Gives a name if the current round must be asked again.
     pub(crate) fn on_tick(&mut self) -> Option<Vec<u8>> {
         let timeout_ticks = self.timeout_ticks;
-        let expire = |waiters: &mut Vec<Waiter>| {
+        let timed_out = &mut self.timed_out;
+        let mut expire = |waiters: &mut Vec<Waiter>| {
             waiters.iter_mut().for_each(|waiter| waiter.waited_ticks += 1);
+            let before = waiters.len();
             answer(waiters.extract_if(.., |waiter| waiter.waited_ticks > timeout_ticks), Err(ReadError::Timeout));
+            *timed_out += (before - waiters.len()) as u64;
         };
         expire(&mut self.joining);
         self.confirmed.iter_mut().for_each(|(_, waiters)| expire(waiters));
@@ -197,6 +202,7 @@ mod tests {
         for reader in [&mut confirmed, &mut current, &mut joining] {
             assert_eq!(reader.try_recv(), Ok(Err(ReadError::Timeout)));
         }
+        assert_eq!(rounds.timed_out, 3);
         assert!(rounds.current.is_none() && rounds.confirmed.is_empty());
     }
 

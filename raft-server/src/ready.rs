@@ -13,10 +13,20 @@ use protobuf::Message as _;
 use raft::eraftpb::{ConfChange, ConfChangeV2, Entry, EntryType};
 use tenure_storage::Fault;
 
-use crate::log::{Conf, LogWrite};
+use crate::apply::Install;
+use crate::log::{Conf, LogWrite, Position};
 use crate::node::{Node, raft_fault};
-use crate::transport::Message;
+use crate::snapshot::SnapshotOffer;
+use crate::transport::{Message, PeerMessage};
 use crate::writer;
+
+/// A `Ready` whose snapshot is being installed. Nothing further is taken from raft meanwhile.
+pub(crate) struct Installing {
+    offer: SnapshotOffer,
+    ready_number: u64,
+    write: LogWrite,
+    promises: Vec<Message>,
+}
 
 /// Messages that wait for the disk. Bound: raft's own windows, since peers stop sending when they get no answer.
 #[derive(Default)]
@@ -51,17 +61,19 @@ impl<R: Send + 'static> Node<R> {
         for state in ready.take_read_states() {
             self.reads.confirm(&state.request_ctx, state.index);
         }
-        assert!(ready.snapshot().is_empty(), "snapshots are not let in");
+        if !ready.snapshot().is_empty() {
+            return self.begin_install(ready);
+        }
         // Readable first: raft looks its entries up in the log from here on.
         let entries = ready.take_entries();
         self.log.append(&entries);
         let hard_state = ready.hs().cloned();
         let committed = ready.take_committed_entries();
         let promises = ready.take_persisted_messages();
-        let mut must_write = ready.must_sync();
+        let must_write = ready.must_sync();
         self.raw.advance_append_async(ready);
 
-        must_write |= self.apply_conf_changes(&committed)?;
+        self.apply_conf_changes(&committed)?;
         self.unsaved.merge(LogWrite { entries, hard_state, conf: None });
         let mut written_here = false;
         if must_write {
@@ -89,6 +101,52 @@ impl<R: Send + 'static> Node<R> {
         Ok(())
     }
 
+    /// The log in memory begins after the snapshot at once, since raft looks there; the disk and the state follow on their
+    /// threads, and then everything else that this `Ready` wants.
+    fn begin_install(&mut self, mut ready: raft::Ready) -> Result<(), Fault> {
+        let metadata = ready.snapshot().get_metadata().clone();
+        let at = Position { index: metadata.index, term: metadata.term };
+        let offer = self.snapshots.fetched.take().expect("raft hears only of snapshots that are here");
+        assert_eq!(offer.at, at, "and of these one at a time");
+        let conf = Conf { index: at.index, state: metadata.conf_state.unwrap_or_default() };
+        self.apply.announce_install();
+        self.log.reset(at);
+        self.log.outgoing.set(None);
+        self.underway.clear();
+        let entries = ready.take_entries();
+        self.log.append(&entries);
+        assert!(ready.committed_entries().is_empty(), "nothing after a snapshot is committed before it is there");
+        let hard_state = Some(self.raw.raft.hard_state());
+        let path = offer.path.clone();
+        let installing = Installing {
+            offer,
+            ready_number: ready.number(),
+            write: LogWrite { entries, hard_state, conf: None },
+            promises: ready.take_persisted_messages(),
+        };
+        self.raw.advance_append_async(ready);
+        self.set_conf(conf.clone());
+        // The note and the reset carry them.
+        self.unsaved = LogWrite::default();
+        self.snapshots.installing = Some(installing);
+        self.shared.metrics.snapshots_installing.store(1, Ordering::Relaxed);
+        self.writes.push_install(Install { at, conf, path });
+        Ok(())
+    }
+
+    pub(crate) fn on_installed(&mut self) {
+        let installing = self.snapshots.installing.take().expect("it was announced");
+        self.shared.metrics.snapshots_installing.store(0, Ordering::Relaxed);
+        let Installing { ready_number, write, promises, offer, .. } = installing;
+        // The state machine has taken the directory over; what it did not take goes.
+        crate::snapshot::remove(&offer.path);
+        let applied = self.shared.status.applied_index.load(Ordering::Acquire);
+        self.shared.status.last_index.fetch_max(applied, Ordering::Release);
+        self.outbox.written = ready_number;
+        self.writes.push(ready_number, write);
+        self.hold(ready_number, promises);
+    }
+
     /// Sends what is a promise about the disk once the disk has kept it.
     fn hold(&mut self, ready_number: u64, messages: Vec<Message>) {
         let after = self.outbox.written;
@@ -108,21 +166,20 @@ impl<R: Send + 'static> Node<R> {
             self.send(held.messages);
             self.raw.on_persist_ready(held.ready_number);
         }
-        let persisted_index = self.raw.raft.raft_log.persisted;
-        while self.unpersisted.front().is_some_and(|index| *index <= persisted_index) {
-            self.unpersisted.pop_front();
-        }
+        self.forget_arrived();
+        self.on_applied();
     }
 
     fn send(&mut self, messages: Vec<Message>) {
         if !messages.is_empty() {
-            self.transport.send(messages);
+            let messages = messages.into_iter().map(|message| PeerMessage::Raft(Box::new(message)));
+            self.transport.send(messages.collect());
         }
     }
 
-    /// Makes the changes of members among the entries. Gives whether there was one; it must be on disk before its entry is
-    /// truncated, so it is written at once.
-    fn apply_conf_changes(&mut self, committed: &[Entry]) -> Result<bool, Fault> {
+    /// Makes the changes of members among the entries, and writes down what came of it, here and now: an entry that the state has
+    /// durably is not looked at again after a crash, so the record must be on disk before the entry is applied.
+    fn apply_conf_changes(&mut self, committed: &[Entry]) -> Result<(), Fault> {
         let mut changed = false;
         for entry in committed {
             // The record may be newer than the state: then entries are replayed whose changes it contains.
@@ -134,23 +191,39 @@ impl<R: Send + 'static> Node<R> {
             let state = if entry.entry_type == EntryType::EntryConfChange {
                 self.raw.apply_conf_change(&ConfChange::parse_from_bytes(&entry.data).map_err(corrupt)?)
             } else {
-                self.raw.apply_conf_change(&ConfChangeV2::parse_from_bytes(&entry.data).map_err(corrupt)?)
+                let change = ConfChangeV2::parse_from_bytes(&entry.data).map_err(corrupt)?;
+                // Raft leaves a joint configuration by itself, and a new leader to be safe: the second time there is none. All
+                // members see that alike.
+                if change.leave_joint() && self.conf.state.voters_outgoing.is_empty() {
+                    continue;
+                }
+                self.raw.apply_conf_change(&change)
             };
             let state = state.map_err(raft_fault)?;
             self.set_conf(Conf { index: entry.index, state });
             changed = true;
         }
-        Ok(changed)
+        if changed {
+            self.log.store().append(&LogWrite { conf: Some(self.conf.clone()), ..LogWrite::default() })?;
+        }
+        Ok(())
     }
 
     pub(crate) fn set_conf(&mut self, conf: Conf) {
         let mut voters = conf.state.voters.clone();
         voters.sort_unstable();
+        let own = &self.config.id;
+        let is_learner = conf.state.learners.contains(own) || conf.state.learners_next.contains(own);
+        self.shared.status.is_learner.store(is_learner, Ordering::Release);
+        let is_member = is_learner || voters.contains(own) || conf.state.voters_outgoing.contains(own);
+        // A member that joins knows of nobody until it gets the leader's snapshot, with itself in it.
+        if !is_member && !voters.is_empty() {
+            self.shared.removed.send_replace(true);
+        }
         self.shared.status.voters.store(voters.len() as u64, Ordering::Release);
         // Another voter may acknowledge writes from now on.
         self.shared.status.reads_freely.store(false, Ordering::Release);
         *self.shared.members.write() = Arc::from(voters);
-        self.conf = conf.clone();
-        self.unsaved.conf = Some(conf);
+        self.conf = conf;
     }
 }

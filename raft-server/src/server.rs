@@ -2,6 +2,7 @@
 
 use std::hash::{BuildHasher, Hasher};
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
@@ -13,20 +14,21 @@ use raft::eraftpb::ConfState;
 use tenure_storage::Fault;
 use tokio::sync::watch;
 
-use crate::apply::{Applier, ApplySignal, Progress, StateMachine};
+use crate::apply::{Applier, ApplySignal, StateMachine};
 use crate::config::{Config, FaultHandler};
 use crate::error::{MemberFault, StartError};
+use crate::forward::{Intakes, Sending};
 use crate::handle::{Handle, Limits};
 use crate::lanes::Lanes;
 use crate::log::{BOOTSTRAP_INDEX, Conf, EngineLog, Log, LogStore, LogWrite, Position, RaftStorage, Recovered};
 use crate::logger;
 use crate::metrics::Metrics;
-use crate::node::{Event, Node};
+use crate::node::{Event, Node, Snapshots};
 use crate::proposals::Waiting;
 use crate::read_index::ReadRounds;
 use crate::shared::{Leadership, ProposalQueue, Shared, StatusCells};
 use crate::transport::Transport;
-use crate::writer::{self, WriteQueue};
+use crate::writer::{self, WriteQueue, Written};
 
 /// Starts a member on the log in `config.data_dir`. Returns once the log is read; leading, and applying what the state
 /// lacks, follow on the member's threads. [`Handle::read_barrier`] resolves when it serves.
@@ -54,8 +56,62 @@ pub fn start_on<S: StateMachine>(
     store: Arc<dyn LogStore>,
     transport: impl Transport + 'static,
 ) -> Result<(Handle<S::Reply>, JoinGuard), StartError> {
+    let Assembled { node, applier, handle } = assemble(config, state_machine, store, transport)?;
+    let (shared, writes, apply) = (Arc::clone(&node.shared), Arc::clone(&node.writes), Arc::clone(&node.apply));
+    let (log, handler) = (Arc::clone(&node.log), node.config.fault_handler.clone());
+    let supervisor = Supervisor {
+        shared: Arc::clone(&shared),
+        writes: Arc::clone(&writes),
+        apply: Arc::clone(&apply),
+        handler: handler.unwrap_or_else(|| Arc::new(abort)),
+    };
+    let mut guard = JoinGuard { stop: None, threads: Vec::new() };
+    let stop = Arc::clone(&supervisor.shared);
+    guard.stop = Some(Box::new(move || stop.request_stop()));
+    let events = shared.events.clone();
+    guard.threads.push(supervisor.spawn("raft-apply", move || {
+        applier.run(|progress| {
+            // Raft's thread never waits for this one. It is gone only when the member stops.
+            let _ = events.send(progress.into());
+        })
+    })?);
+    let events = shared.events.clone();
+    guard.threads.push(supervisor.spawn("raft-log", move || {
+        writer::run(&writes, &log, &shared.metrics, |written| match written {
+            Written::Ready(number) => drop(events.send(Event::Persisted(number))),
+            Written::Install(install) => apply.install(install),
+        })
+    })?);
+    // Last: it is the one that ends the others.
+    let end = supervisor.clone();
+    guard.threads.push(supervisor.spawn("raft", move || {
+        let result = node.run();
+        end.stop_others();
+        result
+    })?);
+    Ok((handle, guard))
+}
+
+/// A member without its threads.
+pub(crate) struct Assembled<S: StateMachine> {
+    pub(crate) node: Node<S::Reply>,
+    pub(crate) applier: Applier<S>,
+    pub(crate) handle: Handle<S::Reply>,
+}
+
+/// Reads the log and puts a member together; nothing runs yet.
+///
+/// # Errors
+/// As [`start`].
+pub(crate) fn assemble<S: StateMachine>(
+    config: Config,
+    state_machine: S,
+    store: Arc<dyn LogStore>,
+    transport: impl Transport + 'static,
+) -> Result<Assembled<S>, StartError> {
     config.validate()?;
     let durable = state_machine.durable_index()?;
+    prepare_snapshot_dir(&config.snapshot_dir)?;
     let (recovered, applied) = recover(&config, &*store, state_machine.applied_index())?;
     assert!(durable <= applied, "durable is not ahead of applied");
     let conf = recovered.conf.clone();
@@ -68,6 +124,8 @@ pub fn start_on<S: StateMachine>(
     let shared = Arc::new(Shared {
         id: config.id,
         queue: Mutex::new(ProposalQueue { lanes, rung: false }),
+        life: if config.life == 0 { random_u64() | 1 } else { config.life },
+        outgoing: Arc::clone(&log.outgoing),
         waiting: Waiting::new(),
         read_waiters: AtomicU64::new(0),
         status: StatusCells {
@@ -76,6 +134,8 @@ pub fn start_on<S: StateMachine>(
             ..StatusCells::default()
         },
         members: RwLock::new(Arc::from(Vec::new())),
+        progress: RwLock::new(Arc::from(Vec::new())),
+        removed: watch::Sender::new(false),
         leadership: watch::Sender::new(Leadership::default()),
         metrics: Metrics::default(),
         events: event_sender,
@@ -97,15 +157,27 @@ pub fn start_on<S: StateMachine>(
         writes: Arc::clone(&writes),
         apply: Arc::clone(&apply),
         transport: Box::new(transport),
-        reads: ReadRounds::new(config.id, random_u64(), config.read_timeout_ticks),
+        reads: ReadRounds::new(config.id, shared.life, config.read_timeout_ticks),
         events,
         next_tick: Instant::now() + Duration::from_millis(config.tick_ms),
-        unpersisted: Default::default(),
+        underway: Default::default(),
         outbox: Default::default(),
         unsaved: LogWrite::default(),
         conf: Conf::default(),
         read_floor: None,
         again: false,
+        sending: Sending::default(),
+        intakes: Intakes::default(),
+        snapshots: Snapshots {
+            snapshotter: state_machine.snapshotter(),
+            making: false,
+            made: 0,
+            idle_ticks: 0,
+            offer_ticks: 0,
+            fetching: None,
+            fetched: None,
+            installing: None,
+        },
         config: config.clone(),
     };
     node.set_conf(conf);
@@ -116,43 +188,22 @@ pub fn start_on<S: StateMachine>(
         signal: Arc::clone(&apply),
         apply_bytes_max: config.apply_bytes_max as u64,
         log_bytes_flush: config.log_bytes_flush,
+        flush_entries: config.flush_entries,
         flush_on_stop: config.flush_on_stop,
+        probed_bytes: 0,
+        flushed_at: 0,
+        term: 0,
     };
+    Ok(Assembled { node, applier, handle: Handle::new(shared, limits) })
+}
 
-    let supervisor = Supervisor {
-        shared: Arc::clone(&shared),
-        writes: Arc::clone(&writes),
-        apply,
-        handler: config.fault_handler.clone().unwrap_or_else(|| Arc::new(abort)),
-    };
-    let mut guard = JoinGuard { stop: None, threads: Vec::new() };
-    let stop = Arc::clone(&supervisor.shared);
-    guard.stop = Some(Box::new(move || stop.request_stop()));
-    let events = shared.events.clone();
-    guard.threads.push(supervisor.spawn("raft-apply", move || {
-        applier.run(|progress| {
-            let event = match progress {
-                Progress::Applied => Event::Applied,
-                Progress::Durable => Event::Durable,
-            };
-            // Raft's thread never waits for this one. It is gone only when the member stops.
-            let _ = events.send(event);
-        })
-    })?);
-    let (thread_shared, events) = (Arc::clone(&shared), shared.events.clone());
-    guard.threads.push(supervisor.spawn("raft-log", move || {
-        writer::run(&writes, &log, &thread_shared.metrics, |number| {
-            let _ = events.send(Event::Persisted(number));
-        })
-    })?);
-    // Last: it is the one that ends the others.
-    let end = supervisor.clone();
-    guard.threads.push(supervisor.spawn("raft", move || {
-        let result = node.run();
-        end.stop_others();
-        result
-    })?);
-    Ok((Handle::new(shared, limits), guard))
+fn prepare_snapshot_dir(dir: &Path) -> Result<(), Fault> {
+    match std::fs::remove_dir_all(dir) {
+        Ok(()) => {}
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+        Err(error) => return Err(error.into()),
+    }
+    Ok(std::fs::create_dir_all(dir)?)
 }
 
 /// What the log and the state say, brought together: what raft starts from, and which index is applied.
@@ -161,16 +212,29 @@ fn recover(config: &Config, store: &dyn LogStore, state_applied: u64) -> Result<
     if recovered.member_id.is_none() {
         let mut state = ConfState::default();
         state.voters.clone_from(&config.initial_voters);
-        let at = Position { index: BOOTSTRAP_INDEX, term: 1 };
-        store.bootstrap(config.id, at, &Conf { index: BOOTSTRAP_INDEX, state })?;
+        let joins = config.initial_voters.is_empty();
+        let at = if joins { Position::default() } else { Position { index: BOOTSTRAP_INDEX, term: 1 } };
+        store.bootstrap(config.id, at, &Conf { index: at.index, state })?;
         recovered = store.recover()?;
     }
     let found = recovered.member_id.expect("bootstrapped");
     if found != config.id {
         return Err(StartError::OtherMember { found, expected: config.id });
     }
-    // There is no entry before it, so the empty state has applied it.
-    let applied = state_applied.max(BOOTSTRAP_INDEX);
+    if let Some((at, conf)) = recovered.installing.take() {
+        // The state was switched before the crash, or it was not.
+        if state_applied >= at.index {
+            store.finish_install(at, &conf)?;
+        } else {
+            store.cancel_install()?;
+        }
+        recovered = store.recover()?;
+    }
+    if config.force_sole_voter {
+        recovered.conf = go_alone(config.id, store, &recovered)?;
+    }
+    // There is no entry before it, so the empty state has applied it; but a member that joins does not even have that.
+    let applied = state_applied.max(recovered.truncated.index.min(BOOTSTRAP_INDEX));
     let first = recovered.truncated.index + 1;
     if applied + 1 < first {
         return Err(StartError::StateBehindLog { applied, first });
@@ -186,6 +250,21 @@ fn recover(config: &Config, store: &dyn LogStore, state_applied: u64) -> Result<
     Ok((recovered, applied))
 }
 
+/// Writes down that the member is the only voter from its newest entry on: changes of members in entries up to there are not
+/// made when they are applied.
+fn go_alone(id: u64, store: &dyn LogStore, recovered: &Recovered) -> Result<Conf, StartError> {
+    let before = &recovered.conf.state;
+    let groups = [&before.voters, &before.voters_outgoing, &before.learners, &before.learners_next];
+    if !groups.iter().any(|group| group.contains(&id)) {
+        return Err(StartError::NotAMember);
+    }
+    let state = ConfState { voters: vec![id], ..ConfState::default() };
+    let conf = Conf { index: recovered.last_index, state };
+    tracing::warn!(?before, at = conf.index, "go on as the only voter");
+    store.append(&LogWrite { conf: Some(conf.clone()), ..LogWrite::default() })?;
+    Ok(conf)
+}
+
 fn raft_config(config: &Config, applied: u64) -> raft::Config {
     raft::Config {
         id: config.id,
@@ -195,8 +274,9 @@ fn raft_config(config: &Config, applied: u64) -> raft::Config {
         max_size_per_msg: config.message_bytes_max,
         max_inflight_msgs: config.inflight_messages_max,
         max_committed_size_per_ready: config.apply_bytes_max as u64,
-        pre_vote: true,
+        pre_vote: config.pre_vote,
         check_quorum: true,
+        max_election_tick: config.election_timeout_ticks_max,
         ..raft::Config::default()
     }
 }

@@ -10,6 +10,7 @@ use std::sync::atomic::Ordering;
 use parking_lot::{Condvar, Mutex};
 use tenure_storage::Fault;
 
+use crate::apply::Install;
 use crate::log::{Log, LogWrite, Position, entry_bytes};
 use crate::metrics::Metrics;
 
@@ -27,6 +28,8 @@ struct Queued {
     /// The newest `Ready` contained in `write`; 0: none.
     ready_number: u64,
     truncate: Option<Position>,
+    /// Written last: the note of a snapshot that is to be installed.
+    install: Option<Install>,
     stopping: bool,
 }
 
@@ -46,9 +49,23 @@ impl WriteQueue {
         self.bell.notify_one();
     }
 
+    /// Queues the note of a snapshot that is about to be installed, after the writes queued before it. Nothing may be queued
+    /// after it until that is done.
+    pub(crate) fn push_install(&self, install: Install) {
+        self.state.lock().install = Some(install);
+        self.bell.notify_one();
+    }
+
     /// Bytes of entries that wait.
     pub(crate) fn bytes(&self) -> usize {
         self.state.lock().write_bytes
+    }
+
+    /// Whether nothing is queued; for a driver that steps the threads' work itself.
+    #[cfg(test)]
+    pub(crate) fn is_idle(&self) -> bool {
+        let queued = self.state.lock();
+        queued.ready_number == 0 && queued.truncate.is_none() && queued.install.is_none()
     }
 
     /// Lets the log thread end once the queue is empty.
@@ -61,7 +78,7 @@ impl WriteQueue {
     fn take(&self) -> Option<Queued> {
         let mut queued = self.state.lock();
         loop {
-            if queued.ready_number != 0 || queued.truncate.is_some() {
+            if queued.ready_number != 0 || queued.truncate.is_some() || queued.install.is_some() {
                 let stopping = queued.stopping;
                 return Some(std::mem::replace(&mut *queued, Queued { stopping, ..Queued::default() }));
             }
@@ -88,7 +105,15 @@ pub(crate) fn write(log: &Log, metrics: &Metrics, write: &LogWrite) -> Result<()
     Ok(())
 }
 
-/// Runs until the queue is stopped. `persisted` is told the number of each `Ready` that is durable.
+/// What the log thread tells the others.
+pub(crate) enum Written {
+    /// The `Ready` of this number and all before are durable.
+    Ready(u64),
+    /// The log notes that a snapshot is being installed.
+    Install(Install),
+}
+
+/// Runs until the queue is stopped. `tell` is told what is durable.
 ///
 /// # Errors
 /// The log's; the member must stop.
@@ -96,16 +121,35 @@ pub(crate) fn run(
     queue: &WriteQueue,
     log: &Arc<Log>,
     metrics: &Metrics,
-    mut persisted: impl FnMut(u64),
+    mut tell: impl FnMut(Written),
 ) -> Result<(), Fault> {
-    while let Some(work) = queue.take() {
+    while step(queue, log, metrics, &mut tell)? {}
+    Ok(())
+}
+
+/// Waits for work and does what is there. Gives whether to go on.
+///
+/// # Errors
+/// As [`run`].
+pub(crate) fn step(
+    queue: &WriteQueue,
+    log: &Log,
+    metrics: &Metrics,
+    tell: &mut impl FnMut(Written),
+) -> Result<bool, Fault> {
+    if let Some(work) = queue.take() {
         if work.ready_number != 0 {
             write(log, metrics, &work.write)?;
-            persisted(work.ready_number);
+            tell(Written::Ready(work.ready_number));
         }
         if let Some(through) = work.truncate {
             log.store().truncate(through)?;
         }
+        if let Some(install) = work.install {
+            log.store().begin_install(install.at, &install.conf)?;
+            tell(Written::Install(install));
+        }
+        return Ok(true);
     }
-    Ok(())
+    Ok(false)
 }

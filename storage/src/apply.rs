@@ -10,23 +10,31 @@
 //! the outcomes. So nobody sees a revision that the engine does not have.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use bytes::Bytes;
 
-use crate::command::{Command, Envelope};
+use crate::command::{Command, Envelope, MembersCommand};
 use crate::engine::{Cursor, Engine, Family, Reader};
 use crate::error::{Fault, Refusal};
-use crate::key::meta::{self, CellRow, TenantRow};
+use crate::key::meta::{self, CellKey, CellRow, TenantRow};
 use crate::limits::TENANTS_MAX;
+use crate::members;
 use crate::mvcc::overlay::Overlay;
 use crate::mvcc::write::{Step, Writer, accept};
 use crate::mvcc::{compact, txn};
 use crate::reply::{Outcome, Reply};
 use crate::store::{Shared, Store, Tenant, db_size_bytes};
-use crate::types::{Alarm, AlarmKind, LeaseId, TenantId};
+use crate::types::{Alarm, AlarmKind, LeaseId, Membership, TenantId};
 use crate::watch::Event;
+
+impl Default for CellRow {
+    fn default() -> Self {
+        CellRow { applied_index: 0, next_tenant: 1, quota_bytes: QUOTA_BYTES_DEFAULT }
+    }
+}
 
 /// Bytes a tenant may hold unless [`Command::Configure`] says otherwise: etcd's default.
 pub const QUOTA_BYTES_DEFAULT: i64 = 2 << 30;
@@ -38,6 +46,10 @@ pub trait Observer: Send + Sync {
     fn lease_revoked(&self, tenant: TenantId, id: LeaseId);
     /// A compaction left rows to reclaim; also called at open for one that did not finish.
     fn reclaim_pending(&self, tenant: TenantId);
+    /// The members of the cell are no longer those of before.
+    fn members_changed(&self, membership: &Membership);
+    /// The whole state was replaced by a later one: leases and members are what the store says now.
+    fn state_replaced(&self);
 }
 
 /// An observer for those who do not care.
@@ -47,16 +59,71 @@ impl Observer for NoObserver {
     fn lease_granted(&self, _: TenantId, _: LeaseId, _: i64) {}
     fn lease_revoked(&self, _: TenantId, _: LeaseId) {}
     fn reclaim_pending(&self, _: TenantId) {}
+    fn members_changed(&self, _: &Membership) {}
+    fn state_replaced(&self) {}
 }
 
 /// See the module's essay.
 pub struct StateMachine<E: Engine> {
     store: Store<E>,
     observer: Arc<dyn Observer>,
+    registry: Registry,
+}
+
+/// What is kept in memory of the family meta, as the engine has it.
+#[derive(Default)]
+struct Registry {
     cell: CellRow,
-    /// Every tenant's row, as the engine has it.
     rows: BTreeMap<TenantId, TenantRow>,
     names: BTreeMap<String, TenantId>,
+    membership: Membership,
+}
+
+impl Registry {
+    /// An empty engine is an empty cell.
+    fn load<R: Reader>(view: &R) -> Result<Self, Fault> {
+        let mut registry = Registry::default();
+        if let Some(stored) = view.get(Family::Meta, &meta::cell_key())? {
+            registry.cell = CellRow::decode(stored)?;
+        }
+        let bounds = meta::all_bounds();
+        let mut cursor = view.cursor(Family::Meta, &bounds.lower, &bounds.upper)?;
+        while let Some((key, value)) = cursor.entry() {
+            if let Some(id) = meta::decode_tenant_key(key) {
+                let row = TenantRow::decode(Bytes::copy_from_slice(value))?;
+                registry.names.insert(row.name.clone(), id);
+                registry.rows.insert(id, row);
+            }
+            match meta::decode_cell_key(key) {
+                Some(CellKey::Member(id)) => {
+                    registry.membership.members.push(meta::decode_member(id, Bytes::copy_from_slice(value))?);
+                }
+                Some(CellKey::Removed(id)) => registry.membership.removed.push(id),
+                None => {}
+            }
+            cursor.advance()?;
+        }
+        let next_tenant = registry.cell.next_tenant;
+        assert!(registry.rows.keys().all(|id| id.0 < next_tenant), "tenant ids are never reused");
+        Ok(registry)
+    }
+}
+
+/// Writes copies of the state for members that are too far behind for the log.
+pub struct Copier<E>(Arc<E>);
+
+impl<E: Engine> Copier<E> {
+    /// Writes the state of some moment to the new directory `dir`, durably, while it goes on changing. Gives the applied
+    /// index it is of.
+    ///
+    /// # Errors
+    /// A [`Fault`]: there is no copy, and the engine goes on.
+    pub fn write_to(&self, dir: &Path) -> Result<u64, Fault> {
+        match self.0.checkpoint(dir, Family::Meta, &meta::cell_key())? {
+            Some(stored) => Ok(CellRow::decode(stored)?.applied_index),
+            None => Ok(0),
+        }
+    }
 }
 
 /// What becomes visible once the batch is in the engine.
@@ -66,6 +133,7 @@ enum Notice {
     LeaseGranted { tenant: TenantId, id: LeaseId, ttl_seconds: i64 },
     LeaseRevoked { tenant: TenantId, id: LeaseId },
     ReclaimPending(TenantId),
+    MembersChanged,
 }
 
 /// One batch while it is applied.
@@ -81,34 +149,58 @@ impl<E: Engine> StateMachine<E> {
     /// # Errors
     /// [`Fault`] if the engine cannot be read or holds what this version did not write.
     pub fn open(engine: Arc<E>, observer: Arc<dyn Observer>) -> Result<Self, Fault> {
-        let view = engine.view();
-        let cell = match view.get(Family::Meta, &meta::cell_key())? {
-            Some(stored) => CellRow::decode(stored)?,
-            None => CellRow { applied_index: 0, next_tenant: 1, quota_bytes: QUOTA_BYTES_DEFAULT },
-        };
-        let shared = Arc::new(Shared::new(cell.quota_bytes));
-        let mut rows = BTreeMap::new();
-        let mut names = BTreeMap::new();
-        let bounds = meta::all_bounds();
-        let mut cursor = view.cursor(Family::Meta, &bounds.lower, &bounds.upper)?;
-        while let Some((key, value)) = cursor.entry() {
-            if let Some(id) = meta::decode_tenant_key(key) {
-                let row = TenantRow::decode(Bytes::copy_from_slice(value))?;
-                shared.add(Tenant::new(id, &row));
-                names.insert(row.name.clone(), id);
-                rows.insert(id, row);
+        let registry = Registry::load(&engine.view())?;
+        let shared = Arc::new(Shared::new(registry.cell.quota_bytes));
+        let machine = StateMachine { store: Store { engine, shared }, observer, registry };
+        machine.show_registry();
+        Ok(machine)
+    }
+
+    /// Makes the whole registry known to readers and to the observer.
+    fn show_registry(&self) {
+        let shared = &self.store.shared;
+        shared.quota_bytes.store(self.registry.cell.quota_bytes, Ordering::Relaxed);
+        for (id, row) in &self.registry.rows {
+            match shared.tenant(*id) {
+                Some(known) => {
+                    known.publish(row);
+                    known.hub.skip_to(row.revision);
+                }
+                None => shared.add(Tenant::new(*id, row)),
             }
-            cursor.advance()?;
-        }
-        drop(cursor);
-        drop(view);
-        for (id, row) in &rows {
-            assert!(id.0 < cell.next_tenant, "tenant ids are never reused");
             if row.reclaimed_revision < row.compact_revision {
-                observer.reclaim_pending(*id);
+                self.observer.reclaim_pending(*id);
             }
         }
-        Ok(StateMachine { store: Store { engine, shared }, observer, cell, rows, names })
+        self.show_members();
+    }
+
+    fn show_members(&self) {
+        *self.store.shared.membership.write() = Arc::new(self.registry.membership.clone());
+        self.observer.members_changed(&self.registry.membership);
+    }
+
+    /// Writes copies of this state, from any thread.
+    pub fn copier(&self) -> Copier<E> {
+        Copier(Arc::clone(&self.store.engine))
+    }
+
+    /// Replaces the whole state by the copy in `dir`, which it takes over. Gives its applied index. Durable on return. Readers
+    /// and watchers go on: with the new state, from wherever they were.
+    ///
+    /// # Errors
+    /// As [`StateMachine::apply`].
+    ///
+    /// # Panics
+    /// If the copy is older than the state.
+    pub fn install(&mut self, dir: &Path) -> Result<u64, Fault> {
+        let before = self.registry.cell.applied_index;
+        self.store.engine.replace(dir)?;
+        self.registry = Registry::load(&self.store.engine.view())?;
+        assert!(self.registry.cell.applied_index >= before, "a state is replaced by a later one");
+        self.show_registry();
+        self.observer.state_replaced();
+        Ok(self.registry.cell.applied_index)
     }
 
     /// The read side.
@@ -118,7 +210,7 @@ impl<E: Engine> StateMachine<E> {
 
     /// Highest raft index whose commands are in the state.
     pub fn applied_index(&self) -> u64 {
-        self.cell.applied_index
+        self.registry.cell.applied_index
     }
 
     /// Applies entries (raft index, encoded [`Envelope`]s) in order, all or nothing. `outcomes[i][j]` answers command j of
@@ -134,8 +226,12 @@ impl<E: Engine> StateMachine<E> {
         let mut pending = Pending { overlay: Overlay::new(engine.view()), dirty: BTreeSet::new(), notices: Vec::new() };
         let mut outcomes = Vec::with_capacity(entries.len());
         for (index, commands) in entries {
-            assert!(index > self.cell.applied_index, "entry {index} after {} is applied once", self.cell.applied_index);
-            self.cell.applied_index = index;
+            assert!(
+                index > self.registry.cell.applied_index,
+                "entry {index} after {} is applied once",
+                self.registry.cell.applied_index
+            );
+            self.registry.cell.applied_index = index;
             let mut of_entry = Vec::with_capacity(commands.len());
             for command in commands {
                 of_entry.push(self.apply_one(&mut pending, Envelope::decode(command)?)?);
@@ -150,31 +246,33 @@ impl<E: Engine> StateMachine<E> {
         let Pending { overlay, dirty, notices } = pending;
         let mut batch = overlay.into_batch();
         for tenant in &dirty {
-            batch.put(Family::Meta, meta::tenant_key(*tenant), self.rows[tenant].encode());
+            batch.put(Family::Meta, meta::tenant_key(*tenant), self.registry.rows[tenant].encode());
         }
-        batch.put(Family::Meta, meta::cell_key(), self.cell.encode());
+        batch.put(Family::Meta, meta::cell_key(), self.registry.cell.encode());
         self.store.engine.write(&batch)?;
         self.publish(&dirty, notices);
         Ok(())
     }
 
-    /// Shows the world what the engine now has: counters first, so that whoever is woken by an event reads them new.
-    fn publish(&self, dirty: &BTreeSet<TenantId>, notices: Vec<Notice>) {
+    /// Shows the world what the engine now has: events last, so that whoever is woken by one finds the counters new, and the
+    /// lease gone whose end it is.
+    fn publish(&self, dirty: &BTreeSet<TenantId>, mut notices: Vec<Notice>) {
         let shared = &self.store.shared;
-        shared.quota_bytes.store(self.cell.quota_bytes, Ordering::Relaxed);
+        shared.quota_bytes.store(self.registry.cell.quota_bytes, Ordering::Relaxed);
         for tenant in dirty {
             match shared.tenant(*tenant) {
-                Some(known) => known.publish(&self.rows[tenant]),
+                Some(known) => known.publish(&self.registry.rows[tenant]),
                 None => tracing::debug!(%tenant, "tenant appears with its creation"),
             }
         }
+        notices.sort_by_key(|notice| matches!(notice, Notice::Revision { .. }));
         for notice in notices {
             match notice {
                 Notice::TenantCreated(tenant) => {
-                    // Events of the same batch follow as notices of their own and count up from here.
-                    shared.add(Tenant::new(tenant, &TenantRow::new(self.rows[&tenant].name.clone())));
+                    // Events of the same batch follow and count up from here.
+                    shared.add(Tenant::new(tenant, &TenantRow::new(self.registry.rows[&tenant].name.clone())));
                     if let Some(known) = shared.tenant(tenant) {
-                        known.publish(&self.rows[&tenant]);
+                        known.publish(&self.registry.rows[&tenant]);
                     }
                 }
                 Notice::Revision { tenant, revision, events } => {
@@ -187,6 +285,7 @@ impl<E: Engine> StateMachine<E> {
                 }
                 Notice::LeaseRevoked { tenant, id } => self.observer.lease_revoked(tenant, id),
                 Notice::ReclaimPending(tenant) => self.observer.reclaim_pending(tenant),
+                Notice::MembersChanged => self.show_members(),
             }
         }
     }
@@ -196,9 +295,10 @@ impl<E: Engine> StateMachine<E> {
         match command {
             Command::CreateTenant { name } => Ok(self.create_tenant(pending, name)),
             Command::Configure { quota_bytes } => {
-                self.cell.quota_bytes = quota_bytes;
+                self.registry.cell.quota_bytes = quota_bytes;
                 Ok(Outcome { revision: 0, result: Ok(Reply::Configure) })
             }
+            Command::Members(command) => Ok(self.change_members(pending, command)),
             Command::Put(_)
             | Command::DeleteRange(_)
             | Command::Txn(_)
@@ -207,12 +307,12 @@ impl<E: Engine> StateMachine<E> {
             | Command::LeaseGrant { .. }
             | Command::LeaseRevoke { .. }
             | Command::Alarm { .. } => {
-                let Some(row) = self.rows.get_mut(&tenant) else {
+                let Some(row) = self.registry.rows.get_mut(&tenant) else {
                     return Ok(Outcome { revision: 0, result: Err(Refusal::TenantNotFound) });
                 };
                 let capture_prev = self.store.shared.tenant(tenant).is_some_and(|known| known.hub.wants_prev_kv());
                 pending.dirty.insert(tenant);
-                let quota = Quota { limit_bytes: self.cell.quota_bytes, member_id };
+                let quota = Quota { limit_bytes: self.registry.cell.quota_bytes, member_id };
                 let mut turn = Turn { pending, tenant, row, quota, capture_prev };
                 let result = turn.run(command)?;
                 Ok(Outcome { revision: turn.row.revision, result })
@@ -220,17 +320,36 @@ impl<E: Engine> StateMachine<E> {
         }
     }
 
+    fn change_members<R: Reader>(&mut self, pending: &mut Pending<R>, command: MembersCommand) -> Outcome {
+        let membership = &mut self.registry.membership;
+        let touched = match members::apply(membership, command) {
+            Ok(touched) => touched,
+            Err(refusal) => return Outcome { revision: 0, result: Err(refusal) },
+        };
+        for id in touched {
+            match membership.member(id) {
+                Some(member) => pending.overlay.put(Family::Meta, meta::member_key(id), meta::encode_member(member)),
+                None => {
+                    pending.overlay.delete(Family::Meta, meta::member_key(id));
+                    pending.overlay.put(Family::Meta, meta::removed_key(id), Bytes::new());
+                }
+            }
+        }
+        pending.notices.push(Notice::MembersChanged);
+        Outcome { revision: 0, result: Ok(Reply::Members) }
+    }
+
     fn create_tenant<R: Reader>(&mut self, pending: &mut Pending<R>, name: String) -> Outcome {
-        if let Some(id) = self.names.get(&name) {
+        if let Some(id) = self.registry.names.get(&name) {
             return Outcome { revision: 0, result: Ok(Reply::CreateTenant { id: *id }) };
         }
-        if self.rows.len() >= TENANTS_MAX {
+        if self.registry.rows.len() >= TENANTS_MAX {
             return Outcome { revision: 0, result: Err(Refusal::TooManyTenants) };
         }
-        let id = TenantId(self.cell.next_tenant);
-        self.cell.next_tenant += 1;
-        self.names.insert(name.clone(), id);
-        self.rows.insert(id, TenantRow::new(name));
+        let id = TenantId(self.registry.cell.next_tenant);
+        self.registry.cell.next_tenant += 1;
+        self.registry.names.insert(name.clone(), id);
+        self.registry.rows.insert(id, TenantRow::new(name));
         pending.dirty.insert(id);
         pending.notices.push(Notice::TenantCreated(id));
         Outcome { revision: 0, result: Ok(Reply::CreateTenant { id }) }
@@ -253,7 +372,7 @@ impl<E: Engine> StateMachine<E> {
     /// As [`StateMachine::apply`].
     pub fn flush(&mut self) -> Result<u64, Fault> {
         self.store.engine.flush()?;
-        Ok(self.cell.applied_index)
+        Ok(self.registry.cell.applied_index)
     }
 
     /// Starts what [`StateMachine::flush`] does, without waiting for it.
@@ -315,7 +434,9 @@ impl<R: Reader> Turn<'_, R> {
                 Ok(Ok(Reply::Reclaim { more }))
             }
             Command::Alarm { activate, member_id, kind } => Ok(Ok(self.alarm(activate, Alarm { member_id, kind }))),
-            Command::CreateTenant { .. } | Command::Configure { .. } => unreachable!("commands of the cell"),
+            Command::CreateTenant { .. } | Command::Configure { .. } | Command::Members(_) => {
+                unreachable!("commands of the cell")
+            }
         }
     }
 
@@ -332,16 +453,20 @@ impl<R: Reader> Turn<'_, R> {
     }
 
     fn check_alarms(&mut self, command: &Command) -> Result<(), Refusal> {
-        let (changes_keys, cost_bytes) = match command {
-            Command::Put(put) => (true, txn::put_cost(put.key.len(), put.value.len())),
-            Command::Txn(request) => (true, txn::quota_cost(request)),
-            Command::LeaseGrant { .. } => (true, LEASE_COST_BYTES),
-            Command::DeleteRange(_) | Command::Compact { .. } | Command::LeaseRevoke { .. } => (true, 0),
+        let changes_keys = match command {
+            Command::Put(_)
+            | Command::Txn(_)
+            | Command::LeaseGrant { .. }
+            | Command::DeleteRange(_)
+            | Command::Compact { .. }
+            | Command::LeaseRevoke { .. } => true,
             Command::Reclaim { .. }
             | Command::Alarm { .. }
             | Command::CreateTenant { .. }
-            | Command::Configure { .. } => (false, 0),
+            | Command::Configure { .. }
+            | Command::Members(_) => false,
         };
+        let cost_bytes = command.quota_cost_bytes();
         let active = |kind| self.row.alarms.iter().any(|alarm| alarm.kind == kind);
         if changes_keys && active(AlarmKind::CORRUPT) {
             return Err(Refusal::Corrupt);
@@ -382,6 +507,25 @@ impl<R: Reader> Turn<'_, R> {
             (Err(_), false) => return Reply::Alarm { alarms: Vec::new() },
         }
         Reply::Alarm { alarms: vec![alarm] }
+    }
+}
+
+impl Command {
+    /// What the command counts against the quota, as etcd estimates it, in bytes; 0: it does not make the store grow.
+    pub fn quota_cost_bytes(&self) -> u64 {
+        match self {
+            Command::Put(put) => txn::put_cost(put.key.len(), put.value.len()),
+            Command::Txn(request) => txn::quota_cost(request),
+            Command::LeaseGrant { .. } => LEASE_COST_BYTES,
+            Command::DeleteRange(_)
+            | Command::Compact { .. }
+            | Command::LeaseRevoke { .. }
+            | Command::Reclaim { .. }
+            | Command::Alarm { .. }
+            | Command::CreateTenant { .. }
+            | Command::Configure { .. }
+            | Command::Members(_) => 0,
+        }
     }
 }
 

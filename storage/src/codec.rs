@@ -33,6 +33,13 @@ impl Writer {
         self.0.put_slice(value);
     }
 
+    pub(crate) fn strings(&mut self, values: &[String]) {
+        self.varint(values.len() as u64);
+        for value in values {
+            self.bytes(value.as_bytes());
+        }
+    }
+
     /// The rest of the buffer, without a length: the last field of a row.
     pub(crate) fn tail(&mut self, value: &[u8]) {
         self.0.put_slice(value);

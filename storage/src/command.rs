@@ -37,6 +37,8 @@ pub enum Command {
     Configure {
         quota_bytes: i64,
     },
+    /// Changes who is known as a member of the cell. The envelope's tenant is ignored.
+    Members(MembersCommand),
     Put(PutRequest),
     DeleteRange(DeleteRangeRequest),
     Txn(TxnRequest),
@@ -61,6 +63,39 @@ pub enum Command {
         activate: bool,
         member_id: u64,
         kind: AlarmKind,
+    },
+}
+
+/// What happens to the members of the cell. Whether they vote is raft's own state; these go with its changes of members, in
+/// the same entries.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum MembersCommand {
+    /// The members of a new cell, id and peer URLs. Without effect if there are some already: each of them proposes it.
+    Bootstrap {
+        members: Vec<(u64, Vec<String>)>,
+    },
+    Add {
+        id: u64,
+        peer_urls: Vec<String>,
+        is_learner: bool,
+    },
+    /// A learner gets its vote.
+    Promote {
+        id: u64,
+    },
+    Remove {
+        id: u64,
+    },
+    SetPeerUrls {
+        id: u64,
+        peer_urls: Vec<String>,
+    },
+    /// A member that has started says who it is.
+    Publish {
+        id: u64,
+        name: String,
+        client_urls: Vec<String>,
+        tenant_urls: Vec<(String, String)>,
     },
 }
 
@@ -132,6 +167,10 @@ fn encode_command(w: &mut Writer, command: &Command) {
             w.u8(9);
             w.i64(id.0);
         }
+        Command::Members(members) => {
+            w.u8(11);
+            encode_members(w, members);
+        }
         Command::Alarm { activate, member_id, kind } => {
             w.u8(10);
             w.u8(u8::from(*activate));
@@ -157,7 +196,68 @@ fn decode_command(r: &mut Reader) -> Result<Command, Fault> {
             member_id: r.varint()?,
             kind: AlarmKind(r.i64()?.try_into().map_err(|_| r.corrupt("alarm kind"))?),
         },
+        11 => Command::Members(decode_members(r)?),
         _ => return Err(r.corrupt("command kind")),
+    })
+}
+
+fn encode_members(w: &mut Writer, command: &MembersCommand) {
+    match command {
+        MembersCommand::Bootstrap { members } => {
+            w.u8(1);
+            w.varint(members.len() as u64);
+            for (id, peer_urls) in members {
+                w.varint(*id);
+                w.strings(peer_urls);
+            }
+        }
+        MembersCommand::Add { id, peer_urls, is_learner } => {
+            w.u8(2);
+            w.varint(*id);
+            w.strings(peer_urls);
+            w.u8(u8::from(*is_learner));
+        }
+        MembersCommand::Promote { id } => {
+            w.u8(3);
+            w.varint(*id);
+        }
+        MembersCommand::Remove { id } => {
+            w.u8(4);
+            w.varint(*id);
+        }
+        MembersCommand::SetPeerUrls { id, peer_urls } => {
+            w.u8(5);
+            w.varint(*id);
+            w.strings(peer_urls);
+        }
+        MembersCommand::Publish { id, name, client_urls, tenant_urls } => {
+            w.u8(6);
+            w.varint(*id);
+            w.bytes(name.as_bytes());
+            w.strings(client_urls);
+            w.varint(tenant_urls.len() as u64);
+            for (tenant, url) in tenant_urls {
+                w.bytes(tenant.as_bytes());
+                w.bytes(url.as_bytes());
+            }
+        }
+    }
+}
+
+fn decode_members(r: &mut Reader) -> Result<MembersCommand, Fault> {
+    Ok(match r.u8()? {
+        1 => MembersCommand::Bootstrap { members: r.list(|r| Ok((r.varint()?, r.list(Reader::string)?)))? },
+        2 => MembersCommand::Add { id: r.varint()?, peer_urls: r.list(Reader::string)?, is_learner: r.bool()? },
+        3 => MembersCommand::Promote { id: r.varint()? },
+        4 => MembersCommand::Remove { id: r.varint()? },
+        5 => MembersCommand::SetPeerUrls { id: r.varint()?, peer_urls: r.list(Reader::string)? },
+        6 => MembersCommand::Publish {
+            id: r.varint()?,
+            name: r.string()?,
+            client_urls: r.list(Reader::string)?,
+            tenant_urls: r.list(|r| Ok((r.string()?, r.string()?)))?,
+        },
+        _ => return Err(r.corrupt("members command kind")),
     })
 }
 

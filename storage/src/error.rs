@@ -40,6 +40,18 @@ pub enum Refusal {
     /// The cell holds as many tenants as it may.
     #[error("too many tenants")]
     TooManyTenants,
+    /// No member of the cell has this id (any more).
+    #[error("member not found")]
+    MemberNotFound,
+    /// A member of this id exists or existed.
+    #[error("member id already exists")]
+    MemberExists,
+    /// Another member has one of these peer URLs.
+    #[error("peer URLs already exist")]
+    PeerUrlExists,
+    /// What is to be promoted is no learner.
+    #[error("the member is not a learner")]
+    MemberNotLearner,
 }
 
 /// What only this member suffers. Never a command's result; the member stops.

@@ -24,6 +24,7 @@ pub mod error;
 mod key;
 pub mod key_value;
 pub mod limits;
+mod members;
 mod mvcc;
 pub mod reply;
 mod store;
@@ -32,8 +33,8 @@ mod testscripts;
 pub mod types;
 pub mod watch;
 
-pub use crate::apply::{NoObserver, Observer, StateMachine};
-pub use crate::command::{Command, Envelope};
+pub use crate::apply::{Copier, NoObserver, Observer, StateMachine};
+pub use crate::command::{Command, Envelope, MembersCommand};
 #[cfg(feature = "rocksdb")]
 #[doc(hidden)]
 pub use crate::engine::RocksLog;

@@ -20,6 +20,7 @@ pub enum Reply {
         id: TenantId,
     },
     Configure,
+    Members,
     /// `prev_kv` in stored form, if asked for and present.
     Put {
         prev_kv: Option<Bytes>,

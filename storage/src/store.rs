@@ -18,7 +18,7 @@ use crate::key::{lease, meta};
 use crate::limits::EMPTY_TENANT_BYTES;
 use crate::mvcc::read::{Count, Found, Sink};
 use crate::mvcc::{hash, read, txn, write};
-use crate::types::{Alarm, KeyRange, LeaseId, RangeRequest, TenantId, TxnReply, TxnRequest, Usage};
+use crate::types::{Alarm, KeyRange, LeaseId, Membership, RangeRequest, TenantId, TxnReply, TxnRequest, Usage};
 use crate::watch::{Hub, WatchStream};
 
 /// Pages whose remaining count is remembered, over all tenants. The oldest goes; its next page counts again.
@@ -85,6 +85,7 @@ impl Tenant {
 pub(crate) struct Shared {
     tenants: RwLock<Tenants>,
     pub(crate) quota_bytes: AtomicI64,
+    pub(crate) membership: RwLock<Arc<Membership>>,
     page_counts: Mutex<PageCounts>,
 }
 
@@ -96,7 +97,12 @@ struct Tenants {
 
 impl Shared {
     pub(crate) fn new(quota_bytes: i64) -> Self {
-        Shared { tenants: RwLock::default(), quota_bytes: AtomicI64::new(quota_bytes), page_counts: Mutex::default() }
+        Shared {
+            tenants: RwLock::default(),
+            quota_bytes: AtomicI64::new(quota_bytes),
+            membership: RwLock::default(),
+            page_counts: Mutex::default(),
+        }
     }
 
     pub(crate) fn add(&self, tenant: Tenant) {
@@ -141,6 +147,11 @@ impl<E: Engine> Store<E> {
     /// Bytes a tenant may hold before writes are refused; negative = no quota.
     pub fn quota_bytes(&self) -> i64 {
         self.shared.quota_bytes.load(Ordering::Relaxed)
+    }
+
+    /// The members of the cell, after the last published batch.
+    pub fn membership(&self) -> Arc<Membership> {
+        Arc::clone(&self.shared.membership.read())
     }
 
     /// Rewrites the files without what was deleted. Long; blocks no reader or writer. Not for an async thread.

@@ -108,7 +108,7 @@ impl Script {
             Reply::Reclaim { more } => writeln!(out, "  more to reclaim: {more}")?,
             Reply::LeaseGrant { id, ttl_seconds } => writeln!(out, "  lease {} for {ttl_seconds} s", id.0)?,
             Reply::Alarm { alarms } => writeln!(out, "  alarms {alarms:?}")?,
-            Reply::CreateTenant { .. } | Reply::Configure | Reply::Compact | Reply::LeaseRevoke => {}
+            Reply::CreateTenant { .. } | Reply::Configure | Reply::Members | Reply::Compact | Reply::LeaseRevoke => {}
         }
         Ok(out)
     }

@@ -259,3 +259,34 @@ pub struct Usage {
     /// Leases granted and not yet revoked.
     pub leases: u64,
 }
+
+/// A member of the cell's group, as it is known to all.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Member {
+    pub id: u64,
+    /// Empty until the member has started.
+    pub name: String,
+    /// Where other members reach it.
+    pub peer_urls: Vec<String>,
+    /// Where clients reach it whose tenant their certificate names, and those of the default tenant.
+    pub client_urls: Vec<String>,
+    /// The listeners of tenants' own: tenant and URL.
+    pub tenant_urls: Vec<(String, String)>,
+    pub is_learner: bool,
+}
+
+/// Who is in the cell, and who was.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Membership {
+    /// By growing id.
+    pub members: Vec<Member>,
+    /// Ids of members that were removed, growing. They never come back.
+    pub removed: Vec<u64>,
+}
+
+impl Membership {
+    pub fn member(&self, id: u64) -> Option<&Member> {
+        let place = self.members.binary_search_by_key(&id, |member| member.id).ok()?;
+        self.members.get(place)
+    }
+}

@@ -44,16 +44,19 @@ type kind struct {
 var (
 	namespaces = kind{schema.GroupVersionResource{Version: "v1", Resource: "namespaces"}, "Namespace", ""}
 	configMaps = kind{schema.GroupVersionResource{Version: "v1", Resource: "configmaps"}, "ConfigMap", "default"}
+	leases     = kind{schema.GroupVersionResource{Group: "coordination.k8s.io", Version: "v1", Resource: "leases"}, "Lease", "default"}
 	widgets    = kind{schema.GroupVersionResource{Group: "tenure.dev", Version: "v1", Resource: "widgets"}, "Widget", "default"}
 
 	kinds = []kind{namespaces, configMaps, widgets}
 )
 
-func (k kind) of(cp *controlPlane) dynamic.ResourceInterface {
+func (k kind) of(cp *controlPlane) dynamic.ResourceInterface { return k.through(cp.any) }
+
+func (k kind) through(client dynamic.Interface) dynamic.ResourceInterface {
 	if k.namespace == "" {
-		return cp.any.Resource(k.GroupVersionResource)
+		return client.Resource(k.GroupVersionResource)
 	}
-	return cp.any.Resource(k.GroupVersionResource).Namespace(k.namespace)
+	return client.Resource(k.GroupVersionResource).Namespace(k.namespace)
 }
 
 func (k kind) object(cp *controlPlane, name string) *unstructured.Unstructured {
@@ -67,8 +70,8 @@ func (k kind) object(cp *controlPlane, name string) *unstructured.Unstructured {
 // The life of two control planes, in the order in which it happens: each step builds on those before.
 func TestTwoControlPlanes(t *testing.T) {
 	server := harness.StartTenured(t, []string{"acme", "globex", "idle"})
-	acme := startControlPlane(t, server, "acme")
-	globex := startControlPlane(t, server, "globex")
+	acme := startControlPlane(t, "acme", "acme", server.Endpoints["acme"])
+	globex := startControlPlane(t, "globex", "globex", server.Endpoints["globex"])
 	both := []*controlPlane{acme, globex}
 
 	step := func(name string, run func(t *testing.T)) {
@@ -352,35 +355,41 @@ func testListStream(t *testing.T, both []*controlPlane) {
 	}
 }
 
-// testConsistentReads: a list of the latest state comes from the watch cache once that knows that it has seen everything up
-// to the latest revision. Nothing under its prefix has happened there, so only a progress request can tell.
+// testConsistentReads: nothing under the widgets' prefix has happened there, so only a progress request can tell the cache.
 func testConsistentReads(t *testing.T, both []*controlPlane) {
-	const fromCache = `fallback="false",group="tenure.dev",resource="widgets",success="true"`
 	for _, cp := range both {
-		served := func() float64 {
-			return sumOf(cp.metrics(t), "apiserver_watch_cache_consistent_read_total", fromCache)
-		}
-		eventually(t, "a consistent read of "+cp.tenant+" from the cache", func(ctx context.Context) error {
-			if _, err := cp.etcd.Put(ctx, "elsewhere", ""); err != nil {
-				return err
-			}
-			before := served()
-			if _, err := widgets.of(cp).List(ctx, metav1.ListOptions{}); err != nil {
-				return err
-			}
-			if served() == before {
-				return errors.New("the list came from etcd")
-			}
-			return nil
-		})
+		waitForCache(t, cp, widgets)
 	}
+}
+
+// waitForCache waits until a list of the latest state comes from the watch cache, which it does once that knows that it has
+// seen everything up to the latest revision. Nobody else may list objects of this kind meanwhile.
+func waitForCache(t *testing.T, cp *controlPlane, k kind) {
+	t.Helper()
+	fromCache := fmt.Sprintf(`fallback="false",group="%s",resource="%s",success="true"`, k.Group, k.Resource)
+	served := func() float64 {
+		return sumOf(cp.metrics(t), "apiserver_watch_cache_consistent_read_total", fromCache)
+	}
+	eventually(t, fmt.Sprintf("a consistent read of %s through %s from the cache", k.Resource, cp.name), func(ctx context.Context) error {
+		if _, err := cp.etcd.Put(ctx, "elsewhere", ""); err != nil {
+			return err
+		}
+		before := served()
+		if _, err := k.of(cp).List(ctx, metav1.ListOptions{}); err != nil {
+			return err
+		}
+		if served() == before {
+			return errors.New("the list came from etcd")
+		}
+		return nil
+	})
 }
 
 func testNeighbour(t *testing.T, server *harness.Server, acme, globex *controlPlane) {
 	const objects, writers = 10_000, 32
 	// A running kube-apiserver writes on its own (its lease, its endpoints), so globex's is stopped while its revision must stand.
 	globex.stop(syscall.SIGTERM)
-	idle := etcdClient(t, server, "idle")
+	idle := etcdClient(t, server.Endpoints["idle"])
 	idleBefore, globexBefore := revision(t, idle), revision(t, globex.etcd)
 
 	maps := acme.core.CoreV1().ConfigMaps("default")
@@ -420,7 +429,7 @@ func testNeighbour(t *testing.T, server *harness.Server, acme, globex *controlPl
 
 // testCompaction writes nothing through the apiservers: what they write by themselves moves the revision far enough.
 func testCompaction(t *testing.T, server *harness.Server, both []*controlPlane) {
-	idle := etcdClient(t, server, "idle")
+	idle := etcdClient(t, server.Endpoints["idle"])
 	first, err := idle.Put(t.Context(), "history", "1")
 	if err != nil {
 		t.Fatal(err)

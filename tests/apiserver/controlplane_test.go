@@ -35,6 +35,8 @@ const token = "first-light"
 
 // controlPlane is one kube-apiserver on one tenant, and its clients.
 type controlPlane struct {
+	// name tells it from the others of the test, several of which may share a tenant.
+	name   string
 	tenant string
 
 	args   []string
@@ -49,8 +51,8 @@ type controlPlane struct {
 	etcd *clientv3.Client
 }
 
-// startControlPlane starts a kube-apiserver on the tenant and returns when it is ready. It is killed after the test.
-func startControlPlane(t *testing.T, server *harness.Server, tenant string) *controlPlane {
+// startControlPlane starts a kube-apiserver on the tenant's endpoints and returns when it is ready. It is killed after the test.
+func startControlPlane(t *testing.T, name, tenant string, endpoints ...string) *controlPlane {
 	t.Helper()
 	dir := t.TempDir()
 	private, public := serviceAccountKeys(t, dir)
@@ -61,10 +63,11 @@ func startControlPlane(t *testing.T, server *harness.Server, tenant string) *con
 	address := harness.FreeAddress(t)
 	_, port, _ := net.SplitHostPort(address)
 	cp := &controlPlane{
+		name:   name,
 		tenant: tenant,
 		log:    filepath.Join(dir, "kube-apiserver.log"),
 		args: []string{
-			"--etcd-servers=" + server.Endpoints[tenant],
+			"--etcd-servers=" + strings.Join(endpoints, ","),
 			"--etcd-compaction-interval=10s",
 			"--bind-address=127.0.0.1",
 			"--secure-port=" + port,
@@ -93,11 +96,11 @@ func startControlPlane(t *testing.T, server *harness.Server, tenant string) *con
 	if cp.crds, err = apiextensions.NewForConfig(cp.config); err != nil {
 		t.Fatal(err)
 	}
-	cp.etcd = etcdClient(t, server, tenant)
+	cp.etcd = etcdClient(t, endpoints...)
 	t.Cleanup(func() {
 		cp.stop(syscall.SIGKILL)
 		if t.Failed() {
-			t.Logf("last lines of %s's kube-apiserver:\n%s", tenant, tail(cp.log, 40))
+			t.Logf("last lines of kube-apiserver %s:\n%s", name, tail(cp.log, 40))
 		}
 	})
 	cp.start(t)
@@ -130,15 +133,21 @@ func (cp *controlPlane) stop(signal syscall.Signal) {
 	_ = cp.cmd.Wait()
 }
 
-// waitReady waits until /readyz answers 200.
+// waitReady waits until the process finds all of itself ready.
 func (cp *controlPlane) waitReady(t *testing.T) {
+	t.Helper()
+	cp.waitHealthy(t, "/readyz")
+}
+
+// waitHealthy waits until a health check, or all checks below a path, answer 200.
+func (cp *controlPlane) waitHealthy(t *testing.T, path string) {
 	t.Helper()
 	client, err := rest.HTTPClientFor(cp.config)
 	if err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, cp.tenant+"'s /readyz", func(ctx context.Context) error {
-		request, err := http.NewRequestWithContext(ctx, http.MethodGet, cp.config.Host+"/readyz", nil)
+	eventually(t, cp.name+"'s "+path, func(ctx context.Context) error {
+		request, err := http.NewRequestWithContext(ctx, http.MethodGet, cp.config.Host+path, nil)
 		if err != nil {
 			return err
 		}
@@ -176,9 +185,9 @@ func revision(t *testing.T, etcd *clientv3.Client) int64 {
 	return answer.Header.Revision
 }
 
-func etcdClient(t *testing.T, server *harness.Server, tenant string) *clientv3.Client {
+func etcdClient(t *testing.T, endpoints ...string) *clientv3.Client {
 	t.Helper()
-	etcd, err := clientv3.New(clientv3.Config{Endpoints: []string{server.Endpoints[tenant]}, Logger: zap.NewNop()})
+	etcd, err := clientv3.New(clientv3.Config{Endpoints: endpoints, Logger: zap.NewNop()})
 	if err != nil {
 		t.Fatal(err)
 	}

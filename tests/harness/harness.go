@@ -36,12 +36,17 @@ type Server struct {
 	// DataDir holds the server's state; it is removed after the test.
 	DataDir string
 
-	t    testing.TB
-	name string
-	path string
-	args []string
-	log  *tailWriter
-	cmd  *exec.Cmd
+	t      testing.TB
+	name   string
+	path   string
+	scheme string
+	args   []string
+	// env is the process's environment; nil for the test's own.
+	env []string
+	log *tailWriter
+	cmd *exec.Cmd
+	// ready is closed at the ready line of the running process, or at its end.
+	ready chan struct{}
 }
 
 // Tool returns the path of a binary that the Makefile built, by its file name.
@@ -52,6 +57,15 @@ func Tool(t testing.TB, name string) string {
 		t.Fatal("TENURE_TOOLS is not set: run the Go tests through make")
 	}
 	return existing(t, filepath.Join(dir, name))
+}
+
+func tenuredPath(t testing.TB) string {
+	t.Helper()
+	path := os.Getenv("TENURED")
+	if path == "" {
+		t.Fatal("TENURED is not set: run the Go tests through make")
+	}
+	return existing(t, path)
 }
 
 func existing(t testing.TB, path string) string {
@@ -66,11 +80,7 @@ func existing(t testing.TB, path string) string {
 // is ready. It is killed at the end of the test.
 func StartTenured(t testing.TB, tenants []string, flags ...string) *Server {
 	t.Helper()
-	path := os.Getenv("TENURED")
-	if path == "" {
-		t.Fatal("TENURED is not set: run the Go tests through make")
-	}
-	s := newServer(t, "tenured", existing(t, path))
+	s := newServer(t, "tenured", tenuredPath(t))
 	s.args = append(s.args, "--data-dir", s.DataDir)
 	s.args = append(s.args, "--listen-client-urls", s.endpoint("default"), "--advertise-client-urls", s.Endpoints["default"])
 	for _, tenant := range tenants {
@@ -101,6 +111,7 @@ func newServer(t testing.TB, name, path string) *Server {
 		t:         t,
 		name:      name,
 		path:      path,
+		scheme:    "http",
 		log:       &tailWriter{},
 	}
 	t.Cleanup(func() {
@@ -114,7 +125,7 @@ func newServer(t testing.TB, name, path string) *Server {
 
 // endpoint gives a tenant a free address of its own.
 func (s *Server) endpoint(tenant string) string {
-	s.Endpoints[tenant] = freeURL(s.t)
+	s.Endpoints[tenant] = s.scheme + "://" + FreeAddress(s.t)
 	return s.Endpoints[tenant]
 }
 
@@ -124,22 +135,35 @@ func (s *Server) Endpoint() string { return s.Endpoints["default"] }
 // Start runs the process and waits for its ready line. The process must not be running.
 func (s *Server) Start() {
 	s.t.Helper()
+	s.Launch()
+	s.AwaitReady()
+}
+
+// Launch runs the process and returns at once: a member of a cluster is not ready before most of the others run too.
+func (s *Server) Launch() {
+	s.t.Helper()
 	output, input, err := os.Pipe()
 	if err != nil {
 		s.t.Fatal(err)
 	}
 	s.cmd = exec.Command(s.path, s.args...)
 	s.cmd.Stdout, s.cmd.Stderr = input, input
+	s.cmd.Env = s.env
 	s.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	err = s.cmd.Start()
 	_ = input.Close()
 	if err != nil {
 		s.t.Fatal(err)
 	}
-	ready := make(chan struct{})
-	go s.log.copy(output, ready)
+	s.ready = make(chan struct{})
+	go s.log.copy(output, s.ready)
+}
+
+// AwaitReady waits for the ready line of a process that was launched.
+func (s *Server) AwaitReady() {
+	s.t.Helper()
 	select {
-	case <-ready:
+	case <-s.ready:
 	case <-time.After(startTimeout):
 		s.t.Fatalf("%s did not become ready; its last lines:\n%s", s.name, s.log.tail())
 	}
@@ -190,17 +214,23 @@ func freeURL(t testing.TB) string {
 // FreeAddress finds a loopback address, host and port, that nothing listens on now.
 func FreeAddress(t testing.TB) string {
 	t.Helper()
+	listener := listen(t)
+	defer listener.Close()
+	return listener.Addr().String()
+}
+
+func listen(t testing.TB) net.Listener {
+	t.Helper()
 	const lowest, ports = 10_000, 20_000
 	for range ports {
-		port := lowest + (uint32(os.Getpid())*64+nextPort.Add(1))%ports
+		port := lowest + (uint32(os.Getpid())*1499+nextPort.Add(1))%ports
 		listener, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", port))
 		if err == nil {
-			defer listener.Close()
-			return listener.Addr().String()
+			return listener
 		}
 	}
 	t.Fatal("no free port")
-	return ""
+	return nil
 }
 
 // tailWriter keeps the last lines of a process's output for the report of a failure.

@@ -31,20 +31,30 @@ impl Connection {
         Self::open_with_window(address, WINDOW_BYTES).await
     }
 
+    /// As [`Connection::open`], to a server that may be gone.
+    pub async fn try_open(address: SocketAddr) -> Result<Connection, Status> {
+        Self::try_open_with_window(address, WINDOW_BYTES).await
+    }
+
     /// Connects and announces this window of each stream. What all streams together may receive unread is not limited.
     pub async fn open_with_window(address: SocketAddr, stream_window_bytes: u32) -> Connection {
-        let stream = TcpStream::connect(address).await.unwrap();
-        stream.set_nodelay(true).unwrap();
+        Self::try_open_with_window(address, stream_window_bytes).await.unwrap()
+    }
+
+    async fn try_open_with_window(address: SocketAddr, stream_window_bytes: u32) -> Result<Connection, Status> {
+        let gone = |error: std::io::Error| Status::unavailable(error.to_string());
+        let stream = TcpStream::connect(address).await.map_err(gone)?;
+        stream.set_nodelay(true).map_err(gone)?;
         let (requests, connection) = h2::client::Builder::new()
             .initial_window_size(stream_window_bytes)
             .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
             .max_concurrent_reset_streams(10_000)
             .handshake(stream)
             .await
-            .unwrap();
+            .map_err(transport)?;
         // Ends with the last clone of the connection.
         tokio::spawn(connection);
-        Connection { requests }
+        Ok(Connection { requests })
     }
 
     /// Starts a call of `/package.Service/Method`.

@@ -8,6 +8,8 @@ use tenure_storage::{Command, Fault, LeaseId, Outcome, Refusal, RocksEngine, Ten
 use super::{Inner, TenantParts};
 use crate::cell_error::CellError;
 use crate::lessor::{Remaining, Renewed};
+use crate::proto::cell::peer_call::Call;
+use crate::proto::cell::{Lease, PeerAnswer};
 
 /// Ids drawn for a lease until one is free. There are 2^63, so the first is.
 const LEASE_ID_DRAWS_MAX: usize = 3;
@@ -60,6 +62,11 @@ impl Tenant {
     /// The member that leads, as this one knows it; 0 = none.
     pub fn leader_id(&self) -> u64 {
         self.cell.leader_id()
+    }
+
+    /// Whether this member refuses writes for want of room; see [`crate::disk`].
+    pub fn is_disk_full(&self) -> bool {
+        self.cell.disk.is_full()
     }
 
     /// Ends when no leader has been known for three election timeouts: what etcd waits before it ends the streams of
@@ -159,32 +166,75 @@ impl Tenant {
         }
     }
 
-    /// Renews a lease of this tenant. Answers its TTL in seconds, 0 if there is no such lease.
+    /// Renews a lease of this tenant, wherever the leader is. Answers its TTL in seconds, 0 if there is no such lease.
     ///
     /// # Errors
     /// [`CellError::NoLeader`] if that cannot be decided in time.
     pub async fn renew_lease(&self, id: LeaseId) -> Result<i64, CellError> {
         let decided = async {
             loop {
-                match self.cell.lessor.renew(self.id(), id).await {
-                    Renewed::For { ttl_seconds } => return Ok(ttl_seconds),
-                    Renewed::NotLeader => self.cell.lessor.promoted().await,
-                    // It may have been granted by an earlier leader and not be applied here yet.
-                    Renewed::Missing => {
-                        self.cell.read_barrier().await?;
-                        if self.lease_remaining(id).is_none() {
-                            return Ok(0);
-                        }
-                    }
+                if let Some(ttl_seconds) = self.renew_lease_as_leader(id).await? {
+                    return Ok(ttl_seconds);
+                }
+                let call = Call::LeaseRenew(self.lease_of(id));
+                if let Some(answer) = self.cell.ask_leader(call).await {
+                    return Ok(if answer.missing { 0 } else { answer.ttl_seconds });
                 }
             }
         };
         tokio::time::timeout(self.cell.request_timeout, decided).await.unwrap_or(Err(CellError::NoLeader))
     }
 
-    /// What is left of a lease; `None` if there is no such lease. Meaningful on the leader.
-    pub fn lease_remaining(&self, id: LeaseId) -> Option<Remaining> {
+    /// As [`Tenant::renew_lease`]; `None` if this member does not decide about leases.
+    pub(super) async fn renew_lease_as_leader(&self, id: LeaseId) -> Result<Option<i64>, CellError> {
+        loop {
+            let Some(term) = self.cell.lessor.led_term() else { return Ok(None) };
+            match self.cell.lessor.renew(self.id(), id).await {
+                // Before the client may rely on it.
+                Renewed::For { ttl_seconds } => return Ok(self.cell.leads_still(term).await?.then_some(ttl_seconds)),
+                Renewed::NotLeader => return Ok(None),
+                // It may have been granted by an earlier leader and not be applied here yet.
+                Renewed::Missing => {
+                    self.cell.read_barrier().await?;
+                    if self.lease_remaining_here(id).is_none() {
+                        return Ok(Some(0));
+                    }
+                }
+            }
+        }
+    }
+
+    /// What is left of a lease, as the leader knows; `None` if there is no such lease. Call it behind a read barrier.
+    ///
+    /// # Errors
+    /// [`CellError::NoLeader`] if nobody can say in time.
+    pub async fn lease_remaining(&self, id: LeaseId) -> Result<Option<Remaining>, CellError> {
+        let told = async {
+            loop {
+                if self.cell.lessor.leads() {
+                    return self.lease_remaining_here(id);
+                }
+                if let Some(answer) = self.cell.ask_leader(Call::LeaseRemaining(self.lease_of(id))).await {
+                    let PeerAnswer { ttl_seconds: seconds, granted_seconds, missing, .. } = answer;
+                    return (!missing).then_some(Remaining { seconds, granted_seconds });
+                }
+            }
+        };
+        tokio::time::timeout(self.cell.request_timeout, told).await.map_err(|_| CellError::NoLeader)
+    }
+
+    /// As [`Tenant::lease_remaining`]; meaningful on the leader.
+    pub(super) fn lease_remaining_here(&self, id: LeaseId) -> Option<Remaining> {
         self.cell.lessor.remaining(self.id(), id)
+    }
+
+    fn lease_of(&self, id: LeaseId) -> Lease {
+        Lease { tenant: self.id().0, id: id.0 }
+    }
+
+    /// Whether this member is in the cell without a vote.
+    pub fn is_learner(&self) -> bool {
+        self.cell.raft.status().is_learner
     }
 
     /// The leases of this tenant, those that end first in front.

@@ -1,5 +1,6 @@
 //! A cell on a real engine and a real log: what outlives it, and what it refuses.
 
+use bytes::Bytes;
 use tenure_storage::{AlarmKind, DeleteRangeRequest, KeyRange, PutRequest};
 
 use super::*;
@@ -63,7 +64,7 @@ async fn what_was_written_is_there_after_a_restart() {
     assert_eq!(tenant.reader().revision(), 3);
     let leases = tenant.leases();
     let [lease] = leases[..] else { panic!("one lease: {leases:?}") };
-    let remaining = tenant.lease_remaining(lease).unwrap();
+    let remaining = tenant.lease_remaining(lease).await.unwrap().unwrap();
     assert_eq!(remaining.granted_seconds, 1_000);
     assert!((999..=1_001).contains(&remaining.seconds), "a full TTL again: {remaining:?}");
     assert_eq!(tenant.reader().lease_keys(lease).unwrap(), ["a", "b"]);

@@ -129,7 +129,7 @@ async fn leases_carry_keys_away() {
         .await
         .unwrap();
     assert!(client.keep_alive(lease.id).await.unwrap());
-    assert_eq!(client.lease(lease.id).unwrap().granted_seconds, 60);
+    assert_eq!(client.lease(lease.id).await.unwrap().unwrap().granted_seconds, 60);
     client.revoke_lease(lease.id).await.unwrap();
     assert_eq!(client.get("k").await.unwrap(), None);
     assert!(!client.keep_alive(lease.id).await.unwrap());

@@ -1,5 +1,5 @@
 //! `grpc.health.v1.Health`: whether this server answers. One service is known, the unnamed one, and it always serves: a
-//! server that does not is not listening.
+//! server that does not is not listening. A learner refuses here too (contract 1.1).
 
 use std::collections::HashMap;
 use std::pin::Pin;
@@ -10,13 +10,22 @@ use tonic::{Request, Response, Status};
 use crate::proto::grpc::health::v1::health_check_response::ServingStatus;
 use crate::proto::grpc::health::v1::health_server::Health;
 use crate::proto::grpc::health::v1::{HealthCheckRequest, HealthCheckResponse, HealthListRequest, HealthListResponse};
+use crate::service::Context;
 
 /// The name under which the server as a whole is asked for.
 const WHOLE_SERVER: &str = "";
 
-/// The health service. Needs no tenant: it says nothing about any.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct HealthService;
+/// The health service.
+#[derive(Clone)]
+pub struct HealthService {
+    context: Context,
+}
+
+impl HealthService {
+    pub fn new(context: Context) -> Self {
+        HealthService { context }
+    }
+}
 
 fn response(status: ServingStatus) -> HealthCheckResponse {
     HealthCheckResponse { status: status.into() }
@@ -25,6 +34,7 @@ fn response(status: ServingStatus) -> HealthCheckResponse {
 #[tonic::async_trait]
 impl Health for HealthService {
     async fn check(&self, request: Request<HealthCheckRequest>) -> Result<Response<HealthCheckResponse>, Status> {
+        self.context.check_voter()?;
         if request.get_ref().service == WHOLE_SERVER {
             Ok(Response::new(response(ServingStatus::Serving)))
         } else {
@@ -33,6 +43,7 @@ impl Health for HealthService {
     }
 
     async fn list(&self, _: Request<HealthListRequest>) -> Result<Response<HealthListResponse>, Status> {
+        self.context.check_voter()?;
         let statuses = HashMap::from([(WHOLE_SERVER.to_string(), response(ServingStatus::Serving))]);
         Ok(Response::new(HealthListResponse { statuses }))
     }
@@ -41,6 +52,7 @@ impl Health for HealthService {
 
     /// The status once; it does not change until the connection ends.
     async fn watch(&self, request: Request<HealthCheckRequest>) -> Result<Response<Self::WatchStream>, Status> {
+        self.context.check_voter()?;
         let status = if request.get_ref().service == WHOLE_SERVER {
             ServingStatus::Serving
         } else {

@@ -86,7 +86,10 @@ fn may_answer_much(txn: &tenure_storage::TxnRequest) -> bool {
 #[tonic::async_trait]
 impl Kv for KvService {
     async fn range(&self, request: Request<RangeRequest>) -> Result<Response<RangeResponse>, Status> {
-        let tenant = self.context.tenant_of(&request)?;
+        let tenant = match request.get_ref().serializable {
+            true => self.context.tenant_of_any(&request)?,
+            false => self.context.tenant_of(&request)?,
+        };
         let request = request.into_inner();
         check::range(&request)?;
         if !request.serializable {

@@ -55,6 +55,7 @@ fn leader_is_missing(error: CellError) -> CellError {
         | CellError::TimeoutWrite
         | CellError::TooManyRequests
         | CellError::TooLarge
+        | CellError::Membership(_)
         | CellError::Stopped
         | CellError::Fault(_) => error,
     }
@@ -128,7 +129,7 @@ impl Lease for LeaseService {
             granted_ttl: 0,
             keys: Vec::new(),
         };
-        if let Some(Remaining { seconds, granted_seconds }) = tenant.lease_remaining(LeaseId(id)) {
+        if let Some(Remaining { seconds, granted_seconds }) = tenant.lease_remaining(LeaseId(id)).await? {
             response.ttl = seconds;
             response.granted_ttl = granted_seconds;
             if keys {

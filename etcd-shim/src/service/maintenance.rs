@@ -1,7 +1,7 @@
 //! `etcdserverpb.Maintenance`: Alarm, Status, Defragment, HashKV.
 //!
 //! Everything is per tenant: sizes are what the tenant stores, alarms are its own, and the raft indexes of Status are its
-//! revision, because those of the log count the writes of all tenants. Hash, Snapshot, MoveLeader and Downgrade are not
+//! revision, because those of the log count the writes of all tenants. Hash, Snapshot and Downgrade are not
 //! built.
 
 use tenure_storage::{Alarm, AlarmKind, Command, Reply};
@@ -63,6 +63,7 @@ async fn alarms_of(tenant: &Tenant, kind: AlarmKind) -> Result<AlarmResponse, St
         | CellError::TimeoutWrite
         | CellError::TooManyRequests
         | CellError::TooLarge
+        | CellError::Membership(_)
         | CellError::Stopped
         | CellError::Fault(_) => error,
     })?;
@@ -92,12 +93,15 @@ impl Maintenance for MaintenanceService {
     }
 
     async fn status(&self, request: Request<StatusRequest>) -> Result<Response<StatusResponse>, Status> {
-        let tenant = self.context.tenant_of(&request)?;
+        let tenant = self.context.tenant_of_any(&request)?;
         let state = tenant.reader().state();
         let leader = tenant.leader_id();
         let mut errors = Vec::new();
         if leader == 0 {
             errors.push("etcdserver: no leader".to_string());
+        }
+        if tenant.is_disk_full() {
+            errors.push("etcdserver: the disk of this member is full".to_string());
         }
         errors.extend(state.alarms.iter().map(alarm_text));
         let index = state.revision.unsigned_abs();
@@ -111,7 +115,7 @@ impl Maintenance for MaintenanceService {
             raft_applied_index: index,
             errors,
             db_size_in_use: to_proto::count(state.db_in_use_bytes()),
-            is_learner: false,
+            is_learner: tenant.is_learner(),
             storage_version: STORAGE_VERSION.to_string(),
             db_size_quota: tenant.quota_bytes(),
             downgrade_info: Some(DowngradeInfo::default()),
@@ -146,8 +150,11 @@ impl Maintenance for MaintenanceService {
         Err(not_built("Snapshot"))
     }
 
-    async fn move_leader(&self, _: Request<MoveLeaderRequest>) -> Result<Response<MoveLeaderResponse>, Status> {
-        Err(not_built("MoveLeader"))
+    async fn move_leader(&self, request: Request<MoveLeaderRequest>) -> Result<Response<MoveLeaderResponse>, Status> {
+        let tenant = self.context.operator_of(&request)?;
+        tracing::info!(tenant = tenant.name(), "move the leader");
+        self.context.cell.move_leader(request.into_inner().target_id).await?;
+        Ok(Response::new(MoveLeaderResponse { header: None }))
     }
 
     async fn downgrade(&self, _: Request<DowngradeRequest>) -> Result<Response<DowngradeResponse>, Status> {

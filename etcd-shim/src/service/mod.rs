@@ -17,15 +17,12 @@ pub(crate) mod testing;
 mod tests;
 pub mod watch;
 
-use std::collections::BTreeMap;
-use std::sync::Arc;
-
 use tenure_storage::{AlarmKind, Command, Outcome, Refusal, Reply};
 use tonic::metadata::MetadataMap;
 use tonic::{Request, Response, Status};
 
-use crate::cell::{Cell, Tenant};
-use crate::cell_error::CellError;
+use crate::cell::{Cell, DEFAULT_TENANT, Tenant};
+use crate::cell_error::{CellError, MembershipError};
 use crate::inflight::{InFlight, Reservation};
 use crate::proto::etcdserverpb::ResponseHeader;
 use crate::tenant::ConnectionIdentity;
@@ -55,41 +52,20 @@ impl Default for Limits {
     }
 }
 
-/// How this member presents itself in a member list.
-#[derive(Clone, Debug, Default)]
-pub struct MemberNames {
-    pub name: String,
-    pub peer_urls: Vec<String>,
-    /// Where clients whose certificate says whose they are connect, and those of `default`.
-    pub client_urls: Vec<String>,
-    /// The listeners of a tenant's own, by its name. Only these are told to its clients: behind any other URL they would be
-    /// another tenant.
-    pub tenant_client_urls: BTreeMap<String, Vec<String>>,
-}
-
-impl MemberNames {
-    /// Where clients of that tenant connect.
-    pub fn client_urls_of(&self, tenant: &str) -> &[String] {
-        self.tenant_client_urls.get(tenant).unwrap_or(&self.client_urls)
-    }
-}
-
 /// What every service needs. Cheap to clone.
 #[derive(Clone)]
 pub struct Context {
     pub cell: Cell,
     pub limits: Limits,
     pub in_flight: InFlight,
-    pub member: Arc<MemberNames>,
 }
 
 impl Context {
-    /// The tenant whose connection this request came in on. Also the place where a request that wants a leader is turned
-    /// away while there is none (contract 3.1), because every method passes here first.
+    /// As [`Context::tenant_of`], for what a member without a vote may answer too (contract 2: "rpc not supported for learner").
     ///
     /// # Errors
-    /// `PermissionDenied` if the connection belongs to no tenant, or to one that does not exist; [`CellError::NoLeader`].
-    pub fn tenant_of<T>(&self, request: &Request<T>) -> Result<Tenant, Status> {
+    /// As [`Context::tenant_of`].
+    pub fn tenant_of_any<T>(&self, request: &Request<T>) -> Result<Tenant, Status> {
         let tenant = request
             .extensions()
             .get::<ConnectionIdentity>()
@@ -97,6 +73,39 @@ impl Context {
             .ok_or_else(|| Status::permission_denied("etcdserver: permission denied"))?;
         if wants_leader(request.metadata()) && tenant.leader_id() == 0 {
             return Err(CellError::NoLeader.into());
+        }
+        Ok(tenant)
+    }
+
+    /// The tenant whose connection this request came in on. Also the place where a request that wants a leader is turned
+    /// away while there is none (contract 3.1), and where a learner refuses, because every method passes here first.
+    ///
+    /// # Errors
+    /// `PermissionDenied` if the connection belongs to no tenant, or to one that does not exist; [`CellError::NoLeader`].
+    pub fn tenant_of<T>(&self, request: &Request<T>) -> Result<Tenant, Status> {
+        let tenant = self.tenant_of_any(request)?;
+        self.check_voter()?;
+        Ok(tenant)
+    }
+
+    /// # Errors
+    /// [`MembershipError::Learner`], if this member has no vote.
+    pub fn check_voter(&self) -> Result<(), Status> {
+        match self.cell.raft_status().is_learner {
+            true => Err(CellError::from(MembershipError::Learner).into()),
+            false => Ok(()),
+        }
+    }
+
+    /// As [`Context::tenant_of`], for what concerns the whole cell: only the tenant `default` may, which is whoever the operator lets
+    /// in without a name.
+    ///
+    /// # Errors
+    /// As [`Context::tenant_of`]; `PermissionDenied` for every other tenant.
+    pub fn operator_of<T>(&self, request: &Request<T>) -> Result<Tenant, Status> {
+        let tenant = self.tenant_of(request)?;
+        if tenant.name() != DEFAULT_TENANT {
+            return Err(Status::permission_denied("etcdserver: permission denied"));
         }
         Ok(tenant)
     }

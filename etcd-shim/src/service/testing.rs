@@ -1,12 +1,10 @@
 //! A cell for tests of the services, with the tenants `default` and `other`.
 
-use std::sync::Arc;
-
 use tonic::Request;
 
-use crate::cell::{Cell, CellConfig, Tenant};
+use crate::cell::{Cell, CellConfig, MemberNames, Tenant};
 use crate::inflight::{Budget, InFlight};
-use crate::service::{Context, Limits, MemberNames};
+use crate::service::{Context, Limits};
 use crate::tenant::ConnectionIdentity;
 
 pub(crate) struct TestCell {
@@ -23,8 +21,14 @@ impl TestCell {
     /// 0 = the default quota.
     pub(crate) async fn with_quota(quota_backend_bytes: i64) -> TestCell {
         let dir = tempfile::tempdir().unwrap();
-        let config =
-            CellConfig { quota_backend_bytes, tenants: vec!["other".to_string()], ..CellConfig::new(dir.path()) };
+        let names = MemberNames {
+            name: "default".to_string(),
+            peer_urls: vec!["http://localhost:2380".to_string()],
+            client_urls: vec!["http://localhost:2379".to_string()],
+            tenant_client_urls: [("other".to_string(), vec!["http://localhost:2401".to_string()])].into(),
+        };
+        let tenants = vec!["other".to_string()];
+        let config = CellConfig { quota_backend_bytes, tenants, names, ..CellConfig::new(dir.path()) };
         TestCell { cell: Cell::open(config).await.unwrap(), _dir: dir }
     }
 
@@ -33,18 +37,7 @@ impl TestCell {
     }
 
     pub(crate) fn context(&self) -> Context {
-        let member = MemberNames {
-            name: "default".to_string(),
-            peer_urls: vec!["http://localhost:2380".to_string()],
-            client_urls: vec!["http://localhost:2379".to_string()],
-            tenant_client_urls: [("other".to_string(), vec!["http://localhost:2401".to_string()])].into(),
-        };
-        Context {
-            cell: self.cell.clone(),
-            limits: Limits::default(),
-            in_flight: InFlight::new(Budget::default()),
-            member: Arc::new(member),
-        }
+        Context { cell: self.cell.clone(), limits: Limits::default(), in_flight: InFlight::new(Budget::default()) }
     }
 }
 

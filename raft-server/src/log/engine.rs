@@ -16,6 +16,7 @@
 //! | `hs` | raft's HardState (protobuf) |
 //! | `cf` | index u64 le, then raft's ConfState (protobuf) |
 //! | `tr` | index u64 le, term u64 le: everything up to here is gone |
+//! | `in` | index u64 le, term u64 le, then as `cf`: the snapshot that is being installed; absent otherwise |
 
 use std::path::Path;
 use std::time::Instant;
@@ -26,7 +27,7 @@ use raft::eraftpb::{ConfState, Entry, HardState};
 use raft_engine::{Command, Config, Engine, LogBatch, MessageExt, ReadableSize, RecoveryMode};
 use tenure_storage::Fault;
 
-use super::{Appended, Conf, LogStore, LogWrite, Position, Recovered};
+use super::{Appended, Conf, LogStore, LogWrite, Position, Recovered, hard_state_after};
 
 /// The only group in the engine.
 const GROUP: u64 = 1;
@@ -36,6 +37,7 @@ const IDENTITY_KEY: &[u8] = b"id";
 const HARD_STATE_KEY: &[u8] = b"hs";
 const CONF_KEY: &[u8] = b"cf";
 const TRUNCATED_KEY: &[u8] = b"tr";
+const INSTALL_KEY: &[u8] = b"in";
 
 /// Files are given back whole, so several make up what the log keeps before it is truncated.
 const FILES_PER_FLUSH: u64 = 4;
@@ -122,18 +124,22 @@ impl LogStore for EngineLog {
             Some(bytes) => HardState::parse_from_bytes(&bytes).map_err(|_| corrupt(HARD_STATE_KEY))?,
             None => return Err(corrupt(HARD_STATE_KEY)),
         };
-        let conf = self.record(CONF_KEY).ok_or_else(|| corrupt(CONF_KEY))?;
-        let (index, state) = take_u64(&conf, CONF_KEY)?;
-        let state = ConfState::parse_from_bytes(state).map_err(|_| corrupt(CONF_KEY))?;
+        let conf = decode_conf(&self.record(CONF_KEY).ok_or_else(|| corrupt(CONF_KEY))?, CONF_KEY)?;
         let truncated = self.record(TRUNCATED_KEY).ok_or_else(|| corrupt(TRUNCATED_KEY))?;
-        let (truncated_index, term) = take_u64(&truncated, TRUNCATED_KEY)?;
-        let truncated = Position { index: truncated_index, term: take_u64(term, TRUNCATED_KEY)?.0 };
+        let (truncated, _) = take_position(&truncated, TRUNCATED_KEY)?;
+        let installing = match self.record(INSTALL_KEY) {
+            Some(bytes) => {
+                let (at, conf) = take_position(&bytes, INSTALL_KEY)?;
+                Some((at, decode_conf(conf, INSTALL_KEY)?))
+            }
+            None => None,
+        };
         let last_index = match (self.engine.first_index(GROUP), self.engine.last_index(GROUP)) {
             (Some(first), Some(last)) if first <= truncated.index + 1 => last.max(truncated.index),
             (None, None) => truncated.index,
             _ => return Err(corrupt(b"first index")),
         };
-        Ok(Recovered { member_id, hard_state, conf: Conf { index, state }, truncated, last_index })
+        Ok(Recovered { member_id, hard_state, conf, truncated, last_index, installing })
     }
 
     fn bootstrap(&self, member_id: u64, at: Position, conf: &Conf) -> Result<(), Fault> {
@@ -180,6 +186,36 @@ impl LogStore for EngineLog {
         Ok(())
     }
 
+    fn begin_install(&self, at: Position, conf: &Conf) -> Result<(), Fault> {
+        let mut value = encode_position(at);
+        value.extend(encode_conf(conf)?);
+        let mut batch = LogBatch::default();
+        batch.put(GROUP, INSTALL_KEY.to_vec(), value).map_err(fault)?;
+        self.write(&mut batch).map(|_| ())
+    }
+
+    fn cancel_install(&self) -> Result<(), Fault> {
+        let mut batch = LogBatch::default();
+        batch.delete(GROUP, INSTALL_KEY.to_vec());
+        self.write(&mut batch).map(|_| ())
+    }
+
+    fn finish_install(&self, at: Position, conf: &Conf) -> Result<(), Fault> {
+        let identity = self.record(IDENTITY_KEY).ok_or_else(|| corrupt(IDENTITY_KEY))?;
+        let before = self.record(HARD_STATE_KEY).ok_or_else(|| corrupt(HARD_STATE_KEY))?;
+        let before = HardState::parse_from_bytes(&before).map_err(|_| corrupt(HARD_STATE_KEY))?;
+        let mut batch = LogBatch::default();
+        // Takes entries and records, the note too; what follows in the same write stays.
+        batch.add_command(GROUP, Command::Clean);
+        batch.put(GROUP, IDENTITY_KEY.to_vec(), identity).map_err(fault)?;
+        put_truncated(&mut batch, at)?;
+        put_conf(&mut batch, conf)?;
+        put_hard_state(&mut batch, &hard_state_after(&before, at))?;
+        self.write(&mut batch)?;
+        self.engine.purge_expired_files().map_err(fault)?;
+        Ok(())
+    }
+
     fn disk_bytes(&self) -> u64 {
         self.engine.get_used_size() as u64
     }
@@ -190,14 +226,33 @@ fn put_hard_state(batch: &mut LogBatch, hard_state: &HardState) -> Result<(), Fa
 }
 
 fn put_conf(batch: &mut LogBatch, conf: &Conf) -> Result<(), Fault> {
+    batch.put(GROUP, CONF_KEY.to_vec(), encode_conf(conf)?).map_err(fault)
+}
+
+fn encode_conf(conf: &Conf) -> Result<Vec<u8>, Fault> {
     let mut value = conf.index.to_le_bytes().to_vec();
     conf.state.write_to_vec(&mut value).map_err(|error| Fault::Engine(error.to_string()))?;
-    batch.put(GROUP, CONF_KEY.to_vec(), value).map_err(fault)
+    Ok(value)
+}
+
+fn decode_conf(bytes: &[u8], key: &[u8]) -> Result<Conf, Fault> {
+    let (index, state) = take_u64(bytes, key)?;
+    let state = ConfState::parse_from_bytes(state).map_err(|_| corrupt(key))?;
+    Ok(Conf { index, state })
 }
 
 fn put_truncated(batch: &mut LogBatch, at: Position) -> Result<(), Fault> {
-    let value = [at.index.to_le_bytes(), at.term.to_le_bytes()].concat();
-    batch.put(GROUP, TRUNCATED_KEY.to_vec(), value).map_err(fault)
+    batch.put(GROUP, TRUNCATED_KEY.to_vec(), encode_position(at)).map_err(fault)
+}
+
+fn encode_position(at: Position) -> Vec<u8> {
+    [at.index.to_le_bytes(), at.term.to_le_bytes()].concat()
+}
+
+fn take_position<'a>(bytes: &'a [u8], key: &[u8]) -> Result<(Position, &'a [u8]), Fault> {
+    let (index, rest) = take_u64(bytes, key)?;
+    let (term, rest) = take_u64(rest, key)?;
+    Ok((Position { index, term }, rest))
 }
 
 fn take_u64<'a>(bytes: &'a [u8], key: &[u8]) -> Result<(u64, &'a [u8]), Fault> {

@@ -4,7 +4,7 @@ use parking_lot::Mutex;
 use raft::eraftpb::Entry;
 use tenure_storage::Fault;
 
-use super::{Appended, Conf, LogStore, LogWrite, Position, Recovered, entry_bytes};
+use super::{Appended, Conf, LogStore, LogWrite, Position, Recovered, entry_bytes, hard_state_after};
 
 /// Loses nothing while it lives; a "restart" is a second member on the same one, shared in an `Arc`.
 #[derive(Default)]
@@ -74,6 +74,26 @@ impl LogStore for MemoryLog {
         let gone = usize::try_from(through.index - inner.recovered.truncated.index).expect("fits memory");
         inner.entries.drain(..gone);
         inner.recovered.truncated = through;
+        Ok(())
+    }
+
+    fn begin_install(&self, at: Position, conf: &Conf) -> Result<(), Fault> {
+        self.inner.lock().recovered.installing = Some((at, conf.clone()));
+        Ok(())
+    }
+
+    fn cancel_install(&self) -> Result<(), Fault> {
+        self.inner.lock().recovered.installing = None;
+        Ok(())
+    }
+
+    fn finish_install(&self, at: Position, conf: &Conf) -> Result<(), Fault> {
+        let mut inner = self.inner.lock();
+        let hard_state = hard_state_after(&inner.recovered.hard_state, at);
+        inner.entries.clear();
+        let recovered = &mut inner.recovered;
+        (recovered.truncated, recovered.conf, recovered.hard_state) = (at, conf.clone(), hard_state);
+        recovered.installing = None;
         Ok(())
     }
 

@@ -51,6 +51,8 @@ pub struct Recovered {
     pub truncated: Position,
     /// Index of the newest entry, or of `truncated` if there is none.
     pub last_index: u64,
+    /// The snapshot that was being installed, if that was not completed.
+    pub installing: Option<(Position, Conf)>,
 }
 
 /// Who is in the group, as of an entry.
@@ -73,7 +75,7 @@ pub struct LogWrite {
 impl LogWrite {
     /// One entry that carries `commands`, as a leader appends it.
     pub fn of_commands(at: Position, commands: &[bytes::Bytes]) -> Self {
-        let data = crate::frame::encode(commands.iter()).into();
+        let data = crate::frame::encode(commands.iter().map(|command| (command, None))).into();
         let entry = Entry { index: at.index, term: at.term, data, ..Entry::default() };
         let hard_state = HardState { term: at.term, commit: at.index - 1, ..HardState::default() };
         LogWrite { entries: vec![entry], hard_state: Some(hard_state), conf: None }
@@ -99,7 +101,8 @@ pub struct Appended {
     pub sync: std::time::Duration,
 }
 
-/// Entries and a few records, durably. One thread writes; any thread reads.
+/// Entries and a few records, durably. One thread writes, but for records of who is in the group, which raft's thread writes
+/// beside it; any thread reads.
 pub trait LogStore: Send + Sync + 'static {
     /// What is there. Called once, before anything else.
     ///
@@ -131,8 +134,32 @@ pub trait LogStore: Send + Sync + 'static {
     /// As [`LogStore::append`].
     fn truncate(&self, through: Position) -> Result<(), Fault>;
 
+    /// Notes that the state is about to be replaced by a snapshot of this place. Durable on return.
+    ///
+    /// # Errors
+    /// As [`LogStore::append`].
+    fn begin_install(&self, at: Position, conf: &Conf) -> Result<(), Fault>;
+
+    /// Drops the note: the state was not replaced. Durable on return.
+    ///
+    /// # Errors
+    /// As [`LogStore::append`].
+    fn cancel_install(&self) -> Result<(), Fault>;
+
+    /// Forgets every entry, begins after the snapshot, and drops the note, in one write. Durable on return.
+    ///
+    /// # Errors
+    /// As [`LogStore::append`].
+    fn finish_install(&self, at: Position, conf: &Conf) -> Result<(), Fault>;
+
     /// Bytes of all files on disk, roughly. Slow: for restarts and status only.
     fn disk_bytes(&self) -> u64;
+}
+
+/// The hard state of a log that begins after a snapshot: no vote is forgotten, and nothing of the snapshot is uncommitted.
+pub(crate) fn hard_state_after(before: &HardState, at: Position) -> HardState {
+    let vote = if before.term >= at.term { before.vote } else { 0 };
+    HardState { term: before.term.max(at.term), vote, commit: at.index, ..HardState::default() }
 }
 
 /// What an entry counts for, in bytes: its data and what goes around it.

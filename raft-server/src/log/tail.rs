@@ -9,6 +9,7 @@ use raft::{GetEntriesContext, RaftState, StorageError};
 use tenure_storage::Fault;
 
 use super::{Conf, LogStore, Position, Recovered, entry_bytes};
+use crate::snapshot::Outgoing;
 
 /// Read by raft and by the apply thread, written by raft's thread; see the module's essay in `log/mod.rs`.
 pub(crate) struct Log {
@@ -17,6 +18,8 @@ pub(crate) struct Log {
     tail: Mutex<Tail>,
     cache_bytes_max: usize,
     start: (HardState, Conf),
+    /// What raft hands to members that are too far behind.
+    pub(crate) outgoing: Arc<Outgoing>,
 }
 
 struct Tail {
@@ -49,6 +52,12 @@ impl Growth {
         }
     }
 
+    /// Of what was appended, the bytes up to `index`, a step too few at most.
+    fn bytes_through(&self, index: u64) -> u64 {
+        let through = self.steps.iter().take_while(|(end, _)| *end <= index).last();
+        through.map_or(self.truncated_bytes, |(_, bytes)| *bytes)
+    }
+
     fn truncate(&mut self, through: u64) {
         while let Some(&(index, bytes)) = self.steps.front() {
             if index > through {
@@ -62,7 +71,7 @@ impl Growth {
 
 impl Log {
     /// `recovered` is what the store holds, with the hard state that raft shall begin with; `step_bytes` how exactly
-    /// [`Log::retained_bytes`] counts.
+    /// [`Log::bytes_after`] counts.
     pub(crate) fn new(store: Arc<dyn LogStore>, recovered: Recovered, cache_bytes_max: usize, step_bytes: u64) -> Self {
         let Recovered { hard_state, conf, truncated, last_index, .. } = recovered;
         // What an earlier run left counts as much as its files, so that a log that is over its bound is truncated soon.
@@ -73,7 +82,7 @@ impl Log {
         }
         let (entries, entries_bytes) = (VecDeque::new(), 0);
         let tail = Tail { truncated, entries, entries_bytes, last_index, persisted_index: last_index, growth };
-        Log { store, tail: Mutex::new(tail), cache_bytes_max, start: (hard_state, conf) }
+        Log { store, tail: Mutex::new(tail), cache_bytes_max, start: (hard_state, conf), outgoing: Arc::default() }
     }
 
     pub(crate) fn store(&self) -> &dyn LogStore {
@@ -86,12 +95,6 @@ impl Log {
 
     pub(crate) fn truncated(&self) -> Position {
         self.tail.lock().truncated
-    }
-
-    /// Bytes appended and not truncated, at most a step too many.
-    pub(crate) fn retained_bytes(&self) -> u64 {
-        let tail = self.tail.lock();
-        tail.growth.total_bytes - tail.growth.truncated_bytes
     }
 
     /// Makes the entries readable, replacing what is at and after the first one. They are not durable yet.
@@ -163,8 +166,41 @@ impl Log {
         Ok(position)
     }
 
+    /// Forgets everything and begins after `at`: a snapshot takes the place of the entries. The disk follows, see
+    /// [`LogStore::finish_install`].
+    pub(crate) fn reset(&self, at: Position) {
+        let mut tail = self.tail.lock();
+        assert!(at.index > tail.truncated.index, "a snapshot is newer than what was truncated");
+        let step_bytes = tail.growth.step_bytes;
+        *tail = Tail {
+            truncated: at,
+            entries: VecDeque::new(),
+            entries_bytes: 0,
+            last_index: at.index,
+            persisted_index: at.index,
+            growth: Growth { step_bytes, ..Growth::default() },
+        };
+    }
+
+    /// Bytes of the entries after `index`, at most a step too many.
+    pub(crate) fn bytes_after(&self, index: u64) -> u64 {
+        let tail = self.tail.lock();
+        tail.growth.total_bytes - tail.growth.bytes_through(index)
+    }
+
+    /// The lowest index such that the entries after it have at most `bytes`.
+    pub(crate) fn index_before_last(&self, bytes: u64) -> u64 {
+        let tail = self.tail.lock();
+        let Some(excess) = (tail.growth.total_bytes - tail.growth.truncated_bytes).checked_sub(bytes) else {
+            return tail.truncated.index;
+        };
+        let target = tail.growth.truncated_bytes + excess;
+        let within = tail.growth.steps.iter().take_while(|(_, end)| *end <= target).last();
+        within.map_or(tail.truncated.index, |(index, _)| *index)
+    }
+
     /// The term of the entry; `None` if it is truncated.
-    fn term_at(&self, index: u64) -> Result<Option<u64>, Fault> {
+    pub(crate) fn term_at(&self, index: u64) -> Result<Option<u64>, Fault> {
         {
             let tail = self.tail.lock();
             if index == tail.truncated.index {
@@ -258,9 +294,10 @@ impl raft::Storage for RaftStorage {
         Ok(self.0.last_index())
     }
 
-    /// Not built yet: a peer that needs entries from before the log's beginning waits.
-    fn snapshot(&self, _: u64, _: u64) -> raft::Result<Snapshot> {
-        Err(raft::Error::Store(StorageError::SnapshotTemporarilyUnavailable))
+    /// A snapshot whose following entries the log still has. If there is none, one is made.
+    fn snapshot(&self, request_index: u64, to: u64) -> raft::Result<Snapshot> {
+        let index_min = request_index.max(self.0.truncated().index);
+        self.0.outgoing.get(index_min, to).ok_or(raft::Error::Store(StorageError::SnapshotTemporarilyUnavailable))
     }
 }
 

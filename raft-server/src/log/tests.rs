@@ -248,8 +248,12 @@ fn raft_reads_across_the_end_of_the_cache() {
         assert_eq!(storage.term(10), Ok(1), "the term before the first entry is kept");
         assert!(storage.entries(10, 12, None, GetEntriesContext::empty(false)).is_err());
         assert!(storage.term(9).is_err());
-        let retained = log.retained_bytes();
-        assert!((1000..=1100).contains(&retained), "{retained} of 10 entries of 100 bytes");
+        let left = log.bytes_after(10);
+        assert!((1000..=1100).contains(&left), "{left} of 10 entries of 100 bytes");
+        let left = log.bytes_after(15);
+        assert!((500..=600).contains(&left), "{left} of 5 entries of 100 bytes");
+        assert!((15..=16).contains(&log.index_before_last(500)), "{}", log.index_before_last(500));
+        assert_eq!(log.index_before_last(1 << 20), 10);
     }
 }
 
@@ -263,4 +267,35 @@ fn only_what_is_on_disk_leaves_the_cache() {
     let found = log.entries_between(21, 23, u64::MAX).unwrap().unwrap();
     assert_eq!(found.iter().map(|entry| entry.term).collect::<Vec<_>>(), [1, 2]);
     assert_eq!(log.last_index(), 22);
+}
+
+// A snapshot takes the place of entries, also of some behind it that another leader never committed; and a crash while it
+// is installed leaves the old log with a note, or the new one.
+#[test]
+fn a_snapshot_replaces_the_log() {
+    fn check(reopen: &mut dyn FnMut() -> Arc<dyn LogStore>) {
+        let at = Position { index: 15, term: 3 };
+        let conf = |index| Conf { index, state: ConfState { voters: vec![index], ..ConfState::default() } };
+        let store = reopen();
+        store.bootstrap(1, Position { index: 1, term: 1 }, &conf(1)).unwrap();
+        store.append(&write_of((2..=20).map(|index| entry(index, 1, 10)).collect(), 1)).unwrap();
+        store.begin_install(at, &conf(15)).unwrap();
+        drop(store);
+        let noted = reopen();
+        let found = noted.recover().unwrap();
+        assert_eq!((found.installing, found.last_index), (Some((at, conf(15))), 20));
+        noted.cancel_install().unwrap();
+        assert_eq!(noted.recover().unwrap().installing, None);
+        noted.begin_install(at, &conf(15)).unwrap();
+        noted.finish_install(at, &conf(15)).unwrap();
+        noted.append(&write_of(vec![entry(16, 4, 10)], 4)).unwrap();
+        drop(noted);
+        let found = reopen().recover().unwrap();
+        assert_eq!((found.truncated, found.last_index, found.member_id), (at, 16, Some(1)));
+        assert_eq!((found.conf, found.installing, found.hard_state.term), (conf(15), None, 4));
+    }
+    let dir = tempfile::tempdir().unwrap();
+    check(&mut || Arc::new(EngineLog::open(dir.path(), 1 << 20).unwrap()));
+    let memory = Arc::new(MemoryLog::default());
+    check(&mut || Arc::clone(&memory) as Arc<dyn LogStore>);
 }

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use super::*;
 use crate::transport::Network;
-use crate::{ProposeError, ReadError};
+use crate::{ChangeError, MembersChange, ReadError};
 
 struct Member {
     handle: Handle<usize>,
@@ -28,10 +28,27 @@ impl Cluster {
     }
 
     fn boot(&mut self, id: u64) {
+        self.boot_with(id, vec![1, 2, 3]);
+    }
+
+    /// A member that knows of no group yet.
+    fn boot_joiner(&mut self, id: u64) {
+        self.probes.insert(id, Probe::default());
+        self.boot_with(id, Vec::new());
+    }
+
+    fn boot_with(&mut self, id: u64, initial_voters: Vec<u64>) {
         let dir = self.dir.path().join(id.to_string());
         // Long enough that a busy machine does not depose a leader.
-        let config =
-            Config { initial_voters: vec![1, 2, 3], tick_ms: 10, election_timeout_ticks: 30, ..config(id, &dir) };
+        let config = Config {
+            initial_voters,
+            tick_ms: 10,
+            election_timeout_ticks: 30,
+            // Little is kept, so that a member falls behind soon.
+            log_bytes_flush: 64 << 10,
+            log_catchup_entries: 4,
+            ..config(id, &dir)
+        };
         let (handle, guard) = start(config, self.probes[&id].boot(), self.network.endpoint(id)).unwrap();
         self.network.connect(&handle);
         self.members.insert(id, Member { handle, guard });
@@ -73,31 +90,40 @@ impl Cluster {
         id
     }
 
-    /// Proposes at whoever leads among `ids`, following leadership where it goes.
+    /// Proposes at one of `ids`, whoever leads. Gives the member that leads now.
     async fn write(&self, ids: &[u64], command: &Bytes) -> u64 {
-        let mut at = self.leader_among(ids, 0).await;
-        loop {
-            match patiently(self.handle(at).propose(1, command.clone())).await {
-                Ok(_) => return at,
-                Err(ProposeError::NotLeader { leader }) => {
-                    at = match leader {
-                        Some(leader) if ids.contains(&leader) => leader,
-                        _ => self.leader_among(ids, 0).await,
-                    };
-                }
-                Err(ProposeError::Dropped) => {
-                    // A busy machine may depose a leader all the same. Once a read point is confirmed, the entry is
-                    // there or never will be.
-                    at = self.leader_among(ids, 0).await;
-                    patiently(async { while self.handle(at).read_barrier().await.is_err() {} }).await;
-                    if self.probes[&at].commands().contains(command) {
-                        return at;
-                    }
-                }
-                Err(error) => panic!("nothing is full or stopping: {error}"),
-            }
-        }
+        let at = ids[command.len() % ids.len()];
+        patiently(self.handle(at).propose(1, command.clone())).await.expect("nothing is full or stopping");
+        self.leader_among(ids, 0).await
     }
+}
+
+// What a leader decides for its term must not be proposed by anybody else, nor later: not by a leader that was cut off and finds,
+// when it is back, that another led meanwhile.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_command_for_one_term_is_proposed_in_it_or_never() {
+    use crate::ProposeError;
+
+    let cluster = Cluster::start().await;
+    let leader = cluster.leader_among(&[1, 2, 3], 0).await;
+    let term = cluster.handle(leader).status().term;
+    let in_term = async |id: u64, term, command: &'static [u8]| {
+        patiently(cluster.handle(id).propose_in_term(term, 1, Bytes::from_static(command))).await
+    };
+    assert_eq!(in_term(leader, term, b"in time").await, Ok(1));
+    assert_eq!(in_term(leader, term + 1, b"early").await, Err(ProposeError::OtherTerm));
+    assert_eq!(in_term(leader % 3 + 1, term, b"elsewhere").await, Err(ProposeError::OtherTerm));
+
+    cluster.network.cut(leader);
+    let others: Vec<u64> = (1..=3).filter(|id| *id != leader).collect();
+    let handle = cluster.handle(leader).clone();
+    let late = tokio::spawn(async move { handle.propose_in_term(term, 1, Bytes::from_static(b"late")).await });
+    let next = cluster.leader_among(&others, term).await;
+    cluster.network.heal(leader);
+    assert_eq!(patiently(late).await.unwrap(), Err(ProposeError::OtherTerm));
+    patiently(cluster.handle(next).propose(1, Bytes::from_static(b"after"))).await.unwrap();
+    let applied: [&[u8]; 2] = [b"in time", b"after"];
+    assert_eq!(cluster.probes[&next].commands(), applied);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -130,21 +156,22 @@ async fn elects_replicates_loses_its_leader_and_catches_up() {
     assert_eq!(cluster.probes[&leader].commands(), numbered(0..40));
 }
 
-// A leader cut off from its peers cannot commit; once it knows that it no longer leads, it says that the outcome is
-// unknown. Its entry is overwritten by the next leader's.
+// A leader cut off from its peers cannot commit. Its command waits until it is known that it was lost with that leadership, and
+// is then applied in another: once.
 #[tokio::test(flavor = "multi_thread")]
-async fn loss_of_leadership_answers_dropped() {
+async fn a_command_survives_the_loss_of_its_leader() {
     let cluster = Cluster::start().await;
     let all = [1, 2, 3];
     let old = cluster.write(&all, &numbered(0..1)[0]).await;
     let term = cluster.handle(old).status().term;
-    let followed = all.into_iter().find(|id| *id != old).unwrap();
 
     cluster.network.cut(old);
-    let stranded = patiently(cluster.handle(old).propose(1, Bytes::from_static(b"stranded"))).await;
-    assert_eq!(stranded, Err(ProposeError::Dropped));
-    let refused = patiently(cluster.handle(old).propose(1, Bytes::from_static(b"too late"))).await;
-    assert_eq!(refused, Err(ProposeError::NotLeader { leader: None }));
+    let stranded = tokio::spawn({
+        let handle = cluster.handle(old).clone();
+        async move { handle.propose(1, Bytes::from_static(b"stranded")).await }
+    });
+    let mut leadership = cluster.handle(old).leadership();
+    patiently(leadership.wait_for(|now| !now.is_leader)).await.unwrap();
     assert_eq!(patiently(cluster.handle(old).read_barrier()).await, Err(ReadError::Timeout), "nobody confirms it");
 
     let rest: Vec<u64> = all.into_iter().filter(|id| *id != old).collect();
@@ -153,11 +180,78 @@ async fn loss_of_leadership_answers_dropped() {
         cluster.write(&rest, &command).await;
     }
     cluster.network.heal(old);
-    patiently(async { while cluster.handle(old).read_barrier().await.is_err() {} }).await;
-    for id in [old, followed] {
-        patiently(cluster.handle(id).read_barrier()).await.unwrap();
-        assert_eq!(cluster.probes[&id].commands(), numbered(0..10), "member {id}");
+    assert_eq!(patiently(stranded).await.unwrap(), Ok(11));
+    let mut expected = numbered(0..10);
+    expected.push(Bytes::from_static(b"stranded"));
+    for id in all {
+        patiently(async { while cluster.handle(id).read_barrier().await.is_err() {} }).await;
+        assert_eq!(cluster.probes[&id].commands(), expected, "member {id}");
     }
+}
+
+// A member that slept while the others truncated their logs gets a copy of the state, and so does one that is new; then
+// both go on with the log.
+#[tokio::test(flavor = "multi_thread")]
+async fn members_too_far_behind_get_a_snapshot() {
+    let mut cluster = Cluster::start().await;
+    let all = [1, 2, 3];
+    let leader = cluster.write(&all, &numbered(0..1)[0]).await;
+    let slow = all.into_iter().find(|id| *id != leader).unwrap();
+    let rest: Vec<u64> = all.into_iter().filter(|id| *id != slow).collect();
+    cluster.kill(slow);
+    for command in numbered(1..50) {
+        cluster.write(&rest, &Bytes::from([&command[..], &[b'x'; 4000]].concat())).await;
+    }
+    let before = cluster.probes[&leader].commands();
+    cluster.boot(slow);
+    patiently(cluster.handle(slow).read_barrier()).await.unwrap();
+    assert_eq!(cluster.probes[&slow].commands(), before);
+    let leader = cluster.leader_among(&all, 0).await;
+    cluster.boot_joiner(4);
+    let add = cluster.handle(leader).change_members(MembersChange::AddLearner(4), Bytes::from_static(b"add 4"));
+    patiently(add).await.unwrap();
+    patiently(async { while cluster.handle(4).read_barrier().await.is_err() {} }).await;
+    assert!(cluster.handle(4).status().is_learner);
+    loop {
+        let promote = cluster.handle(leader).change_members(MembersChange::AddVoter(4), Bytes::from_static(b"vote 4"));
+        match patiently(promote).await {
+            Err(ChangeError::UnderWay) => tokio::task::yield_now().await,
+            other => break assert!(other.is_ok(), "{other:?}"),
+        }
+    }
+    cluster.write(&[1, 2, 3, 4], &Bytes::from_static(b"after")).await;
+    patiently(cluster.handle(4).read_barrier()).await.unwrap();
+    let commands = cluster.probes[&4].commands();
+    assert_eq!(commands.len(), 53);
+    assert_eq!(commands[commands.len() - 3..], [&b"add 4"[..], b"vote 4", b"after"]);
+    patiently(async { while cluster.handle(4).voters()[..] != [1, 2, 3, 4] {} }).await;
+}
+
+// Whoever is removed knows, and the others go on; so does a group whose leader is asked to hand over.
+#[tokio::test(flavor = "multi_thread")]
+async fn members_leave_and_leaders_hand_over() {
+    let mut cluster = Cluster::start().await;
+    let all = [1, 2, 3];
+    let leader = cluster.write(&all, &numbered(0..1)[0]).await;
+    let next = all.into_iter().find(|id| *id != leader).unwrap();
+    cluster.handle(leader).transfer_leadership(next);
+    let mut leadership = cluster.handle(next).leadership();
+    patiently(leadership.wait_for(|now| now.is_leader)).await.unwrap();
+
+    let leaver = all.into_iter().find(|id| *id != next).unwrap();
+    let wrong = cluster.handle(leaver).change_members(MembersChange::Remove(leaver), Bytes::from_static(b"remove"));
+    assert_eq!(patiently(wrong).await, Err(ChangeError::NotLeader { leader: Some(next) }));
+    let remove = cluster.handle(next).change_members(MembersChange::Remove(leaver), Bytes::from_static(b"remove"));
+    patiently(remove).await.unwrap();
+    let rest: Vec<u64> = all.into_iter().filter(|id| *id != leaver).collect();
+    patiently(async { while cluster.handle(next).voters()[..] != rest[..] {} }).await;
+    cluster.kill(leaver);
+    for command in numbered(1..5) {
+        cluster.write(&rest, &command).await;
+    }
+    // It need not have led to the end.
+    patiently(cluster.handle(next).read_barrier()).await.unwrap();
+    assert_eq!(cluster.probes[&next].commands().len(), 6);
 }
 
 // Writes from many clients while leaders come and go: what was acknowledged is there, in one order everywhere.

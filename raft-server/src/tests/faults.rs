@@ -38,6 +38,18 @@ impl LogStore for FailingLog {
         self.log.truncate(through)
     }
 
+    fn begin_install(&self, at: Position, conf: &Conf) -> Result<(), Fault> {
+        self.log.begin_install(at, conf)
+    }
+
+    fn cancel_install(&self) -> Result<(), Fault> {
+        self.log.cancel_install()
+    }
+
+    fn finish_install(&self, at: Position, conf: &Conf) -> Result<(), Fault> {
+        self.log.finish_install(at, conf)
+    }
+
     fn disk_bytes(&self) -> u64 {
         self.log.disk_bytes()
     }

@@ -15,7 +15,7 @@ use bytes::Bytes;
 use parking_lot::Mutex;
 use tenure_storage::Fault;
 
-use crate::{CommittedEntry, Config, Handle, JoinGuard, MemberFault, NoPeers, StateMachine, start};
+use crate::{CommittedEntry, Config, Handle, JoinGuard, MemberFault, NoPeers, Snapshotter, StateMachine, start};
 
 /// A member that hangs fails its test after this.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -115,6 +115,38 @@ impl StateMachine for Recorder {
         *self.flushes.lock() += 1;
         *self.disk.lock() = memory.clone();
         Ok(memory.applied_index)
+    }
+
+    fn snapshotter(&self) -> Arc<dyn Snapshotter> {
+        Arc::new(RecordWriter(Arc::clone(&self.memory)))
+    }
+
+    fn install(&mut self, dir: &Path) -> Result<u64, Fault> {
+        let text = std::fs::read(dir.join("records"))?;
+        let mut lines = text.split(|byte| *byte == b'\n');
+        let applied_index = String::from_utf8_lossy(lines.next().unwrap()).parse().unwrap();
+        let commands = lines.filter(|line| !line.is_empty()).map(Bytes::copy_from_slice).collect();
+        let records = Records { applied_index, commands };
+        *self.memory.lock() = records.clone();
+        *self.disk.lock() = records;
+        Ok(applied_index)
+    }
+}
+
+/// Writes records as lines; commands of these tests have no newline.
+struct RecordWriter(Shared<Records>);
+
+impl Snapshotter for RecordWriter {
+    fn write_to(&self, dir: &Path) -> Result<u64, Fault> {
+        let Records { applied_index, commands } = self.0.lock().clone();
+        let mut text = format!("{applied_index}\n").into_bytes();
+        for command in commands {
+            text.extend_from_slice(&command);
+            text.push(b'\n');
+        }
+        std::fs::create_dir(dir)?;
+        std::fs::write(dir.join("records"), text)?;
+        Ok(applied_index)
     }
 }
 

@@ -103,6 +103,46 @@ async fn the_log_is_truncated_to_what_is_flushed_and_no_further() {
     assert!(matches!(lost, Err(StartError::StateBehindLog { applied: 1, .. })), "{:?}", lost.err());
 }
 
+// One of three goes on alone, with all that its log holds: what was committed, what was not yet, and a change of members that
+// was to bring a fourth. It must not wait for any of the others.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_forced_member_goes_on_alone_with_all_it_has() {
+    use crate::log::{LogWrite, Position};
+    use crate::transport::Network;
+    use raft::eraftpb::{ConfChangeSingle, ConfChangeType, ConfChangeV2, Entry, EntryType, HardState};
+
+    let log = Arc::new(MemoryLog::default());
+    let three = Config { initial_voters: vec![1, 2, 3], ..config(1, Path::new("unused")) };
+    let probe = Probe::default();
+    drop(start_on(three.clone(), probe.boot(), log.clone(), Network::default().endpoint(1)).unwrap());
+    let committed = LogWrite::of_commands(Position { index: 2, term: 2 }, &numbered(0..2));
+    let mut change = ConfChangeSingle::default();
+    (change.change_type, change.node_id) = (ConfChangeType::AddNode, 4);
+    let change = ConfChangeV2 { changes: vec![change].into(), ..ConfChangeV2::default() };
+    let data = protobuf::Message::write_to_bytes(&change).unwrap();
+    let (entry_type, data) = (EntryType::EntryConfChangeV2, data.into());
+    let change = Entry { index: 3, term: 2, entry_type, data, ..Entry::default() };
+    let uncommitted = LogWrite::of_commands(Position { index: 4, term: 2 }, &numbered(2..3));
+    let hard_state = Some(HardState { term: 2, vote: 2, commit: 2, ..HardState::default() });
+    let entries = [committed.entries, vec![change], uncommitted.entries].concat();
+    log.append(&LogWrite { entries, hard_state, conf: None }).unwrap();
+
+    let forced = Config { force_sole_voter: true, ..three };
+    let (handle, guard) = start_on(forced.clone(), probe.boot(), log.clone(), NoPeers).unwrap();
+    wait_for_leadership(&handle).await;
+    patiently(handle.propose(1, Bytes::from_static(b"command 3"))).await.unwrap();
+    assert_eq!((probe.commands(), handle.voters().to_vec()), (numbered(0..4), vec![1]));
+    guard.stop();
+    // Once is enough.
+    let (handle, _guard) = start_on(config(1, Path::new("unused")), probe.boot(), log, NoPeers).unwrap();
+    wait_for_leadership(&handle).await;
+    assert_eq!(handle.voters().to_vec(), [1]);
+
+    let joining = Config { initial_voters: vec![], ..forced };
+    let refused = start_on(joining, Probe::default().boot(), Arc::new(MemoryLog::default()), NoPeers);
+    assert!(matches!(refused, Err(StartError::NotAMember)), "{:?}", refused.err());
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_state_ahead_of_its_log_is_refused() {
     let dir = tempfile::tempdir().unwrap();

@@ -1,14 +1,14 @@
 //! A network inside one process, for tests and simulations: members are cut off and come back at will.
 
 use std::collections::{HashMap, HashSet};
+use std::path::Path;
 use std::sync::Arc;
 
 use parking_lot::Mutex;
 
-use super::{Message, Transport};
+use super::{Local, PeerMessage, Transport};
 use crate::handle::Handle;
-
-type Deliver = Arc<dyn Fn(Message) + Send + Sync>;
+use crate::snapshot::SnapshotOffer;
 
 /// Delivers at once, on the sender's thread, into the receiver's bounded queue. Clones are the same network.
 #[derive(Clone, Default)]
@@ -18,7 +18,7 @@ pub struct Network {
 
 #[derive(Default)]
 struct Inner {
-    members: HashMap<u64, Deliver>,
+    members: HashMap<u64, Arc<dyn Local>>,
     cut: HashSet<u64>,
 }
 
@@ -30,8 +30,7 @@ impl Network {
 
     /// From now on messages to the member reach this handle. Replaces the one of an earlier life.
     pub fn connect<R: Send + 'static>(&self, handle: &Handle<R>) {
-        let deliver = handle.clone();
-        self.inner.lock().members.insert(handle.id(), Arc::new(move |message| deliver.deliver(message)));
+        self.inner.lock().members.insert(handle.id(), Arc::new(handle.clone()));
     }
 
     /// Drops everything to and from the member until [`Network::heal`].
@@ -47,6 +46,12 @@ impl Network {
     pub fn disconnect(&self, id: u64) {
         self.inner.lock().members.remove(&id);
     }
+
+    fn reach(&self, from: u64, to: u64) -> Option<Arc<dyn Local>> {
+        let inner = self.inner.lock();
+        let cut = inner.cut.contains(&from) || inner.cut.contains(&to);
+        if cut { None } else { inner.members.get(&to).cloned() }
+    }
 }
 
 /// One member's side of a [`Network`].
@@ -56,16 +61,30 @@ pub struct Endpoint {
 }
 
 impl Transport for Endpoint {
-    fn send(&mut self, messages: Vec<Message>) {
+    fn send(&mut self, messages: Vec<PeerMessage>) {
         for message in messages {
-            let deliver = {
-                let inner = self.network.inner.lock();
-                let cut = inner.cut.contains(&self.id) || inner.cut.contains(&message.to);
-                if cut { None } else { inner.members.get(&message.to).cloned() }
-            };
-            if let Some(deliver) = deliver {
-                deliver(message);
+            if let Some(member) = self.network.reach(self.id, message.to()) {
+                member.deliver(message);
             }
         }
     }
+
+    /// Copies the directory, on a thread of its own.
+    fn fetch(&mut self, offer: SnapshotOffer) {
+        let source = self.network.reach(self.id, offer.from).and_then(|peer| peer.outgoing_snapshot(offer.at));
+        let Some(own) = self.network.inner.lock().members.get(&self.id).cloned() else { return };
+        std::thread::spawn(move || {
+            let copied = source.is_some_and(|source| copy(&source.path, &offer.path).is_ok());
+            own.snapshot_fetched(offer, copied);
+        });
+    }
+}
+
+fn copy(from: &Path, to: &Path) -> std::io::Result<()> {
+    std::fs::create_dir_all(to)?;
+    for file in std::fs::read_dir(from)? {
+        let file = file?;
+        std::fs::copy(file.path(), to.join(file.file_name()))?;
+    }
+    Ok(())
 }

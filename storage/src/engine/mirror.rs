@@ -1,5 +1,7 @@
 //! Two engines that must agree on everything: every read is answered by both and compared.
 
+use std::path::Path;
+
 use bytes::Bytes;
 
 use super::{Batch, Cursor, Engine, Family, Reader};
@@ -42,6 +44,18 @@ impl<A: Engine, B: Engine> Engine for Mirror<A, B> {
 
     fn disk_bytes(&self) -> u64 {
         self.0.disk_bytes()
+    }
+
+    fn checkpoint(&self, dir: &Path, family: Family, key: &[u8]) -> Result<Option<Bytes>, Fault> {
+        std::fs::create_dir(dir)?;
+        let (a, b) = (self.0.checkpoint(&dir.join("a"), family, key)?, self.1.checkpoint(&dir.join("b"), family, key)?);
+        assert_eq!(a, b, "nothing is written meanwhile");
+        Ok(a)
+    }
+
+    fn replace(&self, dir: &Path) -> Result<(), Fault> {
+        self.0.replace(&dir.join("a"))?;
+        self.1.replace(&dir.join("b"))
     }
 }
 

@@ -14,6 +14,7 @@ pub mod mirror;
 mod rocks;
 
 use std::collections::BTreeMap;
+use std::path::Path;
 
 use bytes::Bytes;
 
@@ -129,6 +130,20 @@ pub trait Engine: Send + Sync + 'static {
 
     /// Bytes of all files on disk; 0 for an engine without any.
     fn disk_bytes(&self) -> u64;
+
+    /// Writes a copy of the data, at some point in time, to the new directory `dir` on the same file system. Durable on return.
+    /// Reads and writes go on meanwhile. Gives what the copy has at `key`: how the caller learns which moment it is of.
+    ///
+    /// # Errors
+    /// Any [`Fault`] means that there is no copy; the engine goes on.
+    fn checkpoint(&self, dir: &Path, family: Family, key: &[u8]) -> Result<Option<Bytes>, Fault>;
+
+    /// Replaces the data by a copy that [`Engine::checkpoint`] wrote, and takes its directory over. Views made before go on
+    /// seeing the old data. Durable on return; after a crash the engine has the old data or the new.
+    ///
+    /// # Errors
+    /// As [`Engine::write`].
+    fn replace(&self, dir: &Path) -> Result<(), Fault>;
 }
 
 /// Changes that reach the engine together or not at all. The last change of a key wins.

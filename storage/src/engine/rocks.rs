@@ -2,15 +2,23 @@
 //!
 //! No write-ahead log: the raft log is replayed instead. So a flush must move all families together (`atomic_flush`),
 //! else a crash could leave half a batch. Old bytes are compressed with lz4 and, at the bottom, zstd.
+//!
+//! A snapshot of another member takes the place of the whole database: it is opened beside the old one, and a small file that
+//! names the one in use is switched. Views that are open go on with the old one until they end.
 
-use std::path::Path;
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, OnceLock};
 
 use bytes::Bytes;
+use parking_lot::RwLock;
+use rocksdb::checkpoint::Checkpoint;
 use rocksdb::{
     BlockBasedOptions, BottommostLevelCompaction, Cache, ColumnFamily, ColumnFamilyDescriptor, CompactOptions, DB,
     DBCompressionType, DBRawIterator, Env, FlushOptions, Options, ReadOptions, ReadTier, Snapshot, WriteBatch,
     WriteOptions,
 };
+use self_cell::self_cell;
 
 use super::{Batch, Cursor, Engine, Family, Reader};
 use crate::error::Fault;
@@ -34,9 +42,43 @@ impl Default for RocksOptions {
 
 /// See the module's essay.
 pub struct RocksEngine {
-    db: DB,
+    current: RwLock<Arc<Database>>,
+    base: PathBuf,
+    options: RocksOptions,
     no_wal: WriteOptions,
 }
+
+/// One database, open. Views hold on to it when another takes its place; its files go with the last of them.
+struct Database {
+    db: DB,
+    // Behind it: files go when RocksDB has closed them.
+    files: Files,
+}
+
+struct Files {
+    /// Of the directory below the base; empty: the base itself.
+    name: String,
+    /// Set when another took its place: the base.
+    superseded_in: OnceLock<PathBuf>,
+}
+
+impl Drop for Files {
+    fn drop(&mut self) {
+        if let Some(base) = self.superseded_in.get()
+            && let Err(error) = remove_others(base, None, Some(&self.name))
+        {
+            tracing::warn!(%error, "remove the files of a replaced state; the next start does");
+        }
+    }
+}
+
+/// Names the directory of the database in use, as text. Without it that is the base directory itself: so it is until a copy
+/// from elsewhere first replaces the data.
+const ACTIVE: &str = "ACTIVE";
+const ACTIVE_NEW: &str = "ACTIVE.new";
+
+/// What the directories of databases that came from elsewhere are called, with a number behind it.
+const NAME_PREFIX: &str = "db-";
 
 impl RocksEngine {
     /// Opens or creates the database in `dir`.
@@ -44,32 +86,103 @@ impl RocksEngine {
     /// # Errors
     /// [`Fault::Engine`] in RocksDB's words, for instance when another process holds the directory.
     pub fn open(dir: &Path, options: &RocksOptions) -> Result<Self, Fault> {
-        let cache = Cache::new_lru_cache(options.block_cache_bytes);
-        let families = Family::ALL.map(|family| {
-            ColumnFamilyDescriptor::new(family.name(), family_options(family, &cache, options.write_buffer_bytes))
-        });
-        let mut env = Env::new().map_err(fault)?;
-        // Requests go first: whoever waits for a flush or an engine compaction has time, and both are bounded in what they hold.
-        env.lower_thread_pool_cpu_priority();
-        env.lower_high_priority_thread_pool_cpu_priority();
-        let mut database = database_options(options);
-        database.set_env(&env);
-        let db = DB::open_cf_descriptors(&database, dir, families).map_err(fault)?;
+        std::fs::create_dir_all(dir)?;
+        let name = active_name(dir)?;
+        remove_others(dir, Some(&name), None)?;
+        let db = open_database(&dir.join(&name), options)?;
         let mut no_wal = WriteOptions::default();
         no_wal.disable_wal(true);
-        Ok(RocksEngine { db, no_wal })
+        let database = Database { db, files: Files { name, superseded_in: OnceLock::new() } };
+        Ok(RocksEngine {
+            current: RwLock::new(Arc::new(database)),
+            base: dir.to_path_buf(),
+            options: options.clone(),
+            no_wal,
+        })
+    }
+
+    fn current(&self) -> Arc<Database> {
+        Arc::clone(&self.current.read())
     }
 
     fn flush_all(&self, wait: bool) -> Result<(), Fault> {
         let mut options = FlushOptions::default();
         options.set_wait(wait);
-        let handles = Family::ALL.map(|family| self.handle(family));
-        self.db.flush_cfs_opt(&handles, &options).map_err(fault)
+        let current = self.current();
+        let handles = Family::ALL.map(|family| current.handle(family));
+        current.db.flush_cfs_opt(&handles, &options).map_err(fault)
     }
+}
 
+impl Database {
     fn handle(&self, family: Family) -> &ColumnFamily {
-        self.db.cf_handle(family.name()).expect("every family was created at open")
+        handle_in(&self.db, family)
     }
+}
+
+fn handle_in(db: &DB, family: Family) -> &ColumnFamily {
+    db.cf_handle(family.name()).expect("every family was created at open")
+}
+
+fn open_database(dir: &Path, options: &RocksOptions) -> Result<DB, Fault> {
+    let cache = Cache::new_lru_cache(options.block_cache_bytes);
+    let mut env = Env::new().map_err(fault)?;
+    // Requests go first: whoever waits for a flush or an engine compaction has time, and both are bounded in what they hold.
+    env.lower_thread_pool_cpu_priority();
+    env.lower_high_priority_thread_pool_cpu_priority();
+    let mut database = database_options(options);
+    database.set_env(&env);
+    DB::open_cf_descriptors(&database, dir, families(&cache, options)).map_err(fault)
+}
+
+fn families(cache: &Cache, options: &RocksOptions) -> [ColumnFamilyDescriptor; Family::ALL.len()] {
+    Family::ALL.map(|family| {
+        ColumnFamilyDescriptor::new(family.name(), family_options(family, cache, options.write_buffer_bytes))
+    })
+}
+
+/// The directory of the database in use, below the base.
+fn active_name(base: &Path) -> Result<String, Fault> {
+    let path = base.join(ACTIVE);
+    let text = match std::fs::read_to_string(&path) {
+        Ok(text) => text,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(String::new()),
+        Err(error) => return Err(error.into()),
+    };
+    let damaged = || Fault::Corrupt { what: "name of the active database", key: text.clone().into_bytes() };
+    let name = text.strip_suffix('\n').ok_or_else(damaged)?;
+    let number = name.strip_prefix(NAME_PREFIX).and_then(|number| number.parse::<u64>().ok());
+    number.map(|_| name.to_string()).ok_or_else(damaged)
+}
+
+/// Names the database in use, durably: written beside its place, synced, renamed.
+fn set_active(base: &Path, name: &str) -> Result<(), Fault> {
+    let new = base.join(ACTIVE_NEW);
+    let mut file = std::fs::File::create(&new)?;
+    file.write_all(format!("{name}\n").as_bytes())?;
+    file.sync_all()?;
+    std::fs::rename(&new, base.join(ACTIVE))?;
+    Ok(std::fs::File::open(base)?.sync_all()?)
+}
+
+/// Removes databases below `base`: all but `kept`, or `gone` alone. The one in the base itself is everything there but the
+/// directories of others and the name of the active one.
+fn remove_others(base: &Path, kept: Option<&str>, gone: Option<&str>) -> Result<(), Fault> {
+    for entry in std::fs::read_dir(base)? {
+        let entry = entry?;
+        let file_name = entry.file_name();
+        let file_name = file_name.to_string_lossy();
+        let name = if file_name.starts_with(NAME_PREFIX) { &file_name } else { "" };
+        if file_name.starts_with(ACTIVE) || kept == Some(name) || gone.is_some_and(|gone| gone != name) {
+            continue;
+        }
+        if entry.file_type()?.is_dir() {
+            std::fs::remove_dir_all(entry.path())?;
+        } else {
+            std::fs::remove_file(entry.path())?;
+        }
+    }
+    Ok(())
 }
 
 fn database_options(options: &RocksOptions) -> Options {
@@ -113,16 +226,17 @@ fn fault(error: rocksdb::Error) -> Fault {
 }
 
 impl Engine for RocksEngine {
-    type View<'a> = RocksView<'a>;
+    type View<'a> = RocksView;
 
-    fn view(&self) -> RocksView<'_> {
-        RocksView { engine: self, snapshot: self.db.snapshot() }
+    fn view(&self) -> RocksView {
+        RocksView(OwnedSnapshot::new(self.current(), |database| database.db.snapshot()))
     }
 
     fn write(&self, batch: &Batch) -> Result<(), Fault> {
+        let current = self.current();
         let mut writes = WriteBatch::default();
         for family in Family::ALL {
-            let handle = self.handle(family);
+            let handle = current.handle(family);
             for (key, value) in batch.changes(family) {
                 match value {
                     Some(value) => writes.put_cf(handle, key, value),
@@ -130,7 +244,7 @@ impl Engine for RocksEngine {
                 }
             }
         }
-        self.db.write_opt(writes, &self.no_wal).map_err(fault)
+        current.db.write_opt(writes, &self.no_wal).map_err(fault)
     }
 
     fn flush(&self) -> Result<(), Fault> {
@@ -144,7 +258,8 @@ impl Engine for RocksEngine {
     fn durable_get(&self, family: Family, key: &[u8]) -> Result<Option<Bytes>, Fault> {
         let mut persisted = ReadOptions::default();
         persisted.set_read_tier(ReadTier::Persisted);
-        let value = self.db.get_pinned_cf_opt(self.handle(family), key, &persisted).map_err(fault)?;
+        let current = self.current();
+        let value = current.db.get_pinned_cf_opt(current.handle(family), key, &persisted).map_err(fault)?;
         Ok(value.map(|value| Bytes::copy_from_slice(&value)))
     }
 
@@ -153,42 +268,78 @@ impl Engine for RocksEngine {
         let mut whole = CompactOptions::default();
         whole.set_exclusive_manual_compaction(false);
         whole.set_bottommost_level_compaction(BottommostLevelCompaction::ForceOptimized);
+        let current = self.current();
         for family in Family::ALL {
-            self.db.compact_range_cf_opt(self.handle(family), None::<&[u8]>, None::<&[u8]>, &whole);
+            current.db.compact_range_cf_opt(current.handle(family), None::<&[u8]>, None::<&[u8]>, &whole);
         }
         Ok(())
     }
 
     fn disk_bytes(&self) -> u64 {
-        let size =
-            |family| self.db.property_int_value_cf(self.handle(family), rocksdb::properties::TOTAL_SST_FILES_SIZE);
+        let current = self.current();
+        let size = |family| {
+            current.db.property_int_value_cf(current.handle(family), rocksdb::properties::TOTAL_SST_FILES_SIZE)
+        };
         Family::ALL.into_iter().filter_map(|family| size(family).ok().flatten()).sum()
+    }
+
+    /// Files of the copy are hard links: it takes no space until the originals go.
+    fn checkpoint(&self, dir: &Path, family: Family, key: &[u8]) -> Result<Option<Bytes>, Fault> {
+        let current = self.current();
+        Checkpoint::new(&current.db).and_then(|checkpoint| checkpoint.create_checkpoint(dir)).map_err(fault)?;
+        let cache = Cache::new_lru_cache(1 << 20);
+        let options = database_options(&self.options);
+        let copy = DB::open_cf_descriptors_read_only(&options, dir, families(&cache, &self.options), false);
+        let copy = copy.map_err(fault)?;
+        let value = copy.get_pinned_cf(handle_in(&copy, family), key).map_err(fault)?;
+        Ok(value.map(|value| Bytes::copy_from_slice(&value)))
+    }
+
+    fn replace(&self, dir: &Path) -> Result<(), Fault> {
+        let before = self.current();
+        let number =
+            before.files.name.strip_prefix(NAME_PREFIX).and_then(|number| number.parse::<u64>().ok()).unwrap_or(0);
+        let name = format!("{NAME_PREFIX}{}", number + 1);
+        std::fs::rename(dir, self.base.join(&name))?;
+        // Before it counts: what cannot be opened must not take the place of what is.
+        let db = open_database(&self.base.join(&name), &self.options)?;
+        set_active(&self.base, &name)?;
+        let new = Database { db, files: Files { name, superseded_in: OnceLock::new() } };
+        *self.current.write() = Arc::new(new);
+        // Fails only if it was set before, to the same.
+        let _ = before.files.superseded_in.set(self.base.clone());
+        Ok(())
     }
 }
 
-/// A RocksDB snapshot with the engine it belongs to.
-pub struct RocksView<'a> {
-    engine: &'a RocksEngine,
-    snapshot: Snapshot<'a>,
-}
+type BorrowedSnapshot<'a> = Snapshot<'a>;
 
-impl RocksView<'_> {
+self_cell!(
+    /// A snapshot together with the database that it is of.
+    struct OwnedSnapshot {
+        owner: Arc<Database>,
+        #[covariant]
+        dependent: BorrowedSnapshot,
+    }
+);
+
+/// A RocksDB snapshot.
+pub struct RocksView(OwnedSnapshot);
+
+impl RocksView {
     fn read_options(&self) -> ReadOptions {
         let mut options = ReadOptions::default();
-        options.set_snapshot(&self.snapshot);
+        options.set_snapshot(self.0.borrow_dependent());
         options
     }
 }
 
-impl Reader for RocksView<'_> {
-    type Cursor<'c>
-        = RocksCursor<'c>
-    where
-        Self: 'c;
+impl Reader for RocksView {
+    type Cursor<'c> = RocksCursor<'c>;
 
     fn get(&self, family: Family, key: &[u8]) -> Result<Option<Bytes>, Fault> {
-        let handle = self.engine.handle(family);
-        let value = self.engine.db.get_pinned_cf_opt(handle, key, &self.read_options()).map_err(fault)?;
+        let database = self.0.borrow_owner();
+        let value = database.db.get_pinned_cf_opt(database.handle(family), key, &self.read_options()).map_err(fault)?;
         Ok(value.map(|value| Bytes::copy_from_slice(&value)))
     }
 
@@ -197,7 +348,8 @@ impl Reader for RocksView<'_> {
         let upper = upper.max(lower);
         let mut options = self.read_options();
         options.set_iterate_upper_bound(upper);
-        let mut iterator = self.engine.db.raw_iterator_cf_opt(self.engine.handle(family), options);
+        let database = self.0.borrow_owner();
+        let mut iterator = database.db.raw_iterator_cf_opt(database.handle(family), options);
         iterator.seek(lower);
         let mut cursor = RocksCursor { iterator, valid: false };
         cursor.settle()?;
@@ -288,6 +440,58 @@ impl RocksLog {
 mod tests {
     use super::*;
     use crate::engine::MemoryEngine;
+
+    /// A member that gets a snapshot switches to it while clients read: what they see is the old state or the new one, and after a
+    /// restart the new one is there alone.
+    #[test]
+    fn a_copy_takes_the_place_of_the_data() {
+        fn put(engine: &impl Engine, value: &'static [u8]) {
+            let mut batch = Batch::default();
+            batch.put(Family::Meta, b"k".to_vec(), Bytes::from_static(value));
+            engine.write(&batch).unwrap();
+        }
+        fn check(source: &impl Engine, engine: &impl Engine, dir: &Path) {
+            put(source, b"new");
+            put(engine, b"old");
+            let copied = source.checkpoint(&dir.join("copy"), Family::Meta, b"k").unwrap();
+            assert_eq!(copied.as_deref(), Some(&b"new"[..]));
+            put(source, b"newer");
+            let before = engine.view();
+            engine.replace(&dir.join("copy")).unwrap();
+            assert_eq!(before.get(Family::Meta, b"k").unwrap().as_deref(), Some(&b"old"[..]));
+            assert_eq!(engine.view().get(Family::Meta, b"k").unwrap().as_deref(), Some(&b"new"[..]));
+            assert_eq!(engine.durable_get(Family::Meta, b"k").unwrap().as_deref(), Some(&b"new"[..]));
+            put(engine, b"newest");
+            engine.flush().unwrap();
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let (source, own) = (dir.path().join("source"), dir.path().join("own"));
+        let options = RocksOptions::default();
+        let source = RocksEngine::open(&source, &options).unwrap();
+        for _ in 0..2 {
+            let engine = RocksEngine::open(&own, &options).unwrap();
+            check(&source, &engine, dir.path());
+            drop(engine);
+            let names = std::fs::read_dir(&own).unwrap().map(|entry| entry.unwrap().file_name()).collect::<Vec<_>>();
+            assert_eq!(names.len(), 2, "the old one is gone: {names:?}");
+            let engine = RocksEngine::open(&own, &options).unwrap();
+            assert_eq!(engine.view().get(Family::Meta, b"k").unwrap().as_deref(), Some(&b"newest"[..]));
+        }
+        check(&MemoryEngine::default(), &MemoryEngine::default(), dir.path());
+    }
+
+    /// A crash in the middle of a replacement leaves a directory that nobody named.
+    #[test]
+    fn what_is_not_named_is_removed_at_open() {
+        let dir = tempfile::tempdir().unwrap();
+        let options = RocksOptions::default();
+        drop(RocksEngine::open(dir.path(), &options).unwrap());
+        std::fs::create_dir(dir.path().join("db-1")).unwrap();
+        drop(RocksEngine::open(dir.path(), &options).unwrap());
+        assert!(!dir.path().join("db-1").exists() && dir.path().join("CURRENT").exists());
+        std::fs::write(dir.path().join("ACTIVE"), "db-").unwrap();
+        assert!(matches!(RocksEngine::open(dir.path(), &options), Err(Fault::Corrupt { .. })));
+    }
 
     /// Apply goes on writing while the state is made durable; were the flush to take only a part of the families, a crash would
     /// leave half a batch. So what is seen of it must be whole.

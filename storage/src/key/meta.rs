@@ -5,10 +5,12 @@ use bytes::Bytes;
 use super::{Bounds, CELL, PREFIX_LEN, prefix};
 use crate::codec::{Reader, Writer};
 use crate::error::Fault;
-use crate::types::{Alarm, AlarmKind, Revision, TenantId, Usage};
+use crate::types::{Alarm, AlarmKind, Member, Revision, TenantId, Usage};
 
 const TAG_TENANT: u8 = 1;
 const TAG_CELL: u8 = 2;
+const TAG_MEMBER: u8 = 3;
+const TAG_REMOVED: u8 = 4;
 const ROW_VERSION: u8 = 1;
 
 /// A tenant's row: the registry entry and all its counters.
@@ -122,6 +124,72 @@ pub(crate) fn decode_tenant_key(key: &[u8]) -> Option<TenantId> {
         (tenant, [TAG_TENANT]) => Some(TenantId(u32::from_be_bytes(tenant.try_into().ok()?))),
         _ => None,
     }
+}
+
+/// The row of a member of the cell.
+pub(crate) fn member_key(id: u64) -> Vec<u8> {
+    with_id(TAG_MEMBER, id)
+}
+
+/// The row that says that a member was removed; its value is empty.
+pub(crate) fn removed_key(id: u64) -> Vec<u8> {
+    with_id(TAG_REMOVED, id)
+}
+
+fn with_id(tag: u8, id: u64) -> Vec<u8> {
+    let mut key = prefix(CELL, tag, 8);
+    key.extend_from_slice(&id.to_be_bytes());
+    key
+}
+
+/// What a row of the cell is about.
+pub(crate) enum CellKey {
+    Member(u64),
+    Removed(u64),
+}
+
+/// `None` for every other row.
+pub(crate) fn decode_cell_key(key: &[u8]) -> Option<CellKey> {
+    let (tenant, rest) = key.split_at_checked(4)?;
+    let (tag, id) = rest.split_first()?;
+    let id = u64::from_be_bytes(id.try_into().ok()?);
+    match (tenant == CELL.0.to_be_bytes(), *tag) {
+        (true, TAG_MEMBER) => Some(CellKey::Member(id)),
+        (true, TAG_REMOVED) => Some(CellKey::Removed(id)),
+        (true | false, _) => None,
+    }
+}
+
+pub(crate) fn encode_member(member: &Member) -> Bytes {
+    let mut w = Writer::with_capacity(128);
+    w.u8(ROW_VERSION);
+    w.bytes(member.name.as_bytes());
+    w.strings(&member.peer_urls);
+    w.strings(&member.client_urls);
+    w.varint(member.tenant_urls.len() as u64);
+    for (tenant, url) in &member.tenant_urls {
+        w.bytes(tenant.as_bytes());
+        w.bytes(url.as_bytes());
+    }
+    w.u8(u8::from(member.is_learner));
+    w.finish()
+}
+
+pub(crate) fn decode_member(id: u64, stored: Bytes) -> Result<Member, Fault> {
+    let mut r = Reader::new(stored, "member row");
+    if r.u8()? != ROW_VERSION {
+        return Err(r.corrupt("member row version"));
+    }
+    let member = Member {
+        id,
+        name: r.string()?,
+        peer_urls: r.list(Reader::string)?,
+        client_urls: r.list(Reader::string)?,
+        tenant_urls: r.list(|r| Ok((r.string()?, r.string()?)))?,
+        is_learner: r.bool()?,
+    };
+    r.end()?;
+    Ok(member)
 }
 
 /// The cell's own row.

@@ -12,6 +12,8 @@
 //! | lease | 2 | lease id, user key (raw) | nothing | put, delete, revoke |
 //! | meta | 1 | nothing | [`meta::TenantRow`]: name, revisions, usage, alarms | every command |
 //! | meta | 2 | nothing, tenant 0 only | the cell's row: applied index, next tenant id, quota | every batch |
+//! | meta | 3 | member id (u64), tenant 0 only | a member of the cell: name, URLs, whether it is a learner | changes of members |
+//! | meta | 4 | member id (u64), tenant 0 only | nothing: the member was removed | changes of members |
 //!
 //! The user key is escaped only where a revision follows it: raw bytes next to a number would let `"a"` at a high
 //! revision sort behind `"a\0"`.

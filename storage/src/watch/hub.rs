@@ -183,6 +183,28 @@ impl Hub {
         }
     }
 
+    /// The state was replaced by a later one: whoever had everything is behind now and replays what happened in between.
+    pub(crate) fn skip_to(&self, revision: i64) {
+        let mut state = self.state.lock();
+        let before = state.revision;
+        assert!(revision >= before, "a state is replaced by a later one");
+        state.revision = revision;
+        for stream in state.streams.values_mut() {
+            let mut behind = Vec::new();
+            for (watch_id, watcher) in &mut stream.watchers {
+                let next = watcher.next.max(before + 1);
+                if watcher.phase == Phase::Synced && next <= revision {
+                    (watcher.phase, watcher.next) = (Phase::Unsynced, next);
+                    behind.push((next, *watch_id));
+                }
+            }
+            for (next, watch_id) in behind {
+                stream.join_unsynced(next, watch_id);
+            }
+            (stream.queue.waker)();
+        }
+    }
+
     pub(super) fn open_stream(&self, waker: Waker) -> (StreamId, Arc<Queue>) {
         let queue = Arc::new(Queue { waiting: Mutex::default(), unsynced: AtomicUsize::new(0), waker });
         let mut state = self.state.lock();

@@ -1,0 +1,200 @@
+//! How a member comes to know who it is: from its data, from the first configuration of a new cell, or from the members of
+//! the cell that it joins (contract 1.4, 4.1).
+//!
+//! Once a data directory has an identity, that is who the member is: flags that say how to begin are for the beginning. But if
+//! they name members of another cell, or another token, the directory is in the wrong place, and the member refuses to start.
+
+use std::time::Duration;
+
+use prost::Message as _;
+use tenure_raft_server::transport::peers::{PeerIdentity, PeersConfig, call_url, is_of_other_cluster};
+
+use super::CellConfig;
+use crate::data_dir::{DataDir, DataDirError, Identity};
+use crate::ids;
+use crate::proto::cell::CellMembers;
+
+/// How long each member of a cell may take to say who is in it.
+const ASK_TIMEOUT: Duration = Duration::from_secs(3);
+
+/// How long each may take to say whether it is of this cell.
+const HELLO_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// Whether the cell is made now or exists: `--initial-cluster-state`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum ClusterState {
+    #[default]
+    New,
+    Existing,
+}
+
+/// Who is to be in the cell, by name: `--initial-cluster`.
+pub type InitialCluster = Vec<(String, Vec<String>)>;
+
+/// Why a member cannot find out who it is. In etcd's words where etcd has some.
+#[derive(Debug, thiserror::Error)]
+pub enum BootstrapError {
+    #[error(transparent)]
+    DataDir(#[from] DataDirError),
+    #[error("couldn't find local name {0:?} in the initial cluster configuration")]
+    NameMissing(String),
+    #[error("--initial-cluster has {in_cluster} for this member but --initial-advertise-peer-urls has {advertised}")]
+    UrlsDiffer { in_cluster: String, advertised: String },
+    #[error("--initial-cluster has duplicate peer URL {0:?}")]
+    DuplicateUrl(String),
+    #[error("member {0:x} has already been bootstrapped")]
+    AlreadyBootstrapped(u64),
+    #[error(
+        "the members at the URLs of --initial-cluster are of cluster {found:x}; these flags make cluster {own:x} \
+         (other members, URLs or --initial-cluster-token)"
+    )]
+    OtherCluster { found: u64, own: u64 },
+    #[error(
+        "the members at the URLs of --initial-cluster are not of cluster {0:x}, which the data directory belongs to"
+    )]
+    AmongStrangers(u64),
+    #[error("could not retrieve cluster information from the given URLs: {0}")]
+    NobodyAnswers(String),
+    #[error("error validating peerURLs: {0}")]
+    MembersDiffer(String),
+}
+
+/// What a member begins with.
+pub(super) struct Beginning {
+    pub(super) identity: Identity,
+    /// Who votes in a new group; empty if the group exists. Of no meaning when there is data.
+    pub(super) voters: Vec<u64>,
+    /// Whom to talk to before the state says it.
+    pub(super) members: Vec<(u64, Vec<String>)>,
+}
+
+/// Finds out.
+///
+/// # Errors
+/// [`BootstrapError`]; nothing was written.
+pub(super) async fn beginning(config: &CellConfig, peers: &PeersConfig) -> Result<Beginning, BootstrapError> {
+    let cluster = initial_cluster(config);
+    let computed: Vec<(u64, Vec<String>)> =
+        cluster.iter().map(|(_, urls)| (ids::member_id(urls, &config.cluster_token), urls.clone())).collect();
+    if let Some(identity) = DataDir::identity_in(&config.data_dir, &config.cluster_token)? {
+        check_not_among_strangers(config, peers, identity, &cluster).await?;
+        // Of use only if a crash came between the identity and the log.
+        let computed_ids: Vec<u64> = computed.iter().map(|(id, _)| *id).collect();
+        let is_first = config.cluster_state == ClusterState::New && computed_ids.contains(&identity.member_id);
+        return Ok(Beginning { identity, voters: if is_first { computed_ids } else { Vec::new() }, members: computed });
+    }
+    check(config, &cluster)?;
+    let own_urls = sorted(&config.names.peer_urls);
+    let others: Vec<&String> =
+        cluster.iter().filter(|(name, _)| *name != config.names.name).flat_map(|(_, urls)| urls).collect();
+    match config.cluster_state {
+        ClusterState::New => {
+            let member_id = ids::member_id(&own_urls, &config.cluster_token);
+            let voters: Vec<u64> = computed.iter().map(|(id, _)| *id).collect();
+            let cluster_id = ids::cluster_id(&voters);
+            if let Ok(found) = ask(peers, &others).await {
+                if found.cluster_id != cluster_id {
+                    let (found, own) = (found.cluster_id, cluster_id);
+                    return Err(BootstrapError::OtherCluster { found, own });
+                }
+                // A member that lost its data must not vote again as if it had none: it may have voted otherwise.
+                if found.members.iter().any(|member| member.id == member_id && !member.name.is_empty()) {
+                    return Err(BootstrapError::AlreadyBootstrapped(member_id));
+                }
+            }
+            Ok(Beginning { identity: Identity { member_id, cluster_id }, voters, members: computed })
+        }
+        ClusterState::Existing => {
+            let found = ask(peers, &others).await.map_err(BootstrapError::NobodyAnswers)?;
+            if found.members.len() != cluster.len() {
+                let (known, given) = (found.members.len(), cluster.len());
+                return Err(BootstrapError::MembersDiffer(format!(
+                    "member count is unequal: the cluster has {known}, --initial-cluster has {given}"
+                )));
+            }
+            for (name, urls) in &cluster {
+                if !found.members.iter().any(|member| sorted(&member.peer_urls) == sorted(urls)) {
+                    return Err(BootstrapError::MembersDiffer(format!(
+                        "unmatched member while checking PeerURLs ({name}={})",
+                        urls.join(",")
+                    )));
+                }
+            }
+            let own = found.members.iter().find(|member| sorted(&member.peer_urls) == own_urls);
+            let own = own.ok_or_else(|| BootstrapError::NameMissing(config.names.name.clone()))?;
+            let identity = Identity { member_id: own.id, cluster_id: found.cluster_id };
+            let members = found.members.iter().map(|member| (member.id, member.peer_urls.clone())).collect();
+            Ok(Beginning { identity, voters: Vec::new(), members })
+        }
+    }
+}
+
+/// Data in the wrong place must not be served where another cell's member is expected. Members that do not answer are no
+/// hindrance: a whole cell may be starting.
+async fn check_not_among_strangers(
+    config: &CellConfig,
+    peers: &PeersConfig,
+    identity: Identity,
+    cluster: &InitialCluster,
+) -> Result<(), BootstrapError> {
+    let Identity { member_id, cluster_id } = identity;
+    let peers = PeersConfig { identity: PeerIdentity { member_id, cluster_id }, ..peers.clone() };
+    let others = cluster.iter().filter(|(name, _)| *name != config.names.name).flat_map(|(_, urls)| urls);
+    let asked = others.map(|url| is_of_other_cluster(&peers, url, HELLO_TIMEOUT));
+    let answers = futures::future::join_all(asked).await;
+    if answers.contains(&Some(true)) && !answers.contains(&Some(false)) {
+        return Err(BootstrapError::AmongStrangers(cluster_id));
+    }
+    Ok(())
+}
+
+/// As configured; without it this member alone.
+fn initial_cluster(config: &CellConfig) -> InitialCluster {
+    match config.initial_cluster.as_slice() {
+        [] => vec![(config.names.name.clone(), config.names.peer_urls.clone())],
+        given => given.to_vec(),
+    }
+}
+
+fn check(config: &CellConfig, cluster: &InitialCluster) -> Result<(), BootstrapError> {
+    let own = cluster.iter().find(|(name, _)| *name == config.names.name);
+    let (_, urls) = own.ok_or_else(|| BootstrapError::NameMissing(config.names.name.clone()))?;
+    if sorted(urls) != sorted(&config.names.peer_urls) {
+        return Err(BootstrapError::UrlsDiffer {
+            in_cluster: urls.join(","),
+            advertised: config.names.peer_urls.join(","),
+        });
+    }
+    let mut all: Vec<&String> = cluster.iter().flat_map(|(_, urls)| urls).collect();
+    all.sort_unstable();
+    match all.windows(2).find(|pair| pair[0] == pair[1]) {
+        Some(pair) => Err(BootstrapError::DuplicateUrl(pair[0].clone())),
+        None => Ok(()),
+    }
+}
+
+/// Asks each URL until one answers.
+async fn ask(peers: &PeersConfig, urls: &[&String]) -> Result<CellMembers, String> {
+    let mut last = "there is none but its own".to_string();
+    for url in urls {
+        match call_url(peers, url, ASK_TIMEOUT).await {
+            Ok(answer) => match CellMembers::decode(answer) {
+                Ok(found) => return Ok(found),
+                Err(error) => last = error.to_string(),
+            },
+            Err(error) => last = error.to_string(),
+        }
+    }
+    Err(last)
+}
+
+fn sorted(urls: &[String]) -> Vec<String> {
+    let mut sorted: Vec<String> = urls.iter().map(|url| url.trim_end_matches('/').to_string()).collect();
+    sorted.sort_unstable();
+    sorted
+}
+
+/// For questions before the identity is known.
+pub(super) fn nobody() -> PeerIdentity {
+    PeerIdentity { member_id: 0, cluster_id: 0 }
+}

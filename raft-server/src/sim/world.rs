@@ -1,0 +1,544 @@
+//! The scheduler: what happens next, drawn from a seed.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::hash::{Hash, Hasher};
+use std::path::Path;
+
+use bytes::Bytes;
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+use tenure_storage::{Command, Envelope, LeaseId, MemoryEngine, Outcome, PutRequest, Store, TenantId};
+use tokio::sync::oneshot;
+
+use super::check::{Violation, Write, check};
+use super::member::{Disk, Life};
+use super::watcher::Watcher;
+use crate::node::{Event, MembersChange};
+use crate::snapshot::SnapshotOffer;
+use crate::transport::PeerMessage;
+use crate::{Config, ProposeError, ReadError};
+
+const TENANT: TenantId = TenantId(1);
+
+/// Steps of trouble in a run; then everything is healed.
+const STEPS: usize = 6_000;
+
+/// Rounds that a healed group may take to answer everybody: some elections' worth.
+const ROUNDS_TO_SETTLE: usize = 3_000;
+
+/// Messages under way; further ones push the oldest out.
+const WIRE_MAX: usize = 400;
+
+const MEMBERS_MAX: u64 = 6;
+
+/// A mistake that is made on purpose, to see that it is found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Bug {
+    None,
+    /// A linearizable read asks nobody.
+    StaleRead,
+    /// One member applies the commands of some entries backwards.
+    ApplyOutOfOrder,
+    /// A command is proposed again at once, without waiting until that is known.
+    RetryTooEarly,
+    /// A watcher is not sent some events.
+    DroppedEvent,
+}
+
+/// What a run without a violation was.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Run {
+    /// Made from everything that happened, in order.
+    pub(crate) trace: u64,
+    /// Writes that clients were told of.
+    pub(crate) acknowledged: usize,
+}
+
+/// A run of one seed, or what was broken.
+pub(crate) fn run(seed: u64, bug: Bug, dir: &Path) -> Result<Run, Violation> {
+    let mut world = World::new(seed, bug, dir);
+    for _ in 0..STEPS {
+        world.step()?;
+        world.collect()?;
+    }
+    world.settle()?;
+    world.verdict()
+}
+
+struct Writing {
+    number: usize,
+    answer: oneshot::Receiver<Result<Outcome, ProposeError>>,
+    member: u64,
+}
+
+struct Reading {
+    answer: oneshot::Receiver<Result<u64, ReadError>>,
+    member: u64,
+    acknowledged_before: i64,
+}
+
+struct World {
+    rng: StdRng,
+    bug: Bug,
+    dir: std::path::PathBuf,
+    disks: BTreeMap<u64, Disk>,
+    lives: BTreeMap<u64, Life>,
+    lives_begun: u64,
+    /// Those that were removed: they stay away.
+    removed: BTreeSet<u64>,
+    wire: VecDeque<PeerMessage>,
+    fetches: BTreeMap<u64, SnapshotOffer>,
+    /// Pairs whose messages are lost.
+    cut: BTreeSet<(u64, u64)>,
+    writes: Vec<Write>,
+    writing: Vec<Writing>,
+    reading: Vec<Reading>,
+    unheard: Vec<oneshot::Receiver<Result<Outcome, ProposeError>>>,
+    watchers: Vec<Watcher>,
+    /// Whether clients compact in this run: then what came before cannot be looked up in the end.
+    compacts: bool,
+    /// The newest revision that some client was told of.
+    acknowledged: i64,
+    trace: std::collections::hash_map::DefaultHasher,
+}
+
+impl World {
+    fn new(seed: u64, bug: Bug, dir: &Path) -> Self {
+        let mut world = World {
+            rng: StdRng::seed_from_u64(seed),
+            bug,
+            dir: dir.to_path_buf(),
+            disks: BTreeMap::new(),
+            lives: BTreeMap::new(),
+            lives_begun: 0,
+            removed: BTreeSet::new(),
+            wire: VecDeque::new(),
+            fetches: BTreeMap::new(),
+            cut: BTreeSet::new(),
+            writes: Vec::new(),
+            writing: Vec::new(),
+            reading: Vec::new(),
+            unheard: Vec::new(),
+            watchers: (0..2).map(|_| Watcher::new((bug == Bug::DroppedEvent).then_some(20))).collect(),
+            compacts: seed % 2 == 1,
+            acknowledged: 1,
+            trace: std::collections::hash_map::DefaultHasher::new(),
+        };
+        for id in 1..=3 {
+            world.disks.insert(id, Disk::new(dir, id));
+            world.begin(id, vec![1, 2, 3]);
+        }
+        world
+    }
+
+    fn begin(&mut self, id: u64, initial_voters: Vec<u64>) {
+        self.lives_begun += 1;
+        // Fixed for a life, drawn anew for the next: raft's own draws would not come from the seed. Never that of another member:
+        // two that always stand for election at the same time could keep everybody from winning for ever.
+        let own = usize::try_from(id).expect("a small id");
+        let election_timeout_ticks = 8 + own + self.rng.random_range(0..2) * 6;
+        let config = Config {
+            initial_voters,
+            election_timeout_ticks,
+            election_timeout_ticks_max: election_timeout_ticks + 1,
+            read_timeout_ticks: 40,
+            life: self.lives_begun,
+            log_bytes_flush: 64 << 10,
+            log_catchup_entries: 3,
+            flush_entries: 8,
+            batch_commands_max: self.rng.random_range(1..8),
+            batch_bytes_max: 1 << 10,
+            event_queue_max: 1 << 16,
+            ..Config::new(id, "unused")
+        };
+        self.lives.insert(id, Life::begin(&self.disks[&id], config, self.bug));
+    }
+
+    fn note(&mut self, what: impl Hash) {
+        what.hash(&mut self.trace);
+    }
+
+    fn pick<T: Copy>(&mut self, from: &[T]) -> Option<T> {
+        (!from.is_empty()).then(|| from[self.rng.random_range(0..from.len())])
+    }
+
+    fn alive(&self) -> Vec<u64> {
+        self.lives.keys().copied().collect()
+    }
+
+    /// One thing that could happen.
+    fn step(&mut self) -> Result<(), Violation> {
+        let alive = self.alive();
+        let Some(id) = self.pick(&alive) else {
+            self.restart_one();
+            return Ok(());
+        };
+        match self.rng.random_range(0..1000) {
+            0..470 => self.work(id),
+            470..730 => self.deliver(),
+            730..820 => {
+                self.note(("tick", id));
+                self.life(id).tick();
+            }
+            820..870 => self.write(id),
+            870..885 => self.ask_for_leases(id),
+            885..890 => self.compact(id),
+            890..910 => self.watch(id)?,
+            910..940 => self.read(id),
+            940..965 => self.fetch(),
+            965..969 => self.crash(id),
+            969..979 => self.restart_one(),
+            979..982 => self.partition(),
+            982..990 => self.cut.clear(),
+            _ => self.change_members(),
+        }
+        self.take_sent();
+        Ok(())
+    }
+
+    fn life(&mut self, id: u64) -> &mut Life {
+        self.lives.get_mut(&id).expect("it is alive")
+    }
+
+    /// A turn of one of the member's threads.
+    fn work(&mut self, id: u64) {
+        let kind = self.rng.random_range(0..3);
+        self.note(("work", id, kind));
+        let events = self.rng.random_range(1..5);
+        let life = self.life(id);
+        match kind {
+            0 => life.turn(events),
+            1 if life.has_writes() => life.write(true),
+            2 if life.has_entries() => life.apply(),
+            _ => {}
+        }
+    }
+
+    fn take_sent(&mut self) {
+        for (id, life) in &self.lives {
+            let sent = life.take_sent();
+            self.wire.extend(sent.messages);
+            if let Some(offer) = sent.offer {
+                self.fetches.insert(*id, offer);
+            }
+        }
+        while self.wire.len() > WIRE_MAX {
+            self.wire.pop_front();
+        }
+    }
+
+    fn is_cut(&self, from: u64, to: u64) -> bool {
+        self.cut.contains(&(from, to))
+    }
+
+    /// A message arrives: mostly the oldest, sometimes another; some are lost, some arrive twice.
+    fn deliver(&mut self) {
+        if self.wire.is_empty() {
+            return;
+        }
+        let place = if self.rng.random_ratio(4, 5) { 0 } else { self.rng.random_range(0..self.wire.len()) };
+        let Some(message) = self.wire.remove(place) else { return };
+        let fate = self.rng.random_range(0..100);
+        let (from, to) = (message.from(), message.to());
+        self.note(("deliver", from, to, fate));
+        if fate < 4 || self.is_cut(from, to) {
+            return;
+        }
+        if fate > 95 {
+            self.wire.push_back(message.clone());
+        }
+        if let Some(life) = self.lives.get(&to) {
+            life.handle().deliver(message);
+        }
+    }
+
+    fn fetch(&mut self) {
+        let waiting: Vec<u64> = self.fetches.keys().copied().collect();
+        let Some(id) = self.pick(&waiting) else { return };
+        let Some(offer) = self.fetches.remove(&id) else { return };
+        let source = self.lives.get(&offer.from).and_then(|life| life.handle().outgoing_snapshot(offer.at));
+        let complete =
+            source.is_some_and(|source| copy(&source.path, &offer.path).is_ok()) && !self.is_cut(offer.from, id);
+        self.note(("fetch", id, offer.at.index, complete));
+        if let Some(life) = self.lives.get(&id) {
+            life.handle().snapshot_fetched(offer, complete);
+        }
+    }
+
+    fn write(&mut self, id: u64) {
+        let number = self.writes.len();
+        let value = format!("<value {number}>");
+        let put = PutRequest {
+            key: Bytes::from(format!("k{}", number % 5)),
+            value: Bytes::from(value.clone()),
+            // Refused if there is no such lease.
+            lease: if number.is_multiple_of(4) { self.some_lease() } else { LeaseId::NONE },
+            prev_kv: false,
+            ignore_value: false,
+            ignore_lease: false,
+        };
+        let command = Envelope { tenant: TENANT, member_id: id, command: Command::Put(put) }.encode();
+        self.note(("write", id, number));
+        if self.acknowledged == 1 {
+            // Until the tenant is there; nobody looks at the answer, but what nobody waits for is not proposed.
+            let create = Command::CreateTenant { name: "t".into() };
+            let create = Envelope { tenant: TenantId(0), member_id: id, command: create }.encode();
+            self.unheard.extend(self.lives[&id].handle().enqueue(TENANT.0, create, None));
+        }
+        if let Ok(answer) = self.lives[&id].handle().enqueue(TENANT.0, command.clone(), None) {
+            self.writes.push(Write { value, acknowledged_before: self.acknowledged, revision: None });
+            self.writing.push(Writing { number, answer, member: id });
+            if self.bug == Bug::RetryTooEarly && number.is_multiple_of(50) {
+                self.unheard.extend(self.lives[&id].handle().enqueue(TENANT.0, command, None));
+            }
+        }
+    }
+
+    fn some_lease(&mut self) -> LeaseId {
+        LeaseId(self.rng.random_range(1..4))
+    }
+
+    /// A client's command whose answer nobody needs.
+    fn ask(&mut self, id: u64, command: Command) {
+        self.note(("ask", id, format!("{command:?}")));
+        let command = Envelope { tenant: TENANT, member_id: id, command }.encode();
+        self.unheard.extend(self.lives[&id].handle().enqueue(TENANT.0, command, None));
+    }
+
+    fn ask_for_leases(&mut self, member: u64) {
+        let id = self.some_lease();
+        let grant = self.rng.random_bool(0.7);
+        self.ask(member, if grant { Command::LeaseGrant { id, ttl_seconds: 60 } } else { Command::LeaseRevoke { id } });
+    }
+
+    /// Compacts what is not new, or gives back a part of what was compacted.
+    fn compact(&mut self, id: u64) {
+        if self.compacts {
+            let revision = self.acknowledged - self.rng.random_range(0..20);
+            let reclaim = self.rng.random_bool(0.5);
+            self.ask(id, if reclaim { Command::Reclaim { rows_max: 5 } } else { Command::Compact { revision } });
+        }
+    }
+
+    /// A watcher takes what it was sent, or goes to another member.
+    fn watch(&mut self, id: u64) -> Result<(), Violation> {
+        let at = self.rng.random_range(0..self.watchers.len());
+        let (leave, messages) = (self.rng.random_ratio(1, 8), self.rng.random_range(1..6));
+        self.note(("watch", at, id, leave));
+        let (watcher, store) = (&mut self.watchers[at], &self.lives[&id].store);
+        if leave {
+            watcher.leave();
+        }
+        if watcher.member().is_none() {
+            watcher.connect(id, store, TENANT);
+        }
+        watcher.listen(messages)
+    }
+
+    fn read(&mut self, id: u64) {
+        self.note(("read", id));
+        let (sender, answer) = oneshot::channel();
+        let handle = self.lives[&id].handle();
+        if self.bug == Bug::StaleRead {
+            let _ = sender.send(Ok(handle.status().applied_index));
+        } else if handle.shared().events.try_send(Event::Read(sender)).is_err() {
+            return;
+        }
+        self.reading.push(Reading { answer, member: id, acknowledged_before: self.acknowledged });
+    }
+
+    /// Looks at the answers that clients got.
+    fn collect(&mut self) -> Result<(), Violation> {
+        let mut still = Vec::new();
+        let mut writing = std::mem::take(&mut self.writing);
+        // Reads first: one that is answered in this step must not be held against a write of the same.
+        for mut reading in std::mem::take(&mut self.reading) {
+            match reading.answer.try_recv() {
+                Err(oneshot::error::TryRecvError::Empty) => still.push(reading),
+                Err(oneshot::error::TryRecvError::Closed) | Ok(Err(_)) => {}
+                Ok(Ok(applied)) => {
+                    self.note(("read at", reading.member, applied));
+                    let Some(life) = self.lives.get(&reading.member) else { continue };
+                    let revision = life.store.reader(TENANT).map_or(1, |reader| reader.revision());
+                    if revision < reading.acknowledged_before {
+                        let acknowledged_before = reading.acknowledged_before;
+                        return Err(Violation::StaleRead { revision, acknowledged_before });
+                    }
+                }
+            }
+        }
+        self.reading = still;
+        writing.retain_mut(|Writing { number, answer, .. }| match answer.try_recv() {
+            Err(oneshot::error::TryRecvError::Empty) => true,
+            Ok(Ok(Outcome { revision, result: Ok(_) })) => {
+                ("written", *number, revision).hash(&mut self.trace);
+                self.writes[*number].revision = Some(revision);
+                self.acknowledged = self.acknowledged.max(revision);
+                false
+            }
+            Ok(Ok(Outcome { result: Err(_), .. })) | Ok(Err(_)) | Err(oneshot::error::TryRecvError::Closed) => false,
+        });
+        self.writing = writing;
+        Ok(())
+    }
+
+    /// The member is gone; what was on its way to its disk may have got there.
+    fn crash(&mut self, id: u64) {
+        let written = self.rng.random_bool(0.5);
+        self.note(("crash", id, written));
+        self.watchers.iter_mut().filter(|watcher| watcher.member() == Some(id)).for_each(Watcher::leave);
+        if let Some(mut life) = self.lives.remove(&id)
+            && written
+            && life.has_writes()
+        {
+            life.write(false);
+        }
+        self.fetches.remove(&id);
+    }
+
+    fn restart_one(&mut self) {
+        let dead: Vec<u64> = self
+            .disks
+            .keys()
+            .copied()
+            .filter(|id| !self.lives.contains_key(id) && !self.removed.contains(id))
+            .collect();
+        if let Some(id) = self.pick(&dead) {
+            self.note(("restart", id));
+            self.begin(id, if id <= 3 { vec![1, 2, 3] } else { Vec::new() });
+        }
+    }
+
+    /// Cuts one direction between two members, or one member off.
+    fn partition(&mut self) {
+        let ids: Vec<u64> = self.disks.keys().copied().collect();
+        let (Some(one), Some(other)) = (self.pick(&ids), self.pick(&ids)) else { return };
+        self.note(("partition", one, other));
+        if one == other {
+            self.cut.extend(ids.iter().flat_map(|id| [(one, *id), (*id, one)]));
+        } else {
+            self.cut.insert((one, other));
+        }
+    }
+
+    /// The leader adds, promotes or removes somebody.
+    fn change_members(&mut self) {
+        let leading = self.lives.iter().find(|(_, life)| life.handle().status().is_leader).map(|(id, _)| *id);
+        let Some(leader) = leading else { return };
+        let voters = self.lives[&leader].handle().voters();
+        let next = self.disks.keys().next_back().map_or(1, |id| id + 1);
+        let learners: Vec<u64> =
+            self.disks.keys().copied().filter(|id| !voters.contains(id) && !self.removed.contains(id)).collect();
+        let change = match (self.rng.random_range(0..3), learners.first()) {
+            (0, None) if next <= MEMBERS_MAX => MembersChange::AddLearner(next),
+            (1, Some(id)) => MembersChange::AddVoter(*id),
+            (2, _) if voters.len() > 3 => {
+                let others: Vec<u64> = voters.iter().copied().filter(|id| *id != leader).collect();
+                let Some(id) = self.pick(&others) else { return };
+                MembersChange::Remove(id)
+            }
+            _ => return,
+        };
+        self.note(("change", leader, format!("{change:?}")));
+        let (reply, _) = oneshot::channel();
+        let command =
+            Envelope { tenant: TenantId(0), member_id: leader, command: Command::Configure { quota_bytes: -1 } };
+        let event = Event::Change { change, command: command.encode(), reply };
+        if self.lives[&leader].handle().shared().events.try_send(event).is_err() {
+            return;
+        }
+        if let MembersChange::AddLearner(id) = change {
+            self.disks.insert(id, Disk::new(&self.dir, id));
+            self.begin(id, Vec::new());
+        }
+        if let MembersChange::Remove(id) = change {
+            // Whether or not it comes to that: it is out of the game, like any that is down for good.
+            self.removed.insert(id);
+            self.watchers.iter_mut().filter(|watcher| watcher.member() == Some(id)).for_each(Watcher::leave);
+            self.lives.remove(&id);
+        }
+    }
+
+    /// No more trouble: everybody is there and everything arrives. Ends when nobody waits.
+    fn settle(&mut self) -> Result<(), Violation> {
+        self.cut.clear();
+        // Those whose removal did not come to pass are needed; the others do no harm.
+        let dead: Vec<u64> = self.disks.keys().copied().filter(|id| !self.lives.contains_key(id)).collect();
+        for id in dead {
+            self.begin(id, if id <= 3 { vec![1, 2, 3] } else { Vec::new() });
+        }
+        for _ in 0..ROUNDS_TO_SETTLE {
+            for id in self.alive() {
+                let life = self.life(id);
+                life.tick();
+                while !life.is_idle() {
+                    life.turn(usize::MAX);
+                    if life.has_writes() {
+                        life.write(true);
+                    }
+                    if life.has_entries() {
+                        life.apply();
+                    }
+                    life.turn(usize::MAX);
+                    if life.has_events() || life.has_writes() || life.has_entries() {
+                        continue;
+                    }
+                    break;
+                }
+                self.take_sent();
+            }
+            for message in std::mem::take(&mut self.wire) {
+                if let Some(life) = self.lives.get(&message.to()) {
+                    life.handle().deliver(message);
+                }
+            }
+            while !self.fetches.is_empty() {
+                self.fetch();
+            }
+            self.collect()?;
+            if self.agree() {
+                // One that never became a member waits for a leader for ever, as it is told to.
+                let is_member = |id: &u64| self.lives.get(id).is_some_and(|life| !life.handle().voters().is_empty());
+                let waits = self.writing.iter().map(|of| of.member).chain(self.reading.iter().map(|of| of.member));
+                if !waits.into_iter().any(|id| is_member(&id)) {
+                    return Ok(());
+                }
+            }
+        }
+        let members = self.lives.values().map(Life::describe);
+        Err(Violation::Stuck { waiting: self.writing.len() + self.reading.len(), members: members.collect() })
+    }
+
+    /// The voters of the leader's group, if they have all applied the same.
+    fn agree(&self) -> bool {
+        let Some(leader) = self.lives.values().find(|life| life.handle().status().is_leader) else { return false };
+        let applied = leader.handle().status().applied_index;
+        let members = self.members_of(leader);
+        members.len() == leader.handle().voters().len()
+            && members.iter().all(|(id, _)| self.lives[id].handle().status().applied_index == applied)
+    }
+
+    fn members_of(&self, leader: &Life) -> Vec<(u64, Store<MemoryEngine>)> {
+        let voters = leader.handle().voters();
+        let alive = voters.iter().filter_map(|id| Some((*id, self.lives.get(id)?.store.clone())));
+        alive.collect()
+    }
+
+    fn verdict(mut self) -> Result<Run, Violation> {
+        let leader = self.lives.values().find(|life| life.handle().status().is_leader);
+        let members = leader.map(|leader| self.members_of(leader)).unwrap_or_default();
+        check(TENANT, &self.writes, &mut self.watchers, &members)?;
+        let acknowledged = self.writes.iter().filter(|write| write.revision.is_some()).count();
+        self.note((self.writes.len(), acknowledged));
+        Ok(Run { trace: self.trace.finish(), acknowledged })
+    }
+}
+
+fn copy(from: &Path, to: &Path) -> std::io::Result<()> {
+    std::fs::create_dir_all(to)?;
+    for file in std::fs::read_dir(from)? {
+        let file = file?;
+        std::fs::copy(file.path(), to.join(file.file_name()))?;
+    }
+    Ok(())
+}

@@ -1,0 +1,133 @@
+//! Copies of the state for members that are too far behind for the log.
+//!
+//! A snapshot is a directory that the state machine wrote ([`Snapshotter`]), and its place in the log. The leader makes one when
+//! raft asks for it, on a thread of its own, and offers it: raft's message names the place only. The member that is behind
+//! fetches the directory through its transport ([`Transport::fetch`](crate::Transport::fetch)), and raft hears of the snapshot
+//! when all of it is there.
+//!
+//! Installing, in an order that a crash may cut anywhere: the log notes what is about to be installed; the state machine
+//! switches to the fetched directory, durably; the log forgets its entries, begins after the snapshot, and drops the note. A
+//! member that starts with a note looks at the state: if that has the snapshot, the log is reset now; if not, the note is
+//! dropped and the leader offers again.
+//!
+//! Bounds: one outgoing snapshot and one incoming at a time. An outgoing one is removed when nobody was in need of it for
+//! [`IDLE_TICKS`]; while it is offered, the log keeps the entries after it, up to [`KEPT_FOR_SNAPSHOT`] times what it keeps
+//! anyway: a member that fetches for longer than that gets another.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+use raft::eraftpb::{Snapshot, SnapshotMetadata};
+use tenure_storage::Fault;
+
+use crate::log::{Conf, Position};
+
+/// Ticks without a member in need after which an outgoing snapshot is removed.
+pub(crate) const IDLE_TICKS: usize = 600;
+
+/// Ticks after which a snapshot is offered again to a member that has not taken it: it may have restarted. One that is
+/// fetching it ignores the repeated offer.
+pub(crate) const OFFER_TICKS: usize = 20;
+
+/// See the module's essay.
+pub(crate) const KEPT_FOR_SNAPSHOT: u64 = 8;
+
+/// Makes copies of the state while it goes on changing.
+pub trait Snapshotter: Send + Sync {
+    /// Writes the state, as of some applied index, to the directory `dir`, which does not exist yet and whose parent does.
+    /// Durable on return. Gives that index.
+    ///
+    /// # Errors
+    /// A [`Fault`]; what is in `dir` then is removed by the caller, and the member goes on.
+    fn write_to(&self, dir: &Path) -> Result<u64, Fault>;
+}
+
+/// A snapshot that is offered. Its directory is removed when the last who holds it lets go.
+#[derive(Debug)]
+pub struct OutgoingSnapshot {
+    pub at: Position,
+    pub(crate) conf: Conf,
+    pub path: PathBuf,
+}
+
+impl Drop for OutgoingSnapshot {
+    fn drop(&mut self) {
+        remove(&self.path);
+    }
+}
+
+/// Removes a directory that is not needed any more; one that is left over is removed at the next start.
+pub(crate) fn remove(path: &Path) {
+    if let Err(error) = std::fs::remove_dir_all(path)
+        && error.kind() != std::io::ErrorKind::NotFound
+    {
+        tracing::warn!(path = %path.display(), %error, "remove a snapshot");
+    }
+}
+
+/// What a member is offered, as its transport needs to know it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SnapshotOffer {
+    /// The member that has it.
+    pub from: u64,
+    /// Names it there.
+    pub at: Position,
+    /// Where to put it. May exist: an earlier attempt's part, which need not be fetched again.
+    pub path: PathBuf,
+}
+
+/// The outgoing snapshot, as raft's storage hands it out.
+#[derive(Debug, Default)]
+pub(crate) struct Outgoing {
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    wanted: bool,
+    ready: Option<Arc<OutgoingSnapshot>>,
+}
+
+impl Outgoing {
+    /// The snapshot, if there is one at or after `index_min` that knows of the member `to`, who could not use it otherwise; if
+    /// not, notes that it is wanted.
+    pub(crate) fn get(&self, index_min: u64, to: u64) -> Option<Snapshot> {
+        let mut state = self.state.lock();
+        let suits = |ready: &&Arc<OutgoingSnapshot>| {
+            let conf = &ready.conf.state;
+            ready.at.index >= index_min && (conf.voters.contains(&to) || conf.learners.contains(&to))
+        };
+        let ready = state.ready.as_ref().filter(suits).cloned();
+        state.wanted |= ready.is_none();
+        let ready = ready?;
+        let metadata = SnapshotMetadata {
+            index: ready.at.index,
+            term: ready.at.term,
+            conf_state: Some(ready.conf.state.clone()).into(),
+            ..SnapshotMetadata::default()
+        };
+        Some(Snapshot { metadata: Some(metadata).into(), ..Snapshot::default() })
+    }
+
+    /// Whether one is wanted; asked once for each.
+    pub(crate) fn take_wanted(&self) -> bool {
+        std::mem::take(&mut self.state.lock().wanted)
+    }
+
+    /// Offers this one from now on, or none.
+    pub(crate) fn set(&self, snapshot: Option<OutgoingSnapshot>) {
+        let before = std::mem::replace(&mut self.state.lock().ready, snapshot.map(Arc::new));
+        // Removing files takes time: not under the lock.
+        drop(before);
+    }
+
+    pub(crate) fn at(&self) -> Option<Position> {
+        self.state.lock().ready.as_ref().map(|ready| ready.at)
+    }
+
+    /// The one of that name.
+    pub(crate) fn named(&self, at: Position) -> Option<Arc<OutgoingSnapshot>> {
+        self.state.lock().ready.as_ref().filter(|ready| ready.at == at).cloned()
+    }
+}

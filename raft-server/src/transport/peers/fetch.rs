@@ -1,0 +1,260 @@
+//! Snapshots over the network: the member that is behind asks for files, piece by piece.
+//!
+//! ```text
+//! request:  term u64 le, index u64 le, offset u64 le, name (the rest, UTF-8)
+//! answer:   without a name, at offset 0, one chunk: the list of files, each: length u64 le, name length u32 le, name
+//!           without a name, at offset 1 (all of it is there) or 2 (given up), nothing: for the sender's metrics
+//!           with a name, the file from the offset on, in chunks
+//! chunk:    check u32 le (CRC-32 of the rest), bytes
+//! ```
+//! Each chunk is checked before it is written. A fetch that is cut off goes on where the file ends that it has; so a link that
+//! breaks costs what was under way. The sender holds its pace to a rate, and keeps the snapshot for as long as a fetch
+//! holds it. What is complete is synced before raft hears of it.
+
+use std::path::Path;
+use std::pin::Pin;
+use std::sync::{Arc, Weak};
+use std::time::Duration;
+
+use bytes::{Buf, BufMut, Bytes, BytesMut};
+use futures::{Stream, StreamExt as _};
+use http::uri::PathAndQuery;
+use tokio::fs::{File, OpenOptions};
+use tokio::io::{AsyncReadExt as _, AsyncSeekExt as _, AsyncWriteExt as _};
+use tonic::{Code, Status};
+
+use super::client::{CallError, FETCH, connect, named, ready};
+use super::codec::RawCodec;
+use super::link::Link;
+use super::{Inner, SnapshotStats};
+use crate::log::Position;
+use crate::snapshot::{OutgoingSnapshot, SnapshotOffer};
+use crate::transport::Local;
+
+/// Bytes of a file in one chunk.
+const CHUNK_BYTES: usize = 256 << 10;
+
+/// Attempts that bring nothing new before a fetch is given up; the leader offers again.
+const ATTEMPTS_MAX: u32 = 20;
+
+/// Offsets without a name.
+const LIST: u64 = 0;
+const COMPLETE: u64 = 1;
+const GIVEN_UP: u64 = 2;
+
+/// Pause between attempts.
+const PAUSE: Duration = Duration::from_millis(250);
+
+pub(super) type Chunks = Pin<Box<dyn Stream<Item = Result<Bytes, Status>> + Send>>;
+
+fn chunk(bytes: &[u8]) -> Bytes {
+    let mut chunk = BytesMut::with_capacity(4 + bytes.len());
+    chunk.put_u32_le(crc32fast::hash(bytes));
+    chunk.put_slice(bytes);
+    chunk.freeze()
+}
+
+fn unchunk(mut chunk: Bytes) -> Result<Bytes, CallError> {
+    match chunk.try_get_u32_le() {
+        Ok(check) if crc32fast::hash(&chunk) == check => Ok(chunk),
+        Ok(_) | Err(_) => Err(CallError::Unreachable("a chunk of a snapshot is damaged".to_owned())),
+    }
+}
+
+/// Answers a request for a snapshot.
+pub(super) async fn send(
+    local: &dyn Local,
+    mut request: Bytes,
+    bytes_per_second: u64,
+    stats: &SnapshotStats,
+) -> Result<Chunks, Status> {
+    let mut number = || request.try_get_u64_le().map_err(|_| Status::invalid_argument("no request for a snapshot"));
+    let (term, index, offset) = (number()?, number()?, number()?);
+    if request.is_empty() && offset != LIST {
+        stats.end(offset == COMPLETE);
+        return Ok(Box::pin(futures::stream::empty()));
+    }
+    let snapshot = local.outgoing_snapshot(Position { index, term });
+    let snapshot = snapshot.ok_or_else(|| Status::not_found("there is no such snapshot (any more)"))?;
+    let failed = |error: std::io::Error| Status::internal(format!("read a snapshot: {error}"));
+    let name = std::str::from_utf8(&request).unwrap_or_default();
+    if name.is_empty() {
+        stats.begin();
+        let list = list(&snapshot.path).await.map_err(failed)?;
+        return Ok(Box::pin(futures::stream::once(async move { Ok(chunk(&list)) })));
+    }
+    if !is_file_name(name) {
+        return Err(Status::invalid_argument("no name of a file"));
+    }
+    let mut file = File::open(snapshot.path.join(name)).await.map_err(failed)?;
+    file.seek(std::io::SeekFrom::Start(offset)).await.map_err(failed)?;
+    Ok(Box::pin(chunks(file, snapshot, bytes_per_second)))
+}
+
+fn is_file_name(name: &str) -> bool {
+    !name.is_empty() && name != "." && name != ".." && !name.contains(['/', '\\', '\0'])
+}
+
+async fn list(dir: &Path) -> std::io::Result<Bytes> {
+    let mut list = BytesMut::new();
+    let mut files = tokio::fs::read_dir(dir).await?;
+    while let Some(file) = files.next_entry().await? {
+        let name = file.file_name();
+        if let Some(name) = name.to_str() {
+            list.put_u64_le(file.metadata().await?.len());
+            list.put_u32_le(u32::try_from(name.len()).map_err(std::io::Error::other)?);
+            list.put_slice(name.as_bytes());
+        }
+    }
+    Ok(list.freeze())
+}
+
+/// The rest of a file, at a pace. Holds the snapshot.
+fn chunks(
+    file: File,
+    snapshot: Arc<OutgoingSnapshot>,
+    bytes_per_second: u64,
+) -> impl Stream<Item = Result<Bytes, Status>> + Send {
+    let buffer = vec![0; CHUNK_BYTES];
+    futures::stream::unfold((file, snapshot, buffer), move |(mut file, snapshot, mut buffer)| async move {
+        let began = tokio::time::Instant::now();
+        let read = match file.read(&mut buffer).await {
+            Ok(0) => return None,
+            Ok(read) => read,
+            Err(error) => {
+                return Some((Err(Status::internal(format!("read a snapshot: {error}"))), (file, snapshot, buffer)));
+            }
+        };
+        let chunk = chunk(&buffer[..read]);
+        let pace = Duration::from_secs_f64(read as f64 / bytes_per_second.max(1) as f64);
+        tokio::time::sleep_until(began + pace).await;
+        Some((Ok(chunk), (file, snapshot, buffer)))
+    })
+}
+
+/// Fetches what is offered and tells the member how that ended.
+pub(super) async fn run(inner: Weak<Inner>, offer: SnapshotOffer, urls: Vec<String>) {
+    let mut attempts = 0;
+    let mut had_bytes = 0;
+    let stats = inner.upgrade().and_then(|inner| inner.stats_of(offer.from)).unwrap_or_default();
+    stats.received_snapshots.begin();
+    let complete = loop {
+        let Some(inner) = inner.upgrade() else { return };
+        let url = urls.get(attempts as usize % urls.len().max(1)).cloned().unwrap_or_default();
+        match attempt(&inner, &offer, &url).await {
+            Ok(()) => break true,
+            Err(CallError::Refused(status)) if status.code() == Code::NotFound => break false,
+            Err(error) => {
+                tracing::debug!(from = format!("{:x}", offer.from), %error, "fetch a snapshot");
+                let has_bytes = bytes_in(&offer.path).await;
+                attempts = if has_bytes > had_bytes { 0 } else { attempts + 1 };
+                had_bytes = has_bytes;
+            }
+        }
+        if attempts >= ATTEMPTS_MAX {
+            break false;
+        }
+        drop(inner);
+        tokio::time::sleep(PAUSE).await;
+    };
+    stats.received_snapshots.end(complete);
+    let Some(inner) = inner.upgrade() else { return };
+    let Some(local) = inner.local().cloned() else { return };
+    // It may wait for room in the member's queue.
+    let _ = tokio::task::spawn_blocking({
+        let offer = offer.clone();
+        move || local.snapshot_fetched(offer, complete)
+    })
+    .await;
+    let url = urls.get(attempts as usize % urls.len().max(1)).cloned().unwrap_or_default();
+    if let Err(error) = tell(&inner, &offer, &url, complete).await {
+        tracing::debug!(from = format!("{:x}", offer.from), %error, "tell how fetching a snapshot ended");
+    }
+}
+
+async fn bytes_in(dir: &Path) -> u64 {
+    let Ok(list) = list(dir).await else { return 0 };
+    parse_list(list).unwrap_or_default().iter().map(|(_, length)| length).sum()
+}
+
+fn parse_list(mut list: Bytes) -> Result<Vec<(String, u64)>, CallError> {
+    let damaged = || CallError::Unreachable("the list of a snapshot's files is damaged".to_owned());
+    let mut files = Vec::new();
+    while list.has_remaining() {
+        let length = list.try_get_u64_le().map_err(|_| damaged())?;
+        let name_length = list.try_get_u32_le().map_err(|_| damaged())? as usize;
+        if list.len() < name_length {
+            return Err(damaged());
+        }
+        let name = String::from_utf8(list.split_to(name_length).to_vec()).map_err(|_| damaged())?;
+        if !is_file_name(&name) {
+            return Err(damaged());
+        }
+        files.push((name, length));
+    }
+    Ok(files)
+}
+
+/// Says how it ended.
+async fn tell(inner: &Inner, offer: &SnapshotOffer, url: &str, complete: bool) -> Result<(), CallError> {
+    let mut source = Source { grpc: ready(connect(&inner.config, url).await?).await?, inner, offer };
+    source.ask(if complete { COMPLETE } else { GIVEN_UP }, "").await.map(drop)
+}
+
+async fn attempt(inner: &Inner, offer: &SnapshotOffer, url: &str) -> Result<(), CallError> {
+    let own = |error: std::io::Error| CallError::Unreachable(format!("write a snapshot: {error}"));
+    let mut source = Source { grpc: ready(connect(&inner.config, url).await?).await?, inner, offer };
+    tokio::fs::create_dir_all(&offer.path).await.map_err(own)?;
+    let mut chunks = source.ask(LIST, "").await?;
+    let first = chunks.next().await.ok_or_else(|| CallError::Unreachable("no list of files".to_owned()))?;
+    let files = parse_list(unchunk(first.map_err(CallError::Refused)?)?)?;
+    for (name, length) in &files {
+        let mut file = OpenOptions::new().create(true).append(true).open(offer.path.join(name)).await.map_err(own)?;
+        let mut have = file.metadata().await.map_err(own)?.len();
+        if have < *length {
+            let mut chunks = source.ask(have, name).await?;
+            while have < *length {
+                let next = chunks.next().await;
+                let next = next.ok_or_else(|| CallError::Unreachable("a file ended early".to_owned()))?;
+                let bytes = unchunk(next.map_err(|status| CallError::Unreachable(status.to_string()))?)?;
+                file.write_all(&bytes).await.map_err(own)?;
+                have += bytes.len() as u64;
+            }
+            file.flush().await.map_err(own)?;
+        }
+        if have != *length {
+            // Of another snapshot: it is fetched anew.
+            tokio::fs::remove_file(offer.path.join(name)).await.map_err(own)?;
+            return Err(CallError::Unreachable("a file is longer than it is offered".to_owned()));
+        }
+        file.sync_all().await.map_err(own)?;
+    }
+    let directory = File::open(&offer.path).await.map_err(own)?;
+    directory.sync_all().await.map_err(own)
+}
+
+struct Source<'a> {
+    grpc: tonic::client::Grpc<Link>,
+    inner: &'a Inner,
+    offer: &'a SnapshotOffer,
+}
+
+impl Source<'_> {
+    async fn ask(&mut self, offset: u64, name: &str) -> Result<tonic::Streaming<Bytes>, CallError> {
+        let mut request = BytesMut::new();
+        for number in [self.offer.at.term, self.offer.at.index, offset] {
+            request.put_u64_le(number);
+        }
+        request.put_slice(name.as_bytes());
+        let request = named(self.inner.config.identity, self.offer.from, request.freeze());
+        self.grpc.ready().await.map_err(|error| CallError::Unreachable(error.message().to_owned()))?;
+        let answer = self.grpc.server_streaming(request, PathAndQuery::from_static(FETCH), RawCodec).await;
+        answer.map(tonic::Response::into_inner).map_err(|status| {
+            if status.code() == Code::NotFound {
+                CallError::Refused(status)
+            } else {
+                CallError::Unreachable(status.to_string())
+            }
+        })
+    }
+}

@@ -1,0 +1,207 @@
+package cluster
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"go.etcd.io/etcd/api/v3/etcdserverpb"
+	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
+	clientv3 "go.etcd.io/etcd/client/v3"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+
+	"tenure.dev/tests/harness"
+)
+
+// What one of three members answers while the others are gone, be it the one that led them or not, and that all goes on
+// when they come back.
+func TestQuorumLost(t *testing.T) {
+	onBoth(t, func(t *testing.T, kind harness.Kind) {
+		for _, led := range []bool{true, false} {
+			t.Run(fmt.Sprintf("led=%v", led), func(t *testing.T) {
+				t.Parallel()
+				quorumLost(t, kind, led)
+			})
+		}
+	})
+}
+
+func quorumLost(t *testing.T, kind harness.Kind, led bool) {
+	c := harness.StartCluster(t, kind, 3, nil)
+	left := leaderAmong(t, c.Members)
+	if !led {
+		left = without(c.Members, left)[0]
+	}
+	client := newClient(t, left.Endpoint())
+	put, err := client.Put(testContext(t), "key", "value")
+	must(t, err)
+	grant, err := client.Grant(testContext(t), 600)
+	must(t, err)
+
+	watching, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	open := client.Watch(watching, "key", clientv3.WithRev(put.Header.Revision))
+	leading := client.Watch(clientv3.WithRequireLeader(watching), "key", clientv3.WithRev(put.Header.Revision))
+	equal(t, "event of the first watch", string((<-open).Events[0].Kv.Value), "value")
+	equal(t, "event of the second watch", string((<-leading).Events[0].Kv.Value), "value")
+
+	others := without(c.Members, left)
+	id := idOf(t, left)
+	for _, m := range others {
+		m.Kill()
+	}
+	await(t, "the last member to know that it has no leader", func() bool {
+		status, err := statusOf(t, left)
+		return err == nil && status.Leader == 0
+	})
+	leaderless(t, left, id, grant.ID)
+	// A client's own get repeats itself until its context ends.
+	brief, cancelBrief := context.WithTimeout(context.Background(), time.Second)
+	defer cancelBrief()
+	if _, err := client.Get(brief, "key"); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("get of a client: %v", err)
+	}
+	ended := <-leading
+	equal(t, "error of the watch that requires a leader", fmt.Sprint(ended.Err()), "etcdserver: no leader")
+	if resp, more := <-leading; more {
+		t.Errorf("the watch goes on after its end: %v", resp)
+	}
+	again := <-client.Watch(clientv3.WithRequireLeader(watching), "key")
+	equal(t, "error of a new watch that requires a leader", fmt.Sprint(again.Err()), "etcdserver: no leader")
+	select {
+	case resp := <-open:
+		t.Errorf("the watch that requires no leader: %v", resp)
+	default:
+	}
+
+	for _, m := range others {
+		m.Launch()
+	}
+	for _, m := range others {
+		m.AwaitReady()
+	}
+	leaderAmong(t, c.Members)
+	_, err = newClient(t, others[0].Endpoint()).Put(testContext(t), "key", "after")
+	must(t, err)
+	goesOn(t, open)
+}
+
+// goesOn checks that a watch brings what is written last. What was asked for meanwhile may have been done before: that
+// nobody answered for it is no refusal.
+func goesOn(t *testing.T, open clientv3.WatchChan) {
+	t.Helper()
+	deadline := time.After(hang)
+	for {
+		select {
+		case resp := <-open:
+			if len(resp.Events) == 0 {
+				t.Errorf("the watch that requires no leader ended: %v", resp)
+				return
+			}
+			if string(resp.Events[len(resp.Events)-1].Kv.Value) == "after" {
+				return
+			}
+		case <-deadline:
+			t.Error("the watch that requires no leader brings nothing")
+			return
+		}
+	}
+}
+
+// leaderless checks the answers, all asked for at the same time: most take as long as the member waits for a leader.
+//
+// They are asked for without etcd's client, which hides what the member says: it repeats what is unavailable, and also a
+// write that the member gave up by its own deadline. Of such a write the member must know that it is not applied.
+func leaderless(t *testing.T, m *harness.Member, id uint64, lease clientv3.LeaseID) {
+	t.Helper()
+	conn, err := grpc.NewClient(strings.TrimPrefix(m.Endpoint(), "http://"), grpc.WithTransportCredentials(insecure.NewCredentials()))
+	must(t, err)
+	defer conn.Close()
+	kv, cluster, leases := etcdserverpb.NewKVClient(conn), etcdserverpb.NewClusterClient(conn), etcdserverpb.NewLeaseClient(conn)
+	maintenance := etcdserverpb.NewMaintenanceClient(conn)
+	ctx := testContext(t)
+	leading := clientv3.WithRequireLeader(ctx)
+	brief, cancel := context.WithTimeout(ctx, time.Second)
+	defer cancel()
+	const (
+		timedOut  = "rpc error: code = Unavailable desc = etcdserver: request timed out"
+		noLeader  = "rpc error: code = Unavailable desc = etcdserver: no leader"
+		noQuorum  = "rpc error: code = Unavailable desc = " + unhealthy
+		notLeader = "rpc error: code = FailedPrecondition desc = etcdserver: not leader"
+		deadline  = "rpc error: code = DeadlineExceeded desc = context deadline exceeded"
+		answered  = "<nil>"
+	)
+	key := []byte("key")
+	calls := []struct {
+		what, want string
+		call       func() error
+	}{
+		{"get", timedOut, func() error { _, err := kv.Range(ctx, &etcdserverpb.RangeRequest{Key: key}); return err }},
+		{"brief get", deadline, func() error { _, err := kv.Range(brief, &etcdserverpb.RangeRequest{Key: key}); return err }},
+		{"get that requires a leader", noLeader, func() error { _, err := kv.Range(leading, &etcdserverpb.RangeRequest{Key: key}); return err }},
+		{"serializable get", answered, func() error {
+			resp, err := kv.Range(ctx, &etcdserverpb.RangeRequest{Key: key, Serializable: true})
+			if err == nil {
+				equal(t, "value", string(resp.Kvs[0].Value), "value")
+			}
+			return err
+		}},
+		{"put", deadline, func() error {
+			_, err := kv.Put(ctx, &etcdserverpb.PutRequest{Key: key, Value: []byte("maybe")})
+			return err
+		}},
+		{"brief put", deadline, func() error {
+			_, err := kv.Put(brief, &etcdserverpb.PutRequest{Key: key, Value: []byte("maybe")})
+			return err
+		}},
+		{"txn", deadline, func() error {
+			put := &etcdserverpb.RequestOp{Request: &etcdserverpb.RequestOp_RequestPut{RequestPut: &etcdserverpb.PutRequest{Key: key}}}
+			_, err := kv.Txn(ctx, &etcdserverpb.TxnRequest{Success: []*etcdserverpb.RequestOp{put}})
+			return err
+		}},
+		{"compaction", deadline, func() error { _, err := kv.Compact(ctx, &etcdserverpb.CompactionRequest{Revision: 1}); return err }},
+		{"grant", deadline, func() error { _, err := leases.LeaseGrant(ctx, &etcdserverpb.LeaseGrantRequest{TTL: 60}); return err }},
+		{"time to live", noLeader, func() error {
+			_, err := leases.LeaseTimeToLive(ctx, &etcdserverpb.LeaseTimeToLiveRequest{ID: int64(lease)})
+			return err
+		}},
+		{"member add", noQuorum, func() error {
+			_, err := cluster.MemberAdd(ctx, &etcdserverpb.MemberAddRequest{PeerURLs: []string{"http://127.0.0.1:1"}})
+			return err
+		}},
+		{"member remove", noQuorum, func() error {
+			_, err := cluster.MemberRemove(ctx, &etcdserverpb.MemberRemoveRequest{ID: id})
+			return err
+		}},
+		{"member list", timedOut, func() error {
+			_, err := cluster.MemberList(ctx, &etcdserverpb.MemberListRequest{Linearizable: true})
+			return err
+		}},
+		{"member list, not linearizable", answered, func() error { _, err := cluster.MemberList(ctx, &etcdserverpb.MemberListRequest{}); return err }},
+		{"move leader", notLeader, func() error {
+			_, err := maintenance.MoveLeader(ctx, &etcdserverpb.MoveLeaderRequest{TargetID: id})
+			return err
+		}},
+		{"hash", answered, func() error { _, err := maintenance.HashKV(ctx, &etcdserverpb.HashKVRequest{}); return err }},
+	}
+	var all sync.WaitGroup
+	for _, call := range calls {
+		all.Go(func() {
+			s := time.Now()
+			refused(t, call.what, call.call(), call.want)
+			t.Log(call.what, time.Since(s))
+		})
+	}
+	all.Go(func() {
+		status, err := maintenance.Status(ctx, &etcdserverpb.StatusRequest{})
+		if err != nil || status.Leader != 0 || fmt.Sprint(status.Errors) != fmt.Sprint([]string{rpctypes.ErrNoLeader.Error()}) {
+			t.Errorf("status: leader %x, errors %q, error %v", status.GetLeader(), status.GetErrors(), err)
+		}
+	})
+	all.Wait()
+}

@@ -1,0 +1,252 @@
+//! Three and five members as real processes, under load from clients of all of them, while members are killed, stopped and
+//! paused: nothing acknowledged is lost, no linearizable read is stale, and in the end all members have the same history.
+//!
+//! Why: the simulation knows every order of events but no process, no disk and no network. Here they are real.
+//!
+//! Each writer has one key and writes growing numbers into it, through whatever member comes next. A write that was not
+//! answered may or may not have happened. So the history of a key is known up to the unanswered writes, and each linearizable
+//! read of it must show at least the last number that was acknowledged when it began.
+
+#![allow(clippy::unwrap_used)]
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
+use std::time::Duration;
+
+use bytes::Bytes;
+use tenure_etcd_shim::proto::etcdserverpb as pb;
+use tenure_etcd_shim::storage::key_value::KeyValue;
+use tenure_etcd_shim::wire::RangeResponse;
+use tenure_tests::client::Connection;
+use tenure_tests::cluster::Cluster;
+use tokio::task::JoinSet;
+use tonic::Status;
+
+const WRITERS: usize = 6;
+
+/// Bounds what should long be over; it judges nothing.
+const PATIENCE: Duration = Duration::from_secs(90);
+
+/// After this a client asks another member: one that is paused never answers.
+const GIVE_UP: Duration = Duration::from_secs(3);
+
+/// Requests to one member, on a connection that is made again when it is lost.
+struct Client {
+    address: SocketAddr,
+    connection: Option<Connection>,
+}
+
+impl Client {
+    fn new(address: SocketAddr) -> Self {
+        Client { address, connection: None }
+    }
+
+    async fn ask<Q: prost::Message, A: prost::Message + Default>(
+        &mut self,
+        method: &str,
+        request: &Q,
+    ) -> Result<A, Status> {
+        if self.connection.is_none() {
+            self.connection = Some(Connection::try_open(self.address).await?);
+        }
+        let connection = self.connection.clone().unwrap();
+        let answer = tokio::time::timeout(GIVE_UP, connection.unary(method, request)).await;
+        let answer = answer.unwrap_or_else(|_| Err(Status::unavailable("no answer")));
+        if answer.is_err() {
+            self.connection = None;
+        }
+        answer
+    }
+}
+
+/// What all know of one key.
+#[derive(Default)]
+struct Key {
+    acknowledged: AtomicU64,
+    revision: AtomicI64,
+}
+
+struct Load {
+    stop: Arc<AtomicBool>,
+    keys: Arc<Vec<Key>>,
+    tasks: JoinSet<()>,
+}
+
+fn put(key: usize, number: u64) -> pb::PutRequest {
+    let (key, value) = (Bytes::from(format!("key{key}")), Bytes::from(number.to_string()));
+    pb::PutRequest { key, value, ..Default::default() }
+}
+
+fn get(key: usize) -> pb::RangeRequest {
+    pb::RangeRequest { key: Bytes::from(format!("key{key}")), ..Default::default() }
+}
+
+/// The number in a key; 0 if there is none.
+fn number_in(answer: &RangeResponse) -> u64 {
+    let stored = answer.kvs.iter().next();
+    let kv = stored.map(|stored| KeyValue::decode(stored).unwrap());
+    kv.map_or(0, |kv| std::str::from_utf8(kv.value).unwrap().parse().unwrap())
+}
+
+impl Load {
+    fn start(cluster: &Cluster) -> Load {
+        let addresses: Vec<SocketAddr> = cluster.members.iter().map(|member| member.client).collect();
+        let stop = Arc::new(AtomicBool::new(false));
+        let keys = Arc::new((0..WRITERS).map(|_| Key::default()).collect::<Vec<_>>());
+        let mut tasks = JoinSet::new();
+        for writer in 0..WRITERS {
+            let (stop, keys, addresses) = (Arc::clone(&stop), Arc::clone(&keys), addresses.clone());
+            tasks.spawn(async move {
+                let mut clients: Vec<Client> = addresses.into_iter().map(Client::new).collect();
+                let count = clients.len();
+                let mut number = 0;
+                while !stop.load(Ordering::Relaxed) {
+                    number += 1;
+                    let key = &keys[writer];
+                    let client = &mut clients[(writer + usize::try_from(number).unwrap()) % count];
+                    let written: Result<pb::PutResponse, _> =
+                        client.ask("/etcdserverpb.KV/Put", &put(writer, number)).await;
+                    if let Ok(written) = written {
+                        let revision = written.header.unwrap().revision;
+                        let before = key.revision.swap(revision, Ordering::AcqRel);
+                        assert!(revision > before, "revisions follow real time: {revision} after {before}");
+                        key.acknowledged.store(number, Ordering::Release);
+                    } else {
+                        tokio::task::yield_now().await;
+                    }
+                    let other = &keys[(writer + 1) % WRITERS];
+                    let acknowledged = other.acknowledged.load(Ordering::Acquire);
+                    let reader = &mut clients[usize::try_from(number).unwrap() % count];
+                    let read: Result<RangeResponse, _> =
+                        reader.ask("/etcdserverpb.KV/Range", &get((writer + 1) % WRITERS)).await;
+                    if let Ok(read) = read {
+                        let found = number_in(&read);
+                        assert!(found >= acknowledged, "a stale read: {found} after {acknowledged} was acknowledged");
+                    }
+                }
+            });
+        }
+        Load { stop, keys, tasks }
+    }
+
+    /// Waits until `more` further writes of every key were acknowledged: the cell serves.
+    async fn progress(&self, more: u64) {
+        let targets: Vec<u64> = self.keys.iter().map(|key| key.acknowledged.load(Ordering::Acquire) + more).collect();
+        let all =
+            || self.keys.iter().zip(&targets).all(|(key, target)| key.acknowledged.load(Ordering::Acquire) >= *target);
+        let reached = async {
+            let mut look = tokio::time::interval(Duration::from_millis(20));
+            while !all() {
+                look.tick().await;
+            }
+        };
+        tokio::time::timeout(PATIENCE, reached).await.expect("the cell serves writes");
+    }
+
+    async fn end(mut self) -> Arc<Vec<Key>> {
+        self.stop.store(true, Ordering::Relaxed);
+        while let Some(task) = self.tasks.join_next().await {
+            task.unwrap();
+        }
+        self.keys
+    }
+}
+
+/// The place of the member that leads, as the others say.
+async fn leader_of(cluster: &Cluster) -> usize {
+    let mut look = tokio::time::interval(Duration::from_millis(20));
+    let found = async {
+        loop {
+            look.tick().await;
+            for (at, member) in cluster.members.iter().enumerate() {
+                let mut client = Client::new(member.client);
+                let status: Result<pb::StatusResponse, _> =
+                    client.ask("/etcdserverpb.Maintenance/Status", &pb::StatusRequest {}).await;
+                if let Ok(status) = status
+                    && status.leader != 0
+                    && status.leader == status.header.unwrap().member_id
+                {
+                    return at;
+                }
+            }
+        }
+    };
+    tokio::time::timeout(PATIENCE, found).await.expect("somebody leads")
+}
+
+/// All members have everything that was acknowledged, and the same history.
+async fn check(cluster: &Cluster, keys: &[Key]) {
+    let mut hashes = Vec::new();
+    for member in &cluster.members {
+        let mut client = Client::new(member.client);
+        for (at, key) in keys.iter().enumerate() {
+            let found: RangeResponse = client.ask("/etcdserverpb.KV/Range", &get(at)).await.unwrap();
+            let acknowledged = key.acknowledged.load(Ordering::Acquire);
+            assert!(number_in(&found) >= acknowledged, "key{at} lost {acknowledged} at {}", member.client);
+        }
+        let hash: pb::HashKvResponse =
+            client.ask("/etcdserverpb.Maintenance/HashKV", &pb::HashKvRequest::default()).await.unwrap();
+        hashes.push((hash.hash, hash.hash_revision));
+    }
+    assert!(hashes.iter().all(|hash| *hash == hashes[0]), "members differ: {hashes:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn three_members_survive_kills_pauses_and_restarts() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut cluster = Cluster::start(3, dir.path(), &["--snapshot-count=200", "--snapshot-catchup-entries=20"]);
+    let load = Load::start(&cluster);
+    load.progress(50).await;
+    for _ in 0..3 {
+        // The leader is killed, comes back behind what the others still have in their logs, and gets a snapshot.
+        let leader = leader_of(&cluster).await;
+        cluster.members[leader].kill();
+        load.progress(100).await;
+        cluster.members[leader].start();
+        load.progress(20).await;
+    }
+    let follower = (leader_of(&cluster).await + 1) % 3;
+    cluster.members[follower].kill();
+    load.progress(20).await;
+    cluster.members[follower].start();
+    // A leader that sleeps must not believe, when it wakes, that it leads still.
+    let leader = leader_of(&cluster).await;
+    cluster.members[leader].pause(true);
+    load.progress(4).await;
+    cluster.members[leader].pause(false);
+    load.progress(20).await;
+    for at in 0..3 {
+        assert!(cluster.members[at].stop(), "it stops in good order");
+        cluster.members[at].start();
+        load.progress(10).await;
+    }
+    let keys = load.end().await;
+    check(&cluster, &keys).await;
+    // Everybody at once.
+    cluster.members.iter_mut().for_each(|member| member.kill());
+    let (first, rest) = cluster.members.split_at_mut(1);
+    std::thread::scope(|scope| {
+        scope.spawn(|| first[0].start());
+        rest.iter_mut().for_each(|member| drop(scope.spawn(|| member.start())));
+    });
+    check(&cluster, &keys).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn five_members_survive_two_kills_at_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut cluster = Cluster::start(5, dir.path(), &[]);
+    let load = Load::start(&cluster);
+    load.progress(20).await;
+    let leader = leader_of(&cluster).await;
+    let other = (leader + 2) % 5;
+    cluster.members[leader].kill();
+    cluster.members[other].kill();
+    load.progress(30).await;
+    cluster.members[leader].start();
+    cluster.members[other].start();
+    load.progress(10).await;
+    let keys = load.end().await;
+    check(&cluster, &keys).await;
+}
