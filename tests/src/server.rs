@@ -12,7 +12,7 @@ pub struct Server {
 }
 
 /// Cargo puts a workspace's programs beside the directory of its test programs.
-fn program() -> PathBuf {
+pub(crate) fn program() -> PathBuf {
     let test = std::env::current_exe().unwrap();
     let program = test.ancestors().nth(2).unwrap().join("tenured");
     assert!(program.exists(), "{} is missing: test the whole workspace, as `make test` does", program.display());
@@ -23,6 +23,13 @@ impl Server {
     /// Starts on a data directory, with a listener on a free port for each tenant, and waits until it is ready.
     pub fn start(data_dir: &Path, tenants: &[&str]) -> Server {
         Self::spawn(Command::new(program()), data_dir, tenants)
+    }
+
+    /// As [`Server::start`], with further flags.
+    pub fn start_with_flags(flags: &[&str], data_dir: &Path, tenants: &[&str]) -> Server {
+        let mut command = Command::new(program());
+        command.args(flags);
+        Self::spawn(command, data_dir, tenants)
     }
 
     /// As [`Server::start`], with at most this many files and connections open.
