@@ -26,7 +26,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tenure_raft_server::transport::peers;
+use tenure_raft_server::transport::peers::{self, PeerTls};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
@@ -42,7 +42,7 @@ use crate::rpc_metrics::RpcMetrics;
 use crate::server::Router;
 use crate::service::watch::PROGRESS_PERIOD_DEFAULT;
 use crate::service::{Context, Limits};
-use crate::tls::{PeerTls, PeerTlsFiles, Tls, TlsError};
+use crate::tls::{MemberTls, PeerTlsFiles, Tls, TlsError};
 
 /// What [`Tenure::builder`] collects.
 #[derive(Clone, Debug)]
@@ -320,15 +320,18 @@ impl Builder {
         let listeners = self.bind().await?;
         let addresses = listeners.iter().filter_map(Listener::local_addr).collect();
         let peer_hosts = self.cell.names.peer_urls.iter().filter_map(|url| host_of(url));
-        let peer_tls = self.peer_tls.as_ref();
-        let peer_tls = peer_tls.map(|files| PeerTls::new(files, &peer_hosts.collect::<Vec<_>>())).transpose()?;
+        let peer_tls = match self.peer_tls.take() {
+            Some(files) => Some(MemberTls::new(files, &peer_hosts.collect::<Vec<_>>())?),
+            None => None,
+        };
+        let peer_tls = peer_tls.map(|tls| Arc::new(tls) as Arc<dyn PeerTls>);
         let (peer_listeners, peer_secure) = self.bind_peers(peer_tls.is_some()).await?;
-        self.cell.peer_tls = peer_tls.as_ref().map(|tls| Arc::clone(&tls.client));
+        self.cell.peer_tls.clone_from(&peer_tls);
         self.cell.names = self.member_names();
         let opening = Cell::begin(self.cell.clone()).await?;
         let mut peer_serving = JoinSet::new();
         if !peer_listeners.is_empty() {
-            let server_tls = peer_tls.filter(|_| peer_secure).map(|tls| tls.server);
+            let server_tls = peer_tls.filter(|_| peer_secure);
             let peers = opening.peers().clone();
             peer_serving.spawn(peers::serve(peer_listeners, server_tls, peers, std::future::pending()));
         }

@@ -29,7 +29,7 @@ use std::time::Duration;
 use futures::StreamExt;
 use parking_lot::{Mutex, RwLock};
 use tenure_raft_server as raft;
-use tenure_raft_server::transport::peers::{PeerIdentity, PeerStats, Peers, PeersConfig};
+use tenure_raft_server::transport::peers::{PeerIdentity, PeerStats, PeerTls, Peers, PeersConfig};
 use tenure_storage::limits::TENANT_NAME_BYTES_MAX;
 use tenure_storage::{
     Command, Copier, Envelope, Fault, LeaseId, MembersCommand, Membership, Observer, Outcome, Refusal, RocksEngine,
@@ -102,7 +102,7 @@ pub struct CellConfig {
     pub cluster_state: ClusterState,
     pub cluster_token: String,
     /// How other members are reached, where their URLs are `https`.
-    pub peer_tls: Option<Arc<rustls::ClientConfig>>,
+    pub peer_tls: Option<Arc<dyn PeerTls>>,
     /// Whether changes of members that endanger the quorum are refused. Default true.
     pub strict_reconfig_check: bool,
     /// Learners at a time. Default 1.
@@ -834,12 +834,14 @@ fn raft_config(
         let ticks = duration.as_millis().div_ceil(u128::from(tick_ms));
         usize::try_from(ticks).map_err(|_| raft::StartError::Config(format!("{duration:?} is too long")))
     };
+    let election_timeout_ticks = ticks(config.election_timeout)?;
     Ok(raft::Config {
         tick_ms,
         initial_voters,
         force_sole_voter: config.force_new_cluster,
         snapshot_dir: data_dir.snapshots(),
-        election_timeout_ticks: ticks(config.election_timeout)?,
+        election_timeout_ticks,
+        election_jitter_ticks: (election_timeout_ticks / 2).max(2),
         read_timeout_ticks: ticks(request_timeout(config))?,
         pre_vote: config.pre_vote,
         flush_entries: config.snapshot_count,

@@ -14,6 +14,7 @@ use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
 use rustls::server::{ClientHello, WebPkiClientVerifier};
 use rustls::{ClientConfig, DigitallySignedStruct, RootCertStore, ServerConfig, SignatureScheme};
+use tenure_raft_server::transport::peers::PeerTls;
 
 use crate::flags::TlsFiles;
 use crate::tenant::PeerCertificate;
@@ -81,7 +82,10 @@ impl Tls {
 
 fn newest_change(files: &TlsFiles) -> Option<SystemTime> {
     let TlsFiles::Files { cert_file, key_file, trusted_ca_file, .. } = files else { return None };
-    let paths = [Some(cert_file), Some(key_file), trusted_ca_file.as_ref()];
+    newest_of([Some(cert_file), Some(key_file), trusted_ca_file.as_ref()])
+}
+
+fn newest_of(paths: [Option<&PathBuf>; 3]) -> Option<SystemTime> {
     paths.into_iter().flatten().filter_map(|path| path.metadata().ok()?.modified().ok()).max()
 }
 
@@ -145,19 +149,62 @@ pub enum PeerTlsFiles {
     Auto,
 }
 
-/// Both sides of the connections between members.
-#[derive(Clone)]
-pub struct PeerTls {
-    pub server: Arc<ServerConfig>,
-    pub client: Arc<ClientConfig>,
+/// The current configurations of both sides of the connections between members.
+#[derive(Debug)]
+pub struct MemberTls {
+    files: PeerTlsFiles,
+    current: Mutex<(Option<SystemTime>, MemberConfigs)>,
 }
 
-impl PeerTls {
-    /// Reads the files, or makes certificates for these host names.
+#[derive(Clone, Debug)]
+struct MemberConfigs {
+    server: Arc<ServerConfig>,
+    client: Arc<ClientConfig>,
+}
+
+impl MemberTls {
+    /// Reads the files once, so that a mistake shows at start, or makes certificates for these host names.
     ///
     /// # Errors
     /// [`TlsError`].
-    pub fn new(files: &PeerTlsFiles, hosts: &[String]) -> Result<Self, TlsError> {
+    pub fn new(files: PeerTlsFiles, hosts: &[String]) -> Result<Self, TlsError> {
+        let changed = files.newest_change();
+        Ok(MemberTls { current: Mutex::new((changed, MemberConfigs::load(&files, hosts)?)), files })
+    }
+
+    /// Changed files are read first; unreadable ones keep the old certificates.
+    fn current(&self) -> MemberConfigs {
+        let mut current = self.current.lock();
+        let changed = self.files.newest_change();
+        if changed != current.0 {
+            match MemberConfigs::load(&self.files, &[]) {
+                Ok(configs) => *current = (changed, configs),
+                Err(error) => tracing::warn!(%error, "keep the old certificate of this member"),
+            }
+        }
+        current.1.clone()
+    }
+}
+
+impl PeerTls for MemberTls {
+    fn server(&self) -> Arc<ServerConfig> {
+        self.current().server
+    }
+
+    fn client(&self) -> Arc<ClientConfig> {
+        self.current().client
+    }
+}
+
+impl PeerTlsFiles {
+    fn newest_change(&self) -> Option<SystemTime> {
+        let PeerTlsFiles::Files { cert_file, key_file, trusted_ca_file, .. } = self else { return None };
+        newest_of([Some(cert_file), Some(key_file), trusted_ca_file.as_ref()])
+    }
+}
+
+impl MemberConfigs {
+    fn load(files: &PeerTlsFiles, hosts: &[String]) -> Result<Self, TlsError> {
         let provider = Arc::new(rustls::crypto::ring::default_provider());
         let server =
             ServerConfig::builder_with_provider(Arc::clone(&provider)).with_safe_default_protocol_versions()?;
@@ -192,7 +239,7 @@ impl PeerTls {
         };
         server.alpn_protocols = vec![b"h2".to_vec()];
         client.alpn_protocols = vec![b"h2".to_vec()];
-        Ok(PeerTls { server: Arc::new(server), client: Arc::new(client) })
+        Ok(MemberConfigs { server: Arc::new(server), client: Arc::new(client) })
     }
 }
 

@@ -32,10 +32,12 @@ pub struct Config {
     pub append_paused: Arc<AtomicBool>,
     /// Length of raft's clock tick. Default 100, range 1–10,000.
     pub tick_ms: u64,
-    /// Ticks without a leader before an election, doubled at random. Default 10, more than `heartbeat_timeout_ticks`.
+    /// Ticks without a leader after which a member votes for another one. Default 10, more than `heartbeat_timeout_ticks`.
     pub election_timeout_ticks: usize,
-    /// If not 0, elections begin after a time below this instead of below the double. Simulations make it fixed.
-    pub election_timeout_ticks_max: usize,
+    /// A member stands for election itself one tick later than that, since the others' ticks are not its own and they would
+    /// refuse it, and up to so many ticks more, drawn at random, so that not all do at once. Half a timeout is enough for five
+    /// voters, and they are without a leader for less time than with a whole one. Default 5, at least 1.
+    pub election_jitter_ticks: usize,
     /// Whether a member asks if it could win before it disturbs the others with an election. Default true.
     pub pre_vote: bool,
     /// Ticks between heartbeats. Default 1, at least 1.
@@ -108,7 +110,7 @@ impl Config {
             append_paused: Arc::default(),
             tick_ms: 100,
             election_timeout_ticks: 10,
-            election_timeout_ticks_max: 0,
+            election_jitter_ticks: 5,
             pre_vote: true,
             heartbeat_timeout_ticks: 1,
             batch_bytes_max: 1 << 20,
@@ -161,6 +163,7 @@ impl Config {
         within("heartbeat_timeout_ticks", self.heartbeat_timeout_ticks as u64, 1, 1000)?;
         let heartbeat = self.heartbeat_timeout_ticks as u64;
         within("election_timeout_ticks", self.election_timeout_ticks as u64, heartbeat + 1, 10_000)?;
+        within("election_jitter_ticks", self.election_jitter_ticks as u64, 1, 10_000)?;
         within("batch_bytes_max", self.batch_bytes_max as u64, KIB, 64 << 20)?;
         within("batch_commands_max", self.batch_commands_max as u64, 1, 1 << 20)?;
         within("command_bytes_max", self.command_bytes_max as u64, KIB, 256 << 20)?;

@@ -276,7 +276,8 @@ fn raft_config(config: &Config, applied: u64) -> raft::Config {
         max_committed_size_per_ready: config.apply_bytes_max as u64,
         pre_vote: config.pre_vote,
         check_quorum: true,
-        max_election_tick: config.election_timeout_ticks_max,
+        min_election_tick: config.election_timeout_ticks + 1,
+        max_election_tick: config.election_timeout_ticks + 1 + config.election_jitter_ticks,
         ..raft::Config::default()
     }
 }

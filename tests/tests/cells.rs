@@ -167,6 +167,24 @@ async fn members_talk_tls_and_trust_their_own_alone() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn certificates_are_replaced_while_members_run() {
+    let dir = tempfile::tempdir().unwrap();
+    let files = certificates(dir.path(), "ours");
+    let flags = peer_flags(&files);
+    let flags: Vec<&str> = flags.iter().map(String::as_str).collect();
+    let mut cluster = Cluster::new("https", 3, dir.path(), &flags);
+    cluster.start_all();
+    put(&cluster.members[1], "k", "one").await;
+    // Another CA's, in the same files. Who starts knows this one only, and must be believed by who runs.
+    certificates(dir.path(), "ours");
+    for member in &mut cluster.members {
+        member.kill();
+        member.start();
+    }
+    assert_eq!(get(&cluster.members[0], "k").await.as_deref(), Some("one"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn certificates_of_the_moment_are_enough_to_begin() {
     let dir = tempfile::tempdir().unwrap();
     let mut cluster = Cluster::new("https", 3, dir.path(), &["--peer-auto-tls"]);

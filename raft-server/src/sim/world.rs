@@ -140,7 +140,7 @@ impl World {
         let config = Config {
             initial_voters,
             election_timeout_ticks,
-            election_timeout_ticks_max: election_timeout_ticks + 1,
+            election_jitter_ticks: 1,
             read_timeout_ticks: 40,
             life: self.lives_begun,
             log_bytes_flush: 64 << 10,

@@ -7,7 +7,6 @@
 
 use std::io;
 use std::pin::Pin;
-use std::sync::Arc;
 use std::task::{Context, Poll};
 
 use http::uri::{Authority, PathAndQuery, Scheme};
@@ -59,7 +58,7 @@ impl Link {
         let port = uri.port_u16().unwrap_or(if secure { 443 } else { 80 });
         let tls = match (secure, &config.tls) {
             (false, _) => None,
-            (true, Some(tls)) => Some(TlsConnector::from(Arc::clone(tls))),
+            (true, Some(tls)) => Some(TlsConnector::from(tls.client())),
             (true, None) => return Err("no certificate for peers is configured".into()),
         };
         let (open, closed) = watch::channel(());

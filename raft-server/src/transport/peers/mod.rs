@@ -54,12 +54,20 @@ pub struct PeerIdentity {
     pub cluster_id: u64,
 }
 
+/// Whom members trust and what they show. Asked for each connection, so that certificates may change while members run.
+pub trait PeerTls: std::fmt::Debug + Send + Sync + 'static {
+    /// For a connection that another member makes.
+    fn server(&self) -> Arc<rustls::ServerConfig>;
+    /// For a connection to another member.
+    fn client(&self) -> Arc<rustls::ClientConfig>;
+}
+
 /// How others are reached.
 #[derive(Clone)]
 pub struct PeersConfig {
     pub identity: PeerIdentity,
-    /// For `https` URLs: the CA of the others and our certificate.
-    pub tls: Option<Arc<rustls::ClientConfig>>,
+    /// For `https` URLs.
+    pub tls: Option<Arc<dyn PeerTls>>,
     /// A connection that takes longer, or that is silent for so long, counts as broken.
     pub timeout: Duration,
     /// Bytes of a snapshot sent to one member in a second. Default 128 MiB.

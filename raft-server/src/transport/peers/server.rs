@@ -24,7 +24,7 @@ use super::client::{
 };
 use super::codec::RawCodec;
 use super::link::WINDOW_BYTES;
-use super::{Inner, Peers, fetch};
+use super::{Inner, PeerTls, Peers, fetch};
 use crate::transport::wire;
 
 /// How long the other end may take to finish its TLS handshake.
@@ -36,11 +36,10 @@ const CONNECTIONS_MAX: usize = 256;
 /// Accepts and serves peers until `stop` ends; then their connections are closed.
 pub async fn serve(
     listeners: Vec<TcpListener>,
-    tls: Option<Arc<rustls::ServerConfig>>,
+    tls: Option<Arc<dyn PeerTls>>,
     peers: Peers,
     stop: impl Future<Output = ()> + Send,
 ) {
-    let acceptor = tls.map(TlsAcceptor::from);
     let mut connections = JoinSet::new();
     let mut accepting = JoinSet::new();
     let (sender, mut accepted) = tokio::sync::mpsc::channel::<TcpStream>(1);
@@ -73,7 +72,8 @@ pub async fn serve(
             tracing::warn!("too many connections of peers");
             continue;
         }
-        let (acceptor, service) = (acceptor.clone(), PeerService(Arc::clone(&peers.0)));
+        let acceptor = tls.as_ref().map(|tls| TlsAcceptor::from(tls.server()));
+        let service = PeerService(Arc::clone(&peers.0));
         connections.spawn(async move {
             if let Err(error) = connection(stream, acceptor, service).await {
                 tracing::debug!(%error, "a connection of a peer ended");
