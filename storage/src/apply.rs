@@ -195,7 +195,9 @@ impl<E: Engine> StateMachine<E> {
     /// If the copy is older than the state.
     pub fn install(&mut self, dir: &Path) -> Result<u64, Fault> {
         let before = self.registry.cell.applied_index;
+        self.store.shared.counts.forget_live();
         self.store.engine.replace(dir)?;
+        self.store.shared.counts.written();
         self.registry = Registry::load(&self.store.engine.view())?;
         assert!(self.registry.cell.applied_index >= before, "a state is replaced by a later one");
         self.show_registry();
@@ -249,7 +251,17 @@ impl<E: Engine> StateMachine<E> {
             batch.put(Family::Meta, meta::tenant_key(*tenant), self.registry.rows[tenant].encode());
         }
         batch.put(Family::Meta, meta::cell_key(), self.registry.cell.encode());
+        let counts = &self.store.shared.counts;
+        counts.announce(notices.iter().filter_map(|notice| match notice {
+            Notice::Revision { tenant, revision, events } => Some((*tenant, *revision, &events[..])),
+            Notice::TenantCreated(_)
+            | Notice::LeaseGranted { .. }
+            | Notice::LeaseRevoked { .. }
+            | Notice::ReclaimPending(_)
+            | Notice::MembersChanged => None,
+        }))?;
         self.store.engine.write(&batch)?;
+        counts.written();
         self.publish(&dirty, notices);
         Ok(())
     }

@@ -19,6 +19,7 @@
 pub mod apply;
 mod codec;
 pub mod command;
+mod counts;
 pub mod engine;
 pub mod error;
 mod key;

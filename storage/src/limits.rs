@@ -51,4 +51,24 @@ pub const VERSION_OVERHEAD_BYTES: u64 = 64;
 /// What an empty tenant reports as its size, so that tools which divide by it work.
 pub const EMPTY_TENANT_BYTES: u64 = 20 << 10;
 
+/// Pages whose remaining count is remembered, over all tenants. The oldest goes; its next page counts again.
+pub const PAGE_COUNTS_MAX: usize = 4_096;
+
+/// Keys that a count must have been of for its range to be worth a counter.
+pub const COUNTED_ROWS_MIN: u64 = 32;
+
+/// Ranges that were counted once, over all tenants: if they are counted again while they are among these they get a counter. The
+/// oldest goes.
+pub const COUNTING_RANGES_MAX: usize = 256;
+
+/// Counters of ranges of one tenant. At the bound one that was not used for a while makes room; its range is counted by reading.
+/// A kube-apiserver needs one for each resource.
+pub const COUNTERS_PER_TENANT_MAX: usize = 512;
+
+/// Counters of all tenants; the same consequence.
+pub const COUNTERS_MAX: usize = 16_384;
+
+/// Newest changes that a counter keeps, for reads whose view is a little older. A view that is older counts by reading.
+pub const COUNTER_CHANGES_MAX: usize = 64;
+
 const _: () = assert!(WATCH_REPLAY_BYTES_MAX <= WATCH_QUEUE_BYTES_MAX, "a replayed response fits the queue");

@@ -4,13 +4,14 @@
 //! view, so an answer never mixes two states. What `apply` has published in memory ([`TenantReader::state`]) is a hint for
 //! headers, quotas and metrics, at most one batch behind the engine.
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
 
 use bytes::Bytes;
 use parking_lot::{Mutex, RwLock};
 
+use crate::counts::Counts;
 use crate::engine::{Cursor, Engine, Family, Reader};
 use crate::error::{Fault, ReadError, Refusal};
 use crate::key::meta::TenantRow;
@@ -20,9 +21,6 @@ use crate::mvcc::read::{Count, Found, Sink};
 use crate::mvcc::{hash, read, txn, write};
 use crate::types::{Alarm, KeyRange, LeaseId, Membership, RangeRequest, TenantId, TxnReply, TxnRequest, Usage};
 use crate::watch::{Hub, WatchStream};
-
-/// Pages whose remaining count is remembered, over all tenants. The oldest goes; its next page counts again.
-const PAGE_COUNTS_MAX: usize = 4_096;
 
 /// One tenant as all threads see it.
 pub(crate) struct Tenant {
@@ -86,7 +84,7 @@ pub(crate) struct Shared {
     tenants: RwLock<Tenants>,
     pub(crate) quota_bytes: AtomicI64,
     pub(crate) membership: RwLock<Arc<Membership>>,
-    page_counts: Mutex<PageCounts>,
+    pub(crate) counts: Counts,
 }
 
 #[derive(Default)]
@@ -101,7 +99,7 @@ impl Shared {
             tenants: RwLock::default(),
             quota_bytes: AtomicI64::new(quota_bytes),
             membership: RwLock::default(),
-            page_counts: Mutex::default(),
+            counts: Counts::default(),
         }
     }
 
@@ -255,30 +253,30 @@ impl<E: Engine> TenantReader<E> {
         count_wanted: bool,
         sink: &mut Sink<'_>,
     ) -> Result<RangeSummary, ReadError> {
+        let (counts, tenant) = (&self.store.shared.counts, self.tenant.id);
+        // Only then there may be keys that are counted and not handed out.
+        let count_wanted = count_wanted && (request.limit > 0 || request.count_only);
+        let armed = (count_wanted && request.revision.is_none()).then(|| counts.arm(tenant, &request.range)).flatten();
         let view = self.store.engine.view();
-        let row = tenant_row(&view, self.tenant.id)?;
+        let row = tenant_row(&view, tenant)?;
         let at = request.revision.unwrap_or(row.revision);
         check_readable(at, &row)?;
-        let page = PageKey::of(self.tenant.id, at, &request.range);
         let count = match count_wanted {
             false => Count::Unwanted,
-            true => self.store.shared.page_counts.lock().get(&page).map_or(Count::Exact, Count::Known),
+            true => counts.get(tenant, at, &request.range).map_or(Count::Exact, Count::Known),
         };
-        let found = read::range(&view, self.tenant.id, at, request, count, sink)?;
-        if count_wanted {
-            self.remember_rest(at, request, &found);
+        let found = read::range(&view, tenant, at, request, count, sink)?;
+        let was_counted = count == Count::Exact && (found.more || request.count_only) && !request.range.is_single();
+        if was_counted && at == row.revision {
+            counts.settle(armed, tenant, at, &request.range, found.count);
+        }
+        // kube-apiserver pages with a limit and wants the exact count of the rest on every page: counting once per chain of
+        // pages, instead of once per page, keeps paging linear.
+        if count_wanted && let Some(rest) = &found.rest {
+            counts.remember_page(tenant, at, rest, found.count - request.limit);
         }
         let Found { count, more, rest } = found;
         Ok(RangeSummary { revision: row.revision, read_revision: at, count, more, rest })
-    }
-
-    /// kube-apiserver pages with a limit and wants the exact count of the rest on every page: counting once per chain
-    /// of pages, instead of once per page, keeps paging linear.
-    fn remember_rest(&self, at: i64, request: &RangeRequest, found: &Found) {
-        if let Some(rest) = &found.rest {
-            let left = found.count - request.limit;
-            self.store.shared.page_counts.lock().insert(PageKey::of(self.tenant.id, at, rest), left);
-        }
     }
 
     /// Runs a txn that [`is_read_only`](crate::is_read_only) at one point in time. Answers the revision for the header.
@@ -373,44 +371,6 @@ pub(crate) fn tenant_row<R: Reader>(reader: &R, tenant: TenantId) -> Result<Tena
     }
 }
 
-/// A page of a chain: the same range read at the same revision has the same count, for ever.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-struct PageKey {
-    tenant: TenantId,
-    at: i64,
-    range: KeyRange,
-}
-
-impl PageKey {
-    fn of(tenant: TenantId, at: i64, range: &KeyRange) -> Self {
-        PageKey { tenant, at, range: range.clone() }
-    }
-}
-
-/// Counts that will be asked for again; oldest out first.
-#[derive(Default)]
-struct PageCounts {
-    counts: HashMap<PageKey, u64>,
-    age: VecDeque<PageKey>,
-}
-
-impl PageCounts {
-    fn get(&self, page: &PageKey) -> Option<u64> {
-        self.counts.get(page).copied()
-    }
-
-    fn insert(&mut self, page: PageKey, count: u64) {
-        if self.counts.insert(page.clone(), count).is_none() {
-            self.age.push_back(page);
-        }
-        if self.age.len() > PAGE_COUNTS_MAX
-            && let Some(oldest) = self.age.pop_front()
-        {
-            self.counts.remove(&oldest);
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::ops::ControlFlow;
@@ -450,7 +410,6 @@ mod tests {
         assert_eq!((summary.count, summary.more), (5, true));
         let next = KeyRange::HalfOpen { start: Bytes::from_static(b"key1\0"), end };
         assert_eq!(summary.rest, Some(next.clone()));
-        let remembered = store.shared.page_counts.lock().get(&PageKey::of(tenant, summary.read_revision, &next));
-        assert_eq!(remembered, Some(3));
+        assert_eq!(store.shared.counts.get(tenant, summary.read_revision, &next), Some(3));
     }
 }

@@ -59,6 +59,21 @@ impl KeyRange {
         }
     }
 
+    /// Whether it names one key.
+    pub fn is_single(&self) -> bool {
+        matches!(self, KeyRange::Single(_))
+    }
+
+    /// The same range in memory of its own: the bytes of a request keep all of the request.
+    pub(crate) fn detached(&self) -> KeyRange {
+        let detached = |bytes: &Bytes| Bytes::copy_from_slice(bytes);
+        match self {
+            KeyRange::Single(key) => KeyRange::Single(detached(key)),
+            KeyRange::HalfOpen { start, end } => KeyRange::HalfOpen { start: detached(start), end: detached(end) },
+            KeyRange::From(start) => KeyRange::From(detached(start)),
+        }
+    }
+
     /// Whether no key can lie in the range.
     pub fn is_empty(&self) -> bool {
         matches!(self, KeyRange::HalfOpen { start, end } if start >= end)

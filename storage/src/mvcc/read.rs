@@ -40,7 +40,7 @@ pub(crate) struct Found {
 pub(crate) enum Count {
     /// By reading.
     Exact,
-    /// The caller knows it from the page before.
+    /// The caller knows it: see [`counts`](crate::counts).
     Known(u64),
     /// Nobody asks; `Found::count` is then what was visited.
     Unwanted,
@@ -120,7 +120,11 @@ pub(crate) fn range<R: Reader>(
         return Ok(Found::default());
     }
     if request.count_only {
-        return Ok(Found { count: count_keys(reader, tenant, at, &request.range)?, more: false, rest: None });
+        let count = match count {
+            Count::Known(count) => count,
+            Count::Exact | Count::Unwanted => count_keys(reader, tenant, at, &request.range)?,
+        };
+        return Ok(Found { count, more: false, rest: None });
     }
     let strip = Strip::of(request);
     let mut deliver = |stored: &[u8]| match strip.apply(stored)? {

@@ -10,10 +10,10 @@ use bytes::Bytes;
 
 use crate::types::KeyRange;
 
-pub(super) type GroupId = usize;
+pub(crate) type GroupId = usize;
 
 #[derive(Default)]
-pub(super) struct RangeIndex {
+pub(crate) struct RangeIndex {
     single: HashMap<Bytes, Vec<GroupId>>,
     tree: Vec<Node>,
     /// Added since the tree was built; searched one by one.
@@ -47,7 +47,7 @@ fn ends_after(end: &Option<Bytes>, key: &[u8]) -> bool {
 }
 
 impl RangeIndex {
-    pub(super) fn insert(&mut self, range: &KeyRange, group: GroupId) {
+    pub(crate) fn insert(&mut self, range: &KeyRange, group: GroupId) {
         match range {
             KeyRange::Single(key) => self.single.entry(key.clone()).or_default().push(group),
             KeyRange::HalfOpen { start, end } => self.insert_interval(start, Some(end.clone()), group),
@@ -62,7 +62,7 @@ impl RangeIndex {
         }
     }
 
-    pub(super) fn remove(&mut self, range: &KeyRange, group: GroupId) {
+    pub(crate) fn remove(&mut self, range: &KeyRange, group: GroupId) {
         if let KeyRange::Single(key) = range {
             if let Some(groups) = self.single.get_mut(key) {
                 groups.retain(|other| *other != group);
@@ -101,7 +101,7 @@ impl RangeIndex {
     }
 
     /// Calls `visit` with every group that covers `key`, in no particular order.
-    pub(super) fn covering(&self, key: &[u8], mut visit: impl FnMut(GroupId)) {
+    pub(crate) fn covering(&self, key: &[u8], mut visit: impl FnMut(GroupId)) {
         if let Some(groups) = self.single.get(key) {
             groups.iter().copied().for_each(&mut visit);
         }

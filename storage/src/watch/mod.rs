@@ -27,6 +27,7 @@ use std::sync::{Arc, OnceLock};
 use bytes::Bytes;
 
 pub(crate) use self::hub::Hub;
+pub(crate) use self::index::RangeIndex;
 pub use self::stream::WatchStream;
 use crate::types::KeyRange;
 

@@ -13,7 +13,9 @@ import (
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/status"
 
 	"tenure.dev/tests/harness"
 )
@@ -113,6 +115,15 @@ func goesOn(t *testing.T, open clientv3.WatchChan) {
 	}
 }
 
+// ofDeadline is the error of a call whose client set a deadline, whichever side noticed first that it is over: only the
+// words differ.
+func ofDeadline(err error) error {
+	if status.Code(err) == codes.DeadlineExceeded {
+		return status.Error(codes.DeadlineExceeded, "context deadline exceeded")
+	}
+	return err
+}
+
 // leaderless checks the answers, all asked for at the same time: most take as long as the member waits for a leader.
 //
 // They are asked for without etcd's client, which hides what the member says: it repeats what is unavailable, and also a
@@ -142,7 +153,10 @@ func leaderless(t *testing.T, m *harness.Member, id uint64, lease clientv3.Lease
 		call       func() error
 	}{
 		{"get", timedOut, func() error { _, err := kv.Range(ctx, &etcdserverpb.RangeRequest{Key: key}); return err }},
-		{"brief get", deadline, func() error { _, err := kv.Range(brief, &etcdserverpb.RangeRequest{Key: key}); return err }},
+		{"brief get", deadline, func() error {
+			_, err := kv.Range(brief, &etcdserverpb.RangeRequest{Key: key})
+			return ofDeadline(err)
+		}},
 		{"get that requires a leader", noLeader, func() error { _, err := kv.Range(leading, &etcdserverpb.RangeRequest{Key: key}); return err }},
 		{"serializable get", answered, func() error {
 			resp, err := kv.Range(ctx, &etcdserverpb.RangeRequest{Key: key, Serializable: true})
@@ -157,7 +171,7 @@ func leaderless(t *testing.T, m *harness.Member, id uint64, lease clientv3.Lease
 		}},
 		{"brief put", deadline, func() error {
 			_, err := kv.Put(brief, &etcdserverpb.PutRequest{Key: key, Value: []byte("maybe")})
-			return err
+			return ofDeadline(err)
 		}},
 		{"txn", deadline, func() error {
 			put := &etcdserverpb.RequestOp{Request: &etcdserverpb.RequestOp_RequestPut{RequestPut: &etcdserverpb.PutRequest{Key: key}}}
