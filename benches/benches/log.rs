@@ -237,7 +237,7 @@ impl StateMachine for Nothing {
         std::sync::Arc::new(NoPeersNoCopies)
     }
 
-    fn install(&mut self, _: &std::path::Path) -> Result<u64, Fault> {
+    fn install(&mut self, _: &std::path::Path, _: u64) -> Result<(), Fault> {
         Err(Fault::Engine("a member of one voter gets no snapshot".to_owned()))
     }
 }

@@ -327,8 +327,8 @@ impl raft::StateMachine for Applier {
         Arc::new(StateCopier(self.0.copier()))
     }
 
-    fn install(&mut self, dir: &Path) -> Result<u64, Fault> {
-        self.0.install(dir)
+    fn install(&mut self, dir: &Path, index: u64) -> Result<(), Fault> {
+        self.0.install(dir, index)
     }
 }
 

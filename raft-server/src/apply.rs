@@ -84,12 +84,12 @@ pub trait StateMachine: Send + 'static {
     /// What makes copies of this state for other members, from any thread.
     fn snapshotter(&self) -> Arc<dyn Snapshotter>;
 
-    /// Replaces the whole state by that in `dir`, which a [`Snapshotter`] of another member wrote, and takes the directory
-    /// over. Gives its applied index. Durable on return, and all or nothing: after a crash the state is the old or the new one.
+    /// Replaces the whole state by that in `dir`, which a [`Snapshotter`] of another member wrote when it had applied `index`, and
+    /// takes the directory over. Durable on return, and all or nothing: after a crash the state is the old or the new one.
     ///
     /// # Errors
-    /// As [`StateMachine::apply`].
-    fn install(&mut self, dir: &Path) -> Result<u64, Fault>;
+    /// As [`StateMachine::apply`]; of a directory that is not what it was offered as, before anything is replaced.
+    fn install(&mut self, dir: &Path, index: u64) -> Result<(), Fault>;
 }
 
 /// How far the apply thread may go. A level, not a queue.
@@ -322,8 +322,9 @@ impl<S: StateMachine> Applier<S> {
 
     /// Makes the snapshot the state, and the log begin after it.
     fn install(&mut self, Install { at, conf, path }: Install) -> Result<(), Fault> {
-        let applied = self.state_machine.install(&path)?;
-        assert_eq!(applied, at.index, "a snapshot is what it was offered as");
+        let applied = at.index;
+        self.state_machine.install(&path, applied)?;
+        assert_eq!(self.state_machine.applied_index(), applied, "a snapshot is what it was offered as");
         assert_eq!(self.state_machine.durable_index()?, applied, "a snapshot is durable");
         self.log.store().finish_install(at, &conf)?;
         self.shared.status.applied_index.store(applied, Ordering::Release);

@@ -76,11 +76,11 @@ impl Sending {
 
     /// Takes an answer. Gives whether it belongs to this term and life; if not it says nothing.
     pub(crate) fn on_answer(&mut self, answer: &Forwarded) -> bool {
-        if answer.term != self.term || answer.from != self.leader {
+        // The leader takes what was sent, no more.
+        if answer.term != self.term || answer.from != self.leader || answer.next > self.next {
             return false;
         }
         if answer.next > self.acknowledged {
-            assert!(answer.next <= self.next, "the leader takes what was sent");
             self.acknowledged = answer.next;
             self.silent_ticks = 0;
         }

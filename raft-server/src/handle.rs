@@ -243,14 +243,20 @@ impl<R: Send + 'static> Handle<R> {
         let _ = self.shared.events.send(Event::Fetched { offer, complete });
     }
 
-    /// Changes who is in the group, on the leader, together with the command that records it. Resolves as [`Handle::propose`]
-    /// does; the change is in force before that.
+    /// Index of the newest change of members that is in force: once it is applied here, the state machine knows of it. 0: none yet.
+    pub fn conf_index(&self) -> u64 {
+        self.shared.status.conf_index.load(Ordering::Acquire)
+    }
+
+    /// Changes who is in the group, on the leader, together with the command that records it, if the newest change in force is
+    /// still the one at index `seen` ([`Handle::conf_index`]): that whoever decides on this one has looked at. Resolves as
+    /// [`Handle::propose`] does; the change is in force before that.
     ///
     /// # Errors
     /// See [`ChangeError`].
-    pub async fn change_members(&self, change: MembersChange, command: Bytes) -> Result<R, ChangeError> {
+    pub async fn change_members(&self, change: MembersChange, seen: u64, command: Bytes) -> Result<R, ChangeError> {
         let (reply, receiver) = oneshot::channel();
-        let event = Event::Change { change, command, reply };
+        let event = Event::Change { change, seen, command, reply };
         self.shared.events.try_send(event).map_err(|_| ChangeError::Propose(ProposeError::QueueFull))?;
         receiver
             .await

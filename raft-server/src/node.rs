@@ -14,6 +14,7 @@
 //! threads for each sync are spared (decision 0003). Proposals fill the next batch meanwhile, as they would otherwise.
 
 use std::collections::VecDeque;
+use std::panic::AssertUnwindSafe;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -76,6 +77,8 @@ pub(crate) enum Event<R> {
     },
     Change {
         change: MembersChange,
+        /// The change before it, that whoever decided on this one knew of.
+        seen: u64,
         command: Bytes,
         reply: ChangeReply<R>,
     },
@@ -205,7 +208,7 @@ impl<R: Send + 'static> Node<R> {
             Event::Installed => self.on_installed(),
             Event::SnapshotMade(made) => self.on_snapshot_made(made)?,
             Event::Fetched { offer, complete } => self.on_fetched(offer, complete),
-            Event::Change { change, command, reply } => self.on_change(change, command, reply),
+            Event::Change { change, seen, command, reply } => self.on_change(change, seen, command, reply),
             Event::Transfer(to) => self.transfer(to),
             Event::Unreachable(id) => self.raw.report_unreachable(id),
             Event::Proposals | Event::Stop => {}
@@ -231,6 +234,9 @@ impl<R: Send + 'static> Node<R> {
         match message.get_msg_type() {
             // Commands come as `Forward`.
             MessageType::MsgPropose => return,
+            // Raft takes for granted that it has the round's name.
+            MessageType::MsgReadIndex if message.entries.is_empty() => return,
+            MessageType::MsgReadIndex => {}
             MessageType::MsgSnapshot => return self.on_offer(message),
             MessageType::MsgAppend => {
                 let full = self.writes.bytes() > self.config.append_queue_bytes_max
@@ -253,7 +259,6 @@ impl<R: Send + 'static> Node<R> {
             | MessageType::MsgCheckQuorum
             | MessageType::MsgTransferLeader
             | MessageType::MsgTimeoutNow
-            | MessageType::MsgReadIndex
             | MessageType::MsgReadIndexResp
             | MessageType::MsgRequestPreVote
             | MessageType::MsgRequestPreVoteResponse => {}
@@ -280,9 +285,12 @@ impl<R: Send + 'static> Node<R> {
     /// Takes what the state has durably out of the log, but for the newest entries, which members that are a little behind
     /// need, and those after a snapshot that is on its way.
     fn truncate(&mut self) -> Result<(), Fault> {
+        if self.snapshots.making || self.snapshots.installing.is_some() {
+            return Ok(());
+        }
+        // The apply thread may be ahead of what raft has heard.
         let durable = self.shared.status.durable_index.load(Ordering::Acquire);
-        assert!(durable <= self.raw.raft.raft_log.applied, "durable is not ahead of applied");
-        let mut through = durable;
+        let mut through = durable.min(self.raw.raft.raft_log.applied);
         if !self.is_alone() {
             let catchup = self.config.log_catchup_bytes;
             let newest = self.raw.raft.raft_log.applied.saturating_sub(self.config.log_catchup_entries);
@@ -292,7 +300,7 @@ impl<R: Send + 'static> Node<R> {
                 through = through.min(at.index.max(self.log.index_before_last(kept)));
             }
         }
-        if through > self.log.truncated().index && !self.snapshots.making && self.snapshots.installing.is_none() {
+        if through > self.log.truncated().index {
             self.writes.push_truncate(self.log.hide_through(through)?);
         }
         Ok(())
@@ -337,9 +345,9 @@ impl<R: Send + 'static> Node<R> {
     fn propose_batches(&mut self) {
         if self.is_leader() {
             self.forget_arrived();
-            while let Some(batch) = self.next_batch() {
-                self.propose(batch);
-            }
+            while let Some(batch) = self.next_batch()
+                && self.propose(batch)
+            {}
         } else {
             self.forward_batches();
         }
@@ -364,14 +372,15 @@ impl<R: Send + 'static> Node<R> {
         Some(queue.lanes.take_batch(bytes_max, items_max))
     }
 
-    fn propose(&mut self, mut proposals: Vec<Proposal<R>>) {
+    /// Gives whether raft takes proposals.
+    fn propose(&mut self, mut proposals: Vec<Proposal<R>>) -> bool {
         let abandoned: Vec<_> = proposals.extract_if(.., |proposal| proposal.is_abandoned()).collect();
         self.shared.refuse(abandoned, ProposeError::Dropped);
         let term = self.raw.raft.term;
         let late = proposals.extract_if(.., |proposal| proposal.only_in.is_some_and(|only_in| only_in != term));
         self.shared.refuse(late.collect::<Vec<_>>(), ProposeError::OtherTerm);
         if proposals.is_empty() {
-            return;
+            return true;
         }
         let frame = frame::encode(proposals.iter().map(|proposal| {
             let origin = match &proposal.waiter {
@@ -383,9 +392,11 @@ impl<R: Send + 'static> Node<R> {
         if let Err(error) = self.raw.propose(Vec::new(), frame) {
             // Nothing was appended. What other members sent they send again, in another term.
             tracing::debug!(%error, "propose batch");
-            return self.shared.requeue(proposals);
+            self.shared.requeue(proposals);
+            return false;
         }
         self.register(proposals);
+        true
     }
 
     /// Remembers who waits for the entry that was just appended.
@@ -470,14 +481,15 @@ impl<R: Send + 'static> Node<R> {
         self.shared.refuse(refused, ProposeError::QueueFull);
     }
 
-    fn on_change(&mut self, change: MembersChange, command: Bytes, reply: ChangeReply<R>) {
+    fn on_change(&mut self, change: MembersChange, seen: u64, command: Bytes, reply: ChangeReply<R>) {
         let refuse = |reply: ChangeReply<R>, error| drop(reply.send(Err(error)));
         let raft = &self.raw.raft;
         if !self.is_leader() || raft.lead_transferee.is_some() {
             let leader = (raft.leader_id != 0 && raft.leader_id != self.config.id).then_some(raft.leader_id);
             return refuse(reply, ChangeError::NotLeader { leader });
         }
-        if raft.has_pending_conf() || !self.conf.state.voters_outgoing.is_empty() {
+        let is_under_way = raft.has_pending_conf() || !self.conf.state.voters_outgoing.is_empty();
+        if is_under_way || self.conf.index != seen {
             return refuse(reply, ChangeError::UnderWay);
         }
         let (kind, node_id) = match change {
@@ -485,7 +497,8 @@ impl<R: Send + 'static> Node<R> {
             MembersChange::AddLearner(id) => (ConfChangeType::AddLearnerNode, id),
             MembersChange::Remove(id) => (ConfChangeType::RemoveNode, id),
         };
-        if change == MembersChange::Remove(node_id) && self.conf.state.voters == [node_id] {
+        // A leader hands over first; the only voter cannot.
+        if change == MembersChange::Remove(self.config.id) {
             return refuse(reply, ChangeError::Invalid);
         }
         let mut single = ConfChangeSingle::default();
@@ -503,7 +516,9 @@ impl<R: Send + 'static> Node<R> {
         }
         let (sender, receiver) = oneshot::channel();
         self.shared.metrics.proposals_pending.fetch_add(1, Ordering::Relaxed);
-        self.register(vec![Proposal { lane: 0, command, waiter: Waiter::Local(sender), only_in: None }]);
+        // In another term it would be a command like any other, without raft's change.
+        let only_in = Some(self.raw.raft.term);
+        self.register(vec![Proposal { lane: 0, command, waiter: Waiter::Local(sender), only_in }]);
         let _ = reply.send(Ok(receiver));
     }
 
@@ -549,22 +564,24 @@ impl<R: Send + 'static> Node<R> {
             // Nothing to fetch: raft says so to its sender.
             return self.step(*message);
         }
-        if let Some((offer, first)) = &mut self.snapshots.fetching
-            && offer.at == at
-            && offer.from == message.from
-        {
-            *first = message;
-            return;
-        }
-        let path = self.config.snapshot_dir.join(format!("in-{}-{}", at.term, at.index));
+        let path = self.config.snapshot_dir.join(snapshot::incoming_name(&message));
         let offer = SnapshotOffer { from: message.from, at, path };
+        if let Some((before, first)) = &mut self.snapshots.fetching {
+            if *before == offer {
+                *first = message;
+                return;
+            }
+            snapshot::remove(&before.path);
+        }
         tracing::info!(from = offer.from, index = at.index, "fetch a snapshot");
         self.snapshots.fetching = Some((offer.clone(), message));
         self.transport.fetch(offer);
     }
 
     fn on_fetched(&mut self, offer: SnapshotOffer, complete: bool) {
-        let Some((_, message)) = self.snapshots.fetching.take_if(|(fetching, _)| *fetching == offer) else { return };
+        let Some((_, message)) = self.snapshots.fetching.take_if(|(fetching, _)| *fetching == offer) else {
+            return snapshot::remove(&offer.path);
+        };
         if !complete {
             tracing::warn!(from = offer.from, index = offer.at.index, "a snapshot could not be fetched");
             return;
@@ -615,7 +632,10 @@ impl<R: Send + 'static> Node<R> {
         let path = self.config.snapshot_dir.join(format!("out-{:x}-{}", self.shared.life, self.snapshots.made));
         let (snapshotter, events) = (Arc::clone(&self.snapshots.snapshotter), self.shared.events.clone());
         let write = move || {
-            let written = snapshotter.write_to(&path).map(|index| (index, path.clone()));
+            // Whatever happens to it, raft's thread must hear that it is over.
+            let written = std::panic::catch_unwind(AssertUnwindSafe(|| snapshotter.write_to(&path)));
+            let written = written.unwrap_or_else(|_| Err(Fault::Engine("writing a snapshot panicked".to_owned())));
+            let written = written.map(|index| (index, path.clone()));
             if written.is_err() {
                 snapshot::remove(&path);
             }

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use protobuf::Message as _;
-use raft::eraftpb::{ConfChange, ConfChangeV2, Entry, EntryType};
+use raft::eraftpb::{ConfChange, ConfChangeV2, Entry, EntryType, MessageType};
 use tenure_storage::Fault;
 
 use crate::apply::Install;
@@ -51,6 +51,12 @@ impl Outbox {
     }
 }
 
+/// Whether a message that raft holds until the disk has been written says nothing of the disk. Who answers a heartbeat says that
+/// it had not voted in a later term by then, and votes wait for the disk; who asks for a read promises nothing.
+fn is_no_promise(message: &Message) -> bool {
+    matches!(message.get_msg_type(), MessageType::MsgHeartbeatResponse | MessageType::MsgReadIndex)
+}
+
 impl<R: Send + 'static> Node<R> {
     /// # Errors
     /// If a committed change of members cannot be read.
@@ -69,7 +75,8 @@ impl<R: Send + 'static> Node<R> {
         self.log.append(&entries);
         let hard_state = ready.hs().cloned();
         let committed = ready.take_committed_entries();
-        let promises = ready.take_persisted_messages();
+        let (answers, promises) = ready.take_persisted_messages().into_iter().partition(is_no_promise);
+        self.send(answers);
         let must_write = ready.must_sync();
         self.raw.advance_append_async(ready);
 
@@ -219,8 +226,14 @@ impl<R: Send + 'static> Node<R> {
         // A member that joins knows of nobody until it gets the leader's snapshot, with itself in it.
         if !is_member && !voters.is_empty() {
             self.shared.removed.send_replace(true);
+            if self.is_leader() {
+                // Raft would lead on, without a place of its own among those that it counts.
+                let term = self.raw.raft.term;
+                self.raw.raft.become_follower(term, raft::INVALID_ID);
+            }
         }
         self.shared.status.voters.store(voters.len() as u64, Ordering::Release);
+        self.shared.status.conf_index.store(conf.index, Ordering::Release);
         // Another voter may acknowledge writes from now on.
         self.shared.status.reads_freely.store(false, Ordering::Release);
         *self.shared.members.write() = Arc::from(voters);

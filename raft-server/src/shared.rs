@@ -45,6 +45,8 @@ pub(crate) struct StatusCells {
     pub(crate) durable_index: AtomicU64,
     pub(crate) last_index: AtomicU64,
     pub(crate) voters: AtomicU64,
+    /// Of the newest change of members.
+    pub(crate) conf_index: AtomicU64,
     pub(crate) is_learner: AtomicBool,
     /// This member is the only voter, leads, and has applied all that an earlier life may have acknowledged: what is
     /// applied is what is acknowledged, and a read needs no round.

@@ -16,9 +16,10 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use parking_lot::Mutex;
-use raft::eraftpb::{Snapshot, SnapshotMetadata};
+use raft::eraftpb::{Message, Snapshot, SnapshotMetadata};
 use tenure_storage::Fault;
 
 use crate::log::{Conf, Position};
@@ -57,13 +58,35 @@ impl Drop for OutgoingSnapshot {
     }
 }
 
-/// Removes a directory that is not needed any more; one that is left over is removed at the next start.
+/// Counts what was renamed to be removed.
+static GONE: AtomicU64 = AtomicU64::new(0);
+
+/// Removes a directory that is not needed any more; one that is left over is removed at the next start. Raft's thread does not
+/// wait for that, which may take long; the name is free at once.
 pub(crate) fn remove(path: &Path) {
-    if let Err(error) = std::fs::remove_dir_all(path)
-        && error.kind() != std::io::ErrorKind::NotFound
-    {
-        tracing::warn!(path = %path.display(), %error, "remove a snapshot");
+    let gone = path.with_file_name(format!("gone-{}", GONE.fetch_add(1, Ordering::Relaxed)));
+    match std::fs::rename(path, &gone) {
+        Ok(()) => {}
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return,
+        Err(error) => return tracing::warn!(path = %path.display(), %error, "remove a snapshot"),
     }
+    let started = std::thread::Builder::new().name("raft-remove".to_owned()).spawn(move || {
+        if let Err(error) = std::fs::remove_dir_all(&gone) {
+            tracing::warn!(path = %gone.display(), %error, "remove a snapshot");
+        }
+    });
+    if let Err(error) = started {
+        tracing::warn!(%error, "start a thread to remove a snapshot");
+    }
+}
+
+/// Where what is offered by this message is put: a name for this copy of this member's, since another copy of the same place has
+/// other files. The name that the member gave it may be anything.
+pub(crate) fn incoming_name(message: &Message) -> String {
+    let snapshot = message.get_snapshot();
+    let metadata = snapshot.get_metadata();
+    let copy = crc32fast::hash(snapshot.get_data());
+    format!("in-{:x}-{}-{}-{copy:08x}", message.from, metadata.term, metadata.index)
 }
 
 /// What a member is offered, as its transport needs to know it.
@@ -107,7 +130,8 @@ impl Outgoing {
             conf_state: Some(ready.conf.state.clone()).into(),
             ..SnapshotMetadata::default()
         };
-        Some(Snapshot { metadata: Some(metadata).into(), ..Snapshot::default() })
+        let copy = ready.path.file_name().map_or_else(Vec::new, |name| name.as_encoded_bytes().to_vec());
+        Some(Snapshot { metadata: Some(metadata).into(), data: copy.into(), ..Snapshot::default() })
     }
 
     /// Whether one is wanted; asked once for each.

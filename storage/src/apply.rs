@@ -185,24 +185,30 @@ impl<E: Engine> StateMachine<E> {
         Copier(Arc::clone(&self.store.engine))
     }
 
-    /// Replaces the whole state by the copy in `dir`, which it takes over. Gives its applied index. Durable on return. Readers
-    /// and watchers go on: with the new state, from wherever they were.
+    /// Replaces the whole state by the copy in `dir`, which it takes over and which must be of the applied index `index`. Durable
+    /// on return. Readers and watchers go on: with the new state, from wherever they were.
     ///
     /// # Errors
-    /// As [`StateMachine::apply`].
+    /// As [`StateMachine::apply`]; of a copy of another index, whose state is not taken.
     ///
     /// # Panics
     /// If the copy is older than the state.
-    pub fn install(&mut self, dir: &Path) -> Result<u64, Fault> {
-        let before = self.registry.cell.applied_index;
+    pub fn install(&mut self, dir: &Path, index: u64) -> Result<(), Fault> {
+        assert!(index >= self.registry.cell.applied_index, "a state is replaced by a later one");
         self.store.shared.counts.forget_live();
-        self.store.engine.replace(dir)?;
+        self.store.engine.replace(dir, &|row| {
+            let key = meta::cell_key();
+            let stored = row(Family::Meta, &key)?.map(CellRow::decode).transpose()?;
+            match stored {
+                Some(cell) if cell.applied_index == index => Ok(()),
+                Some(_) | None => Err(Fault::Corrupt { what: "copy of the state", key }),
+            }
+        })?;
         self.store.shared.counts.written();
         self.registry = Registry::load(&self.store.engine.view())?;
-        assert!(self.registry.cell.applied_index >= before, "a state is replaced by a later one");
         self.show_registry();
         self.observer.state_replaced();
-        Ok(self.registry.cell.applied_index)
+        Ok(())
     }
 
     /// The read side.

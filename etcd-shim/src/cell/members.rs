@@ -2,8 +2,8 @@
 //!
 //! A change of members is decided by the leader alone, one after the other: behind a read barrier, so that whatever an earlier
 //! leader began is known, it is held against etcd's rules (contract 1.4) and proposed as a change of raft's configuration,
-//! in one entry with the command that records it. A member that does not lead asks the leader; that call is not repeated,
-//! for it may have been executed.
+//! in one entry with the command that records it, provided that no other change came in between. A member that does not lead asks
+//! the leader; that call is not repeated, for it may have been executed, unless who was asked says that it does not lead.
 //!
 //! The rules protect the quorum: nobody is added who could not be down without the loss of it, nobody is removed whose vote
 //! the rest needs, a learner gets its vote when it has nearly all of the log. Removing the leader hands over first.
@@ -196,62 +196,74 @@ impl Inner {
 
     async fn change_members(&self, change: MemberChange) -> Result<PeerAnswer, CellError> {
         let own = self.identity().member_id;
-        let leader = self.leader_id();
-        if leader == 0 {
+        if self.leader_id() == 0 {
             return Err(MembershipError::Unhealthy.into());
         }
-        if change.kind() == Kind::Remove && change.id == own && leader == own && self.raft.status().voters > 1 {
-            self.check_removal(&self.store.membership(), own)?;
-            if !self.hand_over(0).await {
-                return Err(MembershipError::TransferTimeout.into());
+        let changed = async {
+            loop {
+                let leader = self.leader_id();
+                let answer = if leader == own {
+                    self.change_members_as_leader(change.clone()).await?
+                } else if leader != 0 {
+                    let request = PeerCall { call: Some(Call::MemberChange(change.clone())) }.encode_to_vec().into();
+                    let answer = self.peers.call(leader, request, self.request_timeout).await;
+                    let answer = answer.map_err(|error| {
+                        tracing::warn!(%error, "ask the leader to change members");
+                        CellError::TimeoutWrite
+                    })?;
+                    PeerAnswer::decode(answer).map_err(|_| CellError::TimeoutWrite)?
+                } else {
+                    PeerAnswer { not_leader: true, ..PeerAnswer::default() }
+                };
+                if answer.code != 0 {
+                    return Err(MembershipError::AtLeader { code: answer.code, text: answer.text }.into());
+                }
+                if !answer.not_leader {
+                    return Ok(answer);
+                }
+                sleep(ASK_AGAIN).await;
             }
-        }
-        if self.leader_id() == own {
-            return self.change_members_as_leader(change).await;
-        }
-        let request = PeerCall { call: Some(Call::MemberChange(change)) }.encode_to_vec().into();
-        let answer = self.peers.call(self.leader_id(), request, self.request_timeout).await;
-        let answer = answer.map_err(|error| {
-            tracing::warn!(%error, "ask the leader to change members");
-            CellError::TimeoutWrite
-        })?;
-        let answer = PeerAnswer::decode(answer).map_err(|_| CellError::TimeoutWrite)?;
-        if answer.not_leader {
-            return Err(CellError::LeaderChanged);
-        }
-        if answer.code != 0 {
-            return Err(MembershipError::AtLeader { code: answer.code, text: answer.text }.into());
-        }
-        Ok(answer)
+        };
+        timeout(self.request_timeout, changed).await.unwrap_or(Err(CellError::TimeoutWrite))
     }
 
     async fn change_members_as_leader(&self, change: MemberChange) -> Result<PeerAnswer, CellError> {
         let _one_at_a_time = self.changing_members.lock().await;
-        self.read_barrier().await?;
-        let membership = self.store.membership();
+        let own = self.identity().member_id;
         let is_promotion = change.kind() == Kind::Promote;
-        let (raft_change, command, member_id) = self.check_change(&membership, change)?;
-        let command =
-            Envelope { tenant: TenantId(0), member_id: self.identity().member_id, command: Command::Members(command) };
-        // Raft leaves the joint configuration of the change before by itself; that takes a moment.
+        if change.kind() == Kind::Remove && change.id == own && self.raft.status().voters > 1 {
+            self.check_removal(&self.store.membership(), own)?;
+            if !self.hand_over(0).await {
+                return Err(MembershipError::TransferTimeout.into());
+            }
+            return Ok(PeerAnswer { not_leader: true, ..PeerAnswer::default() });
+        }
+        // Raft leaves the joint configuration of the change before by itself; that takes a moment, and what was decided on what was
+        // there before it is decided anew.
         let changed = async {
             loop {
-                match self.raft.change_members(raft_change, command.encode()).await {
+                let seen = self.raft.conf_index();
+                self.read_barrier().await?;
+                let (raft_change, command, id) = self.check_change(&self.store.membership(), change.clone())?;
+                let command = Envelope { tenant: TenantId(0), member_id: own, command: Command::Members(command) };
+                match self.raft.change_members(raft_change, seen, command.encode()).await {
                     Err(ChangeError::UnderWay) => sleep(ASK_AGAIN).await,
-                    other => return other,
+                    other => return Ok::<_, CellError>((id, other)),
                 }
             }
         };
-        match timeout(self.request_timeout, changed).await {
-            Ok(Ok(outcome)) => {
+        let (member_id, changed) =
+            timeout(self.request_timeout, changed).await.map_err(|_| CellError::TimeoutWrite)??;
+        match changed {
+            Ok(outcome) => {
                 outcome.result?;
                 self.learners_promoted.fetch_add(u64::from(is_promotion), Ordering::Relaxed);
                 Ok(PeerAnswer { member_id, ..PeerAnswer::default() })
             }
-            Ok(Err(ChangeError::NotLeader { .. })) => Err(CellError::LeaderChanged),
-            Ok(Err(ChangeError::Invalid)) => Err(MembershipError::NotEnoughStarted.into()),
-            Ok(Err(ChangeError::UnderWay)) | Err(_) => Err(CellError::TimeoutWrite),
-            Ok(Err(ChangeError::Propose(error))) => Err(error.into()),
+            Err(ChangeError::NotLeader { .. }) => Err(CellError::LeaderChanged),
+            Err(ChangeError::Invalid) => Err(MembershipError::NotEnoughStarted.into()),
+            Err(ChangeError::UnderWay) => Err(CellError::TimeoutWrite),
+            Err(ChangeError::Propose(error)) => Err(error.into()),
         }
     }
 

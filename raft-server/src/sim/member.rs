@@ -94,8 +94,8 @@ impl StateMachine for SimMachine {
         Arc::new(Copy(self.storage.copier()))
     }
 
-    fn install(&mut self, dir: &Path) -> Result<u64, Fault> {
-        self.storage.install(dir)
+    fn install(&mut self, dir: &Path, index: u64) -> Result<(), Fault> {
+        self.storage.install(dir, index)
     }
 }
 

@@ -16,7 +16,10 @@ use super::watcher::Watcher;
 use crate::node::{Event, MembersChange};
 use crate::snapshot::SnapshotOffer;
 use crate::transport::PeerMessage;
-use crate::{Config, ProposeError, ReadError};
+use crate::{ChangeError, Config, ProposeError, ReadError};
+
+/// That a change of members was proposed, and what became of it.
+type ChangeProposed = Result<oneshot::Receiver<Result<Outcome, ProposeError>>, ChangeError>;
 
 const TENANT: TenantId = TenantId(1);
 
@@ -86,6 +89,8 @@ struct World {
     lives_begun: u64,
     /// Those that were removed: they stay away.
     removed: BTreeSet<u64>,
+    /// Who waits for changes of members.
+    changes: Vec<oneshot::Receiver<ChangeProposed>>,
     wire: VecDeque<PeerMessage>,
     fetches: BTreeMap<u64, SnapshotOffer>,
     /// Pairs whose messages are lost.
@@ -112,6 +117,7 @@ impl World {
             lives: BTreeMap::new(),
             lives_begun: 0,
             removed: BTreeSet::new(),
+            changes: Vec::new(),
             wire: VecDeque::new(),
             fetches: BTreeMap::new(),
             cut: BTreeSet::new(),
@@ -440,10 +446,13 @@ impl World {
             _ => return,
         };
         self.note(("change", leader, format!("{change:?}")));
-        let (reply, _) = oneshot::channel();
+        // Somebody waits for the outcome: what nobody waits for is not proposed again.
+        let (reply, outcome) = oneshot::channel();
+        self.changes.push(outcome);
         let command =
             Envelope { tenant: TenantId(0), member_id: leader, command: Command::Configure { quota_bytes: -1 } };
-        let event = Event::Change { change, command: command.encode(), reply };
+        let seen = self.lives[&leader].handle().conf_index();
+        let event = Event::Change { change, seen, command: command.encode(), reply };
         if self.lives[&leader].handle().shared().events.try_send(event).is_err() {
             return;
         }

@@ -121,15 +121,16 @@ impl StateMachine for Recorder {
         Arc::new(RecordWriter(Arc::clone(&self.memory)))
     }
 
-    fn install(&mut self, dir: &Path) -> Result<u64, Fault> {
+    fn install(&mut self, dir: &Path, index: u64) -> Result<(), Fault> {
         let text = std::fs::read(dir.join("records"))?;
         let mut lines = text.split(|byte| *byte == b'\n');
         let applied_index = String::from_utf8_lossy(lines.next().unwrap()).parse().unwrap();
         let commands = lines.filter(|line| !line.is_empty()).map(Bytes::copy_from_slice).collect();
+        assert_eq!(applied_index, index);
         let records = Records { applied_index, commands };
         *self.memory.lock() = records.clone();
         *self.disk.lock() = records;
-        Ok(applied_index)
+        Ok(())
     }
 }
 

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use parking_lot::RwLock;
 
-use super::{Batch, Cursor, Engine, Family, Reader};
+use super::{Batch, Cursor, Engine, Family, IsRight, Reader};
 use crate::codec::{self, Writer};
 use crate::error::Fault;
 
@@ -101,13 +101,14 @@ impl Engine for MemoryEngine {
         Ok(maps[family.index()].get(key).cloned())
     }
 
-    fn replace(&self, dir: &Path) -> Result<(), Fault> {
+    fn replace(&self, dir: &Path, is_right: &IsRight<'_>) -> Result<(), Fault> {
         let mut r = codec::Reader::new(std::fs::read(dir.join(CHECKPOINT))?.into(), "checkpoint");
         let mut maps = Maps::default();
         for map in &mut maps {
             map.extend(r.list(|r| Ok((r.bytes()?.to_vec(), r.bytes()?)))?);
         }
         r.end()?;
+        is_right(&|family, key| Ok(maps[family.index()].get(key).cloned()))?;
         let maps = Arc::new(maps);
         *self.state.write() = State { current: Arc::clone(&maps), durable: maps };
         Ok(std::fs::remove_dir_all(dir)?)

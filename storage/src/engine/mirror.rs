@@ -4,7 +4,7 @@ use std::path::Path;
 
 use bytes::Bytes;
 
-use super::{Batch, Cursor, Engine, Family, Reader};
+use super::{Batch, Cursor, Engine, Family, IsRight, Reader};
 use crate::error::Fault;
 
 /// Writes to both engines and panics as soon as a read differs.
@@ -53,9 +53,9 @@ impl<A: Engine, B: Engine> Engine for Mirror<A, B> {
         Ok(a)
     }
 
-    fn replace(&self, dir: &Path) -> Result<(), Fault> {
-        self.0.replace(&dir.join("a"))?;
-        self.1.replace(&dir.join("b"))
+    fn replace(&self, dir: &Path, is_right: &IsRight<'_>) -> Result<(), Fault> {
+        self.0.replace(&dir.join("a"), is_right)?;
+        self.1.replace(&dir.join("b"), is_right)
     }
 }
 

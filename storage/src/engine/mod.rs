@@ -138,13 +138,20 @@ pub trait Engine: Send + Sync + 'static {
     /// Any [`Fault`] means that there is no copy; the engine goes on.
     fn checkpoint(&self, dir: &Path, family: Family, key: &[u8]) -> Result<Option<Bytes>, Fault>;
 
-    /// Replaces the data by a copy that [`Engine::checkpoint`] wrote, and takes its directory over. Views made before go on
-    /// seeing the old data. Durable on return; after a crash the engine has the old data or the new.
+    /// Replaces the data by a copy that [`Engine::checkpoint`] wrote, and takes its directory over, if `is_right` says of the copy
+    /// that it is the expected one. Views made before go on seeing the old data. Durable on return; after a crash, or an error, the
+    /// engine has the old data or the new.
     ///
     /// # Errors
-    /// As [`Engine::write`].
-    fn replace(&self, dir: &Path) -> Result<(), Fault>;
+    /// As [`Engine::write`], and what `is_right` says.
+    fn replace(&self, dir: &Path, is_right: &IsRight<'_>) -> Result<(), Fault>;
 }
+
+/// Looks at a copy before it takes the place of the data: gets its row of one key, of any family.
+pub type IsRight<'a> = dyn Fn(&GetRow<'_>) -> Result<(), Fault> + 'a;
+
+/// The row of a key.
+pub type GetRow<'a> = dyn Fn(Family, &[u8]) -> Result<Option<Bytes>, Fault> + 'a;
 
 /// Changes that reach the engine together or not at all. The last change of a key wins.
 #[derive(Debug, Default)]

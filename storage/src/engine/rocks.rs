@@ -20,7 +20,7 @@ use rocksdb::{
 };
 use self_cell::self_cell;
 
-use super::{Batch, Cursor, Engine, Family, Reader};
+use super::{Batch, Cursor, Engine, Family, IsRight, Reader};
 use crate::error::Fault;
 
 /// Memory and threads of one engine.
@@ -295,7 +295,7 @@ impl Engine for RocksEngine {
         Ok(value.map(|value| Bytes::copy_from_slice(&value)))
     }
 
-    fn replace(&self, dir: &Path) -> Result<(), Fault> {
+    fn replace(&self, dir: &Path, is_right: &IsRight<'_>) -> Result<(), Fault> {
         let before = self.current();
         let number =
             before.files.name.strip_prefix(NAME_PREFIX).and_then(|number| number.parse::<u64>().ok()).unwrap_or(0);
@@ -303,6 +303,10 @@ impl Engine for RocksEngine {
         std::fs::rename(dir, self.base.join(&name))?;
         // Before it counts: what cannot be opened must not take the place of what is.
         let db = open_database(&self.base.join(&name), &self.options)?;
+        is_right(&|family, key| {
+            let value = db.get_pinned_cf(handle_in(&db, family), key).map_err(fault)?;
+            Ok(value.map(|value| Bytes::copy_from_slice(&value)))
+        })?;
         set_active(&self.base, &name)?;
         let new = Database { db, files: Files { name, superseded_in: OnceLock::new() } };
         *self.current.write() = Arc::new(new);
@@ -457,7 +461,7 @@ mod tests {
             assert_eq!(copied.as_deref(), Some(&b"new"[..]));
             put(source, b"newer");
             let before = engine.view();
-            engine.replace(&dir.join("copy")).unwrap();
+            engine.replace(&dir.join("copy"), &|_| Ok(())).unwrap();
             assert_eq!(before.get(Family::Meta, b"k").unwrap().as_deref(), Some(&b"old"[..]));
             assert_eq!(engine.view().get(Family::Meta, b"k").unwrap().as_deref(), Some(&b"new"[..]));
             assert_eq!(engine.durable_get(Family::Meta, b"k").unwrap().as_deref(), Some(&b"new"[..]));

@@ -2,9 +2,12 @@ package cluster
 
 import (
 	"cmp"
+	"context"
 	"fmt"
 	"slices"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 
 	"go.etcd.io/etcd/api/v3/etcdserverpb"
@@ -67,19 +70,26 @@ func TestMembership(t *testing.T) {
 		refused(t, "promotion of a voter", err, notLearner)
 		equal(t, "members", shownMembers(t, c, client), "m1 voter, m2 voter, m3 voter, m4 voter")
 
-		// A follower goes, then the leader: the others elect a new one.
+		// A follower goes, then the leader: the others elect a new one. Meanwhile clients of a member that stays write.
 		leader = leaderAmong(t, c.Members)
+		written := writing(t, newClient(t, m.Endpoint()))
 		remove(t, c, without(c.Members, leader, m)[0])
 		leaderAmong(t, c.Members)
 		remove(t, c, leader)
 		leaderAmong(t, c.Members)
 		equal(t, "members", len(list(t, newClient(t, c.Endpoints("default")...))), 2)
+		acknowledged := written()
 
 		// The member that came last is a whole one, also after a crash.
 		last := newClient(t, m.Endpoint())
 		resp, err := last.Get(testContext(t), "key", clientv3.WithPrefix(), clientv3.WithCountOnly())
 		must(t, err)
 		equal(t, "keys", resp.Count, 20)
+		resp, err = last.Get(testContext(t), "load", clientv3.WithPrefix(), clientv3.WithCountOnly())
+		must(t, err)
+		if resp.Count < acknowledged || acknowledged == 0 {
+			t.Errorf("%d writes were acknowledged, %d are there", acknowledged, resp.Count)
+		}
 		_, err = last.Put(testContext(t), "by", "the last")
 		must(t, err)
 		m.Kill()
@@ -88,6 +98,31 @@ func TestMembership(t *testing.T) {
 		must(t, err)
 		equal(t, "value", string(read.Kvs[0].Value), "the last")
 	})
+}
+
+// writing puts new keys from several goroutines until the function that it gives is called, which says how many were
+// acknowledged.
+func writing(t *testing.T, client *clientv3.Client) func() int64 {
+	t.Helper()
+	ctx, stop := context.WithCancel(context.Background())
+	t.Cleanup(stop)
+	var acknowledged atomic.Int64
+	var all sync.WaitGroup
+	for w := range 8 {
+		all.Go(func() {
+			for i := 0; ctx.Err() == nil; i++ {
+				// One that fails while the leader changes is no matter here.
+				if _, err := client.Put(ctx, fmt.Sprintf("load/%d/%d", w, i), ""); err == nil {
+					acknowledged.Add(1)
+				}
+			}
+		})
+	}
+	return func() int64 {
+		stop()
+		all.Wait()
+		return acknowledged.Load()
+	}
 }
 
 // notReady checks what cannot be done with a learner that never ran, nor beside it.

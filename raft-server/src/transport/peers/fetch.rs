@@ -42,6 +42,9 @@ const LIST: u64 = 0;
 const COMPLETE: u64 = 1;
 const GIVEN_UP: u64 = 2;
 
+/// A link that brings nothing for so long is given up: nobody else would notice that it hangs.
+const CHUNK_WITHIN: Duration = Duration::from_secs(10);
+
 /// Pause between attempts.
 const PAUSE: Duration = Duration::from_millis(250);
 
@@ -206,17 +209,14 @@ async fn attempt(inner: &Inner, offer: &SnapshotOffer, url: &str) -> Result<(), 
     let mut source = Source { grpc: ready(connect(&inner.config, url).await?).await?, inner, offer };
     tokio::fs::create_dir_all(&offer.path).await.map_err(own)?;
     let mut chunks = source.ask(LIST, "").await?;
-    let first = chunks.next().await.ok_or_else(|| CallError::Unreachable("no list of files".to_owned()))?;
-    let files = parse_list(unchunk(first.map_err(CallError::Refused)?)?)?;
+    let files = parse_list(next_chunk(&mut chunks).await?)?;
     for (name, length) in &files {
         let mut file = OpenOptions::new().create(true).append(true).open(offer.path.join(name)).await.map_err(own)?;
         let mut have = file.metadata().await.map_err(own)?.len();
         if have < *length {
             let mut chunks = source.ask(have, name).await?;
             while have < *length {
-                let next = chunks.next().await;
-                let next = next.ok_or_else(|| CallError::Unreachable("a file ended early".to_owned()))?;
-                let bytes = unchunk(next.map_err(|status| CallError::Unreachable(status.to_string()))?)?;
+                let bytes = next_chunk(&mut chunks).await?;
                 file.write_all(&bytes).await.map_err(own)?;
                 have += bytes.len() as u64;
             }
@@ -231,6 +231,12 @@ async fn attempt(inner: &Inner, offer: &SnapshotOffer, url: &str) -> Result<(), 
     }
     let directory = File::open(&offer.path).await.map_err(own)?;
     directory.sync_all().await.map_err(own)
+}
+
+async fn next_chunk(chunks: &mut tonic::Streaming<Bytes>) -> Result<Bytes, CallError> {
+    let unreachable = |text: &str| CallError::Unreachable(text.to_owned());
+    let next = tokio::time::timeout(CHUNK_WITHIN, chunks.next()).await.map_err(|_| unreachable("nothing comes"))?;
+    unchunk(next.ok_or_else(|| unreachable("it ended early"))?.map_err(|status| unreachable(&status.to_string()))?)
 }
 
 struct Source<'a> {
