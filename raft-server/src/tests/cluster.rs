@@ -273,6 +273,14 @@ async fn members_leave_and_leaders_hand_over() {
     let mut leadership = cluster.handle(next).leadership();
     patiently(leadership.wait_for(|now| now.is_leader)).await.unwrap();
 
+    // It hands over first, or raft would lead on without a place of its own.
+    let itself = cluster.handle(next).change_members(
+        MembersChange::Remove(next),
+        cluster.handle(next).conf_index(),
+        Bytes::from_static(b"remove myself"),
+    );
+    assert_eq!(patiently(itself).await, Err(ChangeError::Invalid));
+
     let leaver = all.into_iter().find(|id| *id != next).unwrap();
     let wrong = cluster.handle(leaver).change_members(
         MembersChange::Remove(leaver),

@@ -42,8 +42,8 @@ pub(crate) fn encode(messages: &[PeerMessage]) -> Bytes {
         match message {
             PeerMessage::Raft(message) => {
                 frame.put_u8(RAFT);
-                let body = message.write_to_bytes().expect("a message has no required fields");
-                frame.put_slice(&body);
+                frame.reserve(message.compute_size() as usize);
+                message.write_to_writer(&mut (&mut frame).writer()).expect("a message has no required fields");
             }
             PeerMessage::Forward(message) => {
                 frame.put_u8(FORWARD);
