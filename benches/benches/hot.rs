@@ -17,7 +17,7 @@ use tenure_storage::fuzz::{escape, unescape};
 use tenure_storage::key_value::KeyValue;
 use tenure_storage::{
     Command, Compare, CompareResult, CompareTarget, Envelope, Event, EventKind, KeyRange, LeaseId, NoObserver,
-    PutRequest, RangeRequest, RocksEngine, RocksOptions, StateMachine, TenantId, TxnOp, TxnRequest,
+    PutRequest, RangeRequest, RocksEngine, RocksOptions, StateMachine, TenantCommand, TenantId, TxnOp, TxnRequest,
 };
 
 const KEYS: usize = 10_000;
@@ -66,7 +66,7 @@ fn kube_txn(number: usize) -> Bytes {
 fn filled(dir: &std::path::Path) -> StateMachine<RocksEngine> {
     let engine = RocksEngine::open(dir, &RocksOptions::default()).expect("open");
     let mut state = StateMachine::open(Arc::new(engine), Arc::new(NoObserver)).expect("open");
-    let create = envelope(Command::CreateTenant { name: "bench".to_string() });
+    let create = envelope(Command::Tenant(TenantCommand::create("bench")));
     let puts = (0..KEYS).map(|number| envelope(Command::Put(put(number))));
     state.apply(vec![(1, [create].into_iter().chain(puts).collect())]).expect("fill");
     state

@@ -23,7 +23,8 @@ use tenure_storage::fuzz::escape;
 use tenure_storage::key_value::KeyValue;
 use tenure_storage::{
     Command, Compare, CompareResult, CompareTarget, DeleteRangeRequest, Envelope, KeyRange, LeaseId, NoObserver,
-    PutRequest, RangeRequest, Reply, RocksEngine, RocksOptions, StateMachine, TenantId, TxnOp, TxnRequest,
+    PutRequest, RangeRequest, Reply, RocksEngine, RocksOptions, StateMachine, TenantCommand, TenantId, TxnOp,
+    TxnRequest,
 };
 
 const VALUE_BYTES: usize = 1 << 10;
@@ -509,7 +510,7 @@ impl Tenure {
         let mut tenure = Tenure { machine, tenant: TenantId(0), index: 0 };
         let no_quota = tenure.one(Command::Configure { quota_bytes: -1 });
         assert!(matches!(no_quota, Reply::Configure), "{no_quota:?}");
-        let Reply::CreateTenant { id } = tenure.one(Command::CreateTenant { name: "bench".to_owned() }) else {
+        let Reply::Tenant { id, .. } = tenure.one(Command::Tenant(TenantCommand::create("bench"))) else {
             panic!("a tenant is created");
         };
         tenure.tenant = id;

@@ -26,23 +26,29 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use tenure_admin_api::v1::admin_server::AdminServer;
 use tenure_raft_server::transport::peers::{self, PeerTls};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use url::Url;
 
+use crate::admin::AdminService;
 use crate::cell::{Cell, CellConfig, ClusterState, DEFAULT_TENANT, InitialCluster, MemberNames, OpenError};
 use crate::client::Client;
 use crate::flags::TlsFiles;
 use crate::http_endpoints::HttpAccess;
 use crate::inflight::{Budget, InFlight};
+use crate::issuer::IssuerFiles;
 use crate::listen::{ConnectionLimits, ListenError, Listener, Serves, Services, Stop, bind_peer, serve};
 use crate::rpc_metrics::RpcMetrics;
 use crate::server::Router;
 use crate::service::watch::PROGRESS_PERIOD_DEFAULT;
 use crate::service::{Context, Limits};
 use crate::tls::{MemberTls, PeerTlsFiles, Tls, TlsError};
+
+/// The file in the data directory on which administrators of this machine are served.
+pub const ADMIN_SOCKET: &str = "admin.sock";
 
 /// What [`Tenure::builder`] collects.
 #[derive(Clone, Debug)]
@@ -57,6 +63,9 @@ pub struct Builder {
     peer_tls: Option<PeerTlsFiles>,
     connections: ConnectionLimits,
     access: HttpAccess,
+    cell_domain: Option<String>,
+    issuer: Option<IssuerFiles>,
+    admin_socket: bool,
 }
 
 #[derive(Clone, Debug)]
@@ -107,6 +116,9 @@ impl Tenure {
             peer_tls: None,
             connections: ConnectionLimits::default(),
             access: HttpAccess::default(),
+            cell_domain: None,
+            issuer: None,
+            admin_socket: false,
         }
     }
 
@@ -200,6 +212,30 @@ impl Builder {
         let tenant = tenant.into();
         self.listen.push(Listen { url: url.into(), tenant: Some(tenant.clone()), serves: Serves::Everything });
         self.tenant(tenant)
+    }
+
+    /// Serves the admin API on `https://`, to clients whose certificate is an administrator's; see [`crate::admin`].
+    pub fn admin_listen(mut self, url: impl Into<String>) -> Self {
+        self.listen.push(Listen { url: url.into(), tenant: None, serves: Serves::Admin });
+        self
+    }
+
+    /// Serves the admin API on the socket file [`ADMIN_SOCKET`] in the data directory, to this process's user. Default: no.
+    pub fn admin_socket(mut self) -> Self {
+        self.admin_socket = true;
+        self
+    }
+
+    /// The CA that signs certificates of tenants. Unless [`Builder::tls`] names a CA of client certificates, it is that too.
+    pub fn issuer(mut self, files: IssuerFiles) -> Self {
+        self.issuer = Some(files);
+        self
+    }
+
+    /// A TLS client that calls the server `NAME.DOMAIN` is tenant `NAME`, if no certificate says so. Default: none.
+    pub fn cell_domain(mut self, domain: impl Into<String>) -> Self {
+        self.cell_domain = Some(domain.into());
+        self
     }
 
     /// Where clients are told to connect. Default: the URLs of [`Builder::listen`], as they were given.
@@ -317,6 +353,9 @@ impl Builder {
     /// # Errors
     /// [`StartError`].
     pub async fn start(mut self) -> Result<Tenure, StartError> {
+        if let (Some(TlsFiles::Files { trusted_ca_file, .. }), Some(issuer)) = (&mut self.tls, &self.issuer) {
+            trusted_ca_file.get_or_insert_with(|| issuer.cert_file.clone());
+        }
         let listeners = self.bind().await?;
         let addresses = listeners.iter().filter_map(Listener::local_addr).collect();
         let peer_hosts = self.cell.names.peer_urls.iter().filter_map(|url| host_of(url));
@@ -335,22 +374,50 @@ impl Builder {
             let peers = opening.peers().clone();
             peer_serving.spawn(peers::serve(peer_listeners, server_tls, peers, std::future::pending()));
         }
-        let cell = opening.complete().await?;
+        let cell = opening.cell().clone();
         let context = Context { cell: cell.clone(), limits: self.limits, in_flight: InFlight::new(Budget::default()) };
+        let rpc_metrics = RpcMetrics::default();
+        let admin = AdminService::new(cell.clone(), rpc_metrics.clone(), self.issuer.clone());
         let services = Services {
             cell: cell.clone(),
             router: Router::new(&context, self.progress_period),
+            admin: AdminServer::new(admin),
             arriving: InFlight::new(Budget::default()),
-            rpc_metrics: RpcMetrics::default(),
+            rpc_metrics,
             access: Arc::new(self.access.clone()),
             limits: self.connections,
         };
         let (stop, stopping) = watch::channel(Stop::NotYet);
         let mut serving = JoinSet::new();
-        for listener in listeners {
+        // Whoever watches this member wants to see it wait for the others; clients wait until it serves.
+        let (for_watchers, for_clients): (Vec<_>, Vec<_>) =
+            listeners.into_iter().partition(|listener| listener.serves() == Serves::Metrics);
+        for listener in for_watchers {
+            serving.spawn(serve(listener, services.clone(), stopping.clone()));
+        }
+        opening.complete().await?;
+        for listener in for_clients.into_iter().chain(self.bind_admin_socket()) {
             serving.spawn(serve(listener, services.clone(), stopping.clone()));
         }
         Ok(Tenure { cell, addresses, serving, stop, peer_serving })
+    }
+
+    /// Not worth a member: the name of a socket file may be too long, its file system may have none.
+    fn bind_admin_socket(&self) -> Option<Listener> {
+        if !self.admin_socket {
+            return None;
+        }
+        let path = self.cell.data_dir.join(ADMIN_SOCKET);
+        match Listener::bind_admin_socket(path.clone()) {
+            Ok(listener) => {
+                tracing::info!(path = %path.display(), "serving the admin API: tenurectl --endpoint unix:PATH");
+                Some(listener)
+            }
+            Err(error) => {
+                tracing::warn!(%error, path = %path.display(), "serve the admin API on a socket file");
+                None
+            }
+        }
     }
 
     async fn bind(&self) -> Result<Vec<Listener>, StartError> {
@@ -363,7 +430,8 @@ impl Builder {
             if tls.is_none() && matches!(url.scheme(), "https" | "unixs") {
                 return Err(StartError::NoCertificate(text.clone()));
             }
-            listeners.push(Listener::bind(&url, tenant.clone(), *serves, tls.clone(), client_cert_auth).await?);
+            let (tenant, domain) = (tenant.clone(), self.cell_domain.clone());
+            listeners.push(Listener::bind(&url, tenant, *serves, tls.clone(), client_cert_auth, domain).await?);
         }
         Ok(listeners)
     }

@@ -19,6 +19,7 @@
 mod bootstrap;
 mod members;
 mod tenant;
+mod tenants;
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
@@ -32,8 +33,8 @@ use tenure_raft_server as raft;
 use tenure_raft_server::transport::peers::{PeerIdentity, PeerStats, PeerTls, Peers, PeersConfig};
 use tenure_storage::limits::TENANT_NAME_BYTES_MAX;
 use tenure_storage::{
-    Command, Copier, Envelope, Fault, LeaseId, MembersCommand, Membership, Observer, Outcome, Refusal, RocksEngine,
-    RocksOptions, StateMachine, Store, TenantId, TenantReader,
+    Command, Copier, Envelope, Fault, Labels, LeaseId, MembersCommand, Membership, Observer, Outcome, Refusal,
+    RocksEngine, RocksOptions, StateMachine, Store, TenantChange, TenantId, TenantLimits, TenantPhase, TenantReader,
 };
 use tokio::sync::watch;
 use tokio::task::JoinSet;
@@ -50,6 +51,8 @@ use crate::reclaim::Reclaimer;
 use self::bootstrap::Beginning;
 pub use self::bootstrap::{BootstrapError, ClusterState, InitialCluster};
 pub use self::tenant::{Granted, Tenant};
+pub(crate) use self::tenants::now_ms;
+pub use self::tenants::{TenantUpdate, may_be_deleted};
 
 /// The tenant of a client that says nothing.
 pub const DEFAULT_TENANT: &str = "default";
@@ -223,13 +226,14 @@ struct Inner {
     changing_members: tokio::sync::Mutex<()>,
     strict_reconfig_check: bool,
     max_learners: usize,
-    learners_promoted: AtomicU64,
+    promotions: members::Promotions,
     raft: raft::Handle<Outcome>,
     leadership: watch::Receiver<raft::Leadership>,
     read_pool: ReadPool,
     tasks: Mutex<JoinSet<()>>,
     store: Store<RocksEngine>,
     lessor: Arc<Lessor>,
+    changes: Arc<tenants::Changes>,
     /// What of a tenant does not change, looked up by every request. Filled on first use.
     tenants: RwLock<HashMap<String, Arc<TenantParts>>>,
     defragment: Defragment,
@@ -248,6 +252,7 @@ struct TenantParts {
     name: String,
     cluster_id: u64,
     reader: TenantReader<RocksEngine>,
+    read_ns: AtomicU64,
 }
 
 /// Engine compactions go one after the other; who comes while one waits shares that one's.
@@ -265,6 +270,7 @@ struct Watcher {
     lessor: Arc<Lessor>,
     reclaimer: Arc<Reclaimer>,
     peers: Peers,
+    changes: Arc<tenants::Changes>,
     /// Set when the state is open: what comes before that is read from it then.
     store: std::sync::OnceLock<Store<RocksEngine>>,
     failure: Failure,
@@ -283,6 +289,18 @@ impl Observer for Watcher {
         self.reclaimer.add(tenant);
     }
 
+    fn tenant_changed(&self, tenant: TenantId, change: TenantChange) {
+        match change {
+            TenantChange::Created | TenantChange::Forgotten => {}
+            TenantChange::Profile => self.follow_phase(tenant),
+            TenantChange::Deleted => {
+                self.lessor.forget(tenant);
+                self.changes.deleted(tenant);
+            }
+        }
+        self.changes.count();
+    }
+
     fn members_changed(&self, membership: &Membership) {
         // An empty state knows nobody yet.
         if !membership.members.is_empty() {
@@ -297,6 +315,7 @@ impl Observer for Watcher {
         if let Err(fault) = load_leases(store, &self.lessor) {
             self.failure.report(&fault.to_string());
         }
+        self.changes.count();
     }
 }
 
@@ -376,6 +395,7 @@ impl Cell {
         tasks.spawn(follow_leadership(Arc::downgrade(&self.0), self.0.leadership.clone()));
         tasks.spawn(revoke_expired(Arc::downgrade(&self.0)));
         tasks.spawn(watch_disk(Arc::downgrade(&self.0)));
+        tasks.spawn(tenants::clear(Arc::downgrade(&self.0), Arc::clone(&self.0.changes)));
         let cell = Arc::downgrade(&self.0);
         tasks.spawn(async move {
             reclaimer
@@ -461,7 +481,9 @@ impl Cell {
 
     /// The tenant of that name, if there is one.
     pub fn tenant(&self, name: &str) -> Option<Tenant> {
-        if let Some(parts) = self.0.tenants.read().get(name) {
+        if let Some(parts) = self.0.tenants.read().get(name)
+            && !parts.reader.is_deleted()
+        {
             return Some(Tenant { cell: Arc::clone(&self.0), parts: Arc::clone(parts) });
         }
         let id = self.0.store.tenant_id(name)?;
@@ -469,6 +491,7 @@ impl Cell {
             name: name.to_string(),
             cluster_id: self.0.cluster_id_of(id, name),
             reader: self.0.store.reader(id)?,
+            read_ns: AtomicU64::new(0),
         });
         self.0.tenants.write().insert(name.to_string(), Arc::clone(&parts));
         Some(Tenant { cell: Arc::clone(&self.0), parts })
@@ -479,14 +502,8 @@ impl Cell {
     /// # Errors
     /// [`CreateTenantError`]; [`Refusal::TooManyTenants`] at the cell's bound.
     pub async fn create_tenant(&self, name: &str) -> Result<Tenant, CreateTenantError> {
-        check_tenant_name(name)?;
-        if let Some(tenant) = self.tenant(name) {
-            return Ok(tenant);
-        }
-        let command = Command::CreateTenant { name: name.to_string() };
-        self.0.propose(TenantId(0), command).await?.result.map_err(CellError::from)?;
-        // Storage publishes a tenant before it answers.
-        self.tenant(name).ok_or_else(|| CellError::from(Refusal::TenantNotFound).into())
+        let (tenant, _) = self.create_tenant_with(name, TenantLimits::default(), Labels::default()).await?;
+        Ok(tenant)
     }
 
     /// Names of all tenants, in the order they were made.
@@ -543,7 +560,12 @@ impl Cell {
 
     /// Learners that got their vote from this member as the leader.
     pub fn learners_promoted(&self) -> u64 {
-        self.0.learners_promoted.load(Ordering::Relaxed)
+        self.0.promotions.made.load(Ordering::Relaxed)
+    }
+
+    /// Promotions that this member refused as the leader, by reason.
+    pub fn promotions_refused(&self) -> [(&'static str, u64); 4] {
+        self.0.promotions.by_reason()
     }
 
     /// The disk of the data directory.
@@ -603,6 +625,11 @@ impl Opening {
     /// What other members talk to.
     pub fn peers(&self) -> &Peers {
         self.cell.peers()
+    }
+
+    /// The cell as it is so far, to be looked at: it may hold no tenant yet.
+    pub fn cell(&self) -> &Cell {
+        &self.cell
     }
 
     /// Waits until it serves; see [`Cell::open`].
@@ -669,8 +696,10 @@ impl Inner {
         let lessor = Arc::new(Lessor::new(config.election_timeout));
         let reclaimer = Arc::new(Reclaimer::default());
         let failure = Failure(Arc::new(watch::Sender::new(None)));
+        let changes = Arc::new(tenants::Changes::default());
         let observer = Arc::new(Watcher {
             lessor: Arc::clone(&lessor),
+            changes: Arc::clone(&changes),
             reclaimer: Arc::clone(&reclaimer),
             peers: peers.clone(),
             store: std::sync::OnceLock::new(),
@@ -692,13 +721,14 @@ impl Inner {
             changing_members: tokio::sync::Mutex::default(),
             strict_reconfig_check: config.strict_reconfig_check,
             max_learners: config.max_learners,
-            learners_promoted: AtomicU64::new(0),
+            promotions: members::Promotions::default(),
             leadership: raft.leadership(),
             raft,
             read_pool: ReadPool::for_this_machine().map_err(OpenError::Threads)?,
             tasks: Mutex::new(JoinSet::new()),
             store,
             lessor,
+            changes,
             tenants: RwLock::default(),
             defragment: Defragment::default(),
             disk,
@@ -733,7 +763,7 @@ impl Inner {
     /// With a term: by this member as its leader, or not at all.
     async fn propose_in(&self, term: Option<u64>, tenant: TenantId, command: Command) -> Result<Outcome, CellError> {
         let lane = match &command {
-            Command::CreateTenant { .. } | Command::Configure { .. } | Command::Members(_) => CELL_LANE,
+            Command::Tenant(_) | Command::Configure { .. } | Command::Members(_) => CELL_LANE,
             Command::Put(_)
             | Command::DeleteRange(_)
             | Command::Txn(_)
@@ -865,6 +895,9 @@ fn load_leases(store: &Store<RocksEngine>, lessor: &Lessor) -> Result<(), Fault>
             for (id, ttl_seconds) in reader.leases()? {
                 lessor.granted(tenant, id, ttl_seconds);
             }
+        }
+        if reader.profile().phase == TenantPhase::Suspended {
+            lessor.suspend(tenant);
         }
     }
     Ok(())

@@ -14,10 +14,12 @@ use crate::cell::{ClusterState, InitialCluster, check_tenant_name};
 use crate::config_file;
 use crate::http_endpoints::HttpAccess;
 use crate::ids::{CLUSTER_TOKEN_DEFAULT, PEER_URL_DEFAULT};
+use crate::issuer::IssuerFiles;
 use crate::listen::ConnectionLimits;
 use crate::logging::{LogFormat, LogOutput, LogSettings};
 use crate::service::{MAX_REQUEST_BYTES, MAX_TXN_OPS};
 use crate::tls::PeerTlsFiles;
+use crate::urls::{check_member_url, has_port};
 
 /// What a flag's value is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -68,8 +70,18 @@ const FLAGS: &[Group] = &[
             ("snapshot-catchup-entries", Kind::Number, "log entries kept for members behind (default 5000)"),
             ("peer-cert-file", Kind::Text, "certificate towards other members, PEM"),
             ("peer-key-file", Kind::Text, "its key, PEM"),
-            ("peer-trusted-ca-file", Kind::Text, "CA of the members' certificates, PEM"),
-            ("peer-client-cert-auth", Kind::Switch, "demand a certificate of members that connect"),
+            (
+                "peer-trusted-ca-file",
+                Kind::Text,
+                "CA of the members' certificates, PEM; those that connect must show one of it",
+            ),
+            (
+                "peer-client-cert-auth",
+                Kind::Switch,
+                "demand a certificate of members that connect: --peer-trusted-ca-file must be given",
+            ),
+            ("peer-client-cert-file", Kind::Text, "certificate where this member connects, if it is another one, PEM"),
+            ("peer-client-key-file", Kind::Text, "its key, PEM"),
             ("peer-auto-tls", Kind::Switch, "TLS between members with certificates that nobody checks"),
         ],
     ),
@@ -88,6 +100,11 @@ const FLAGS: &[Group] = &[
             ("grpc-keepalive-min-time", Kind::Duration, "how often a client may ping (default 5s)"),
             ("grpc-keepalive-interval", Kind::Duration, "how often an idle client is pinged (default 2h)"),
             ("grpc-keepalive-timeout", Kind::Duration, "how long it may take to answer (default 20s)"),
+            (
+                "cell-domain",
+                Kind::Text,
+                "TLS clients that call the server NAME.DOMAIN are tenant NAME, if no certificate says so (default: none)",
+            ),
             ("cors", Kind::Text, "origins of web pages that may read answers (default *)"),
             (
                 "host-whitelist",
@@ -101,9 +118,26 @@ const FLAGS: &[Group] = &[
         &[
             ("cert-file", Kind::Text, "server certificate, PEM"),
             ("key-file", Kind::Text, "its key, PEM"),
-            ("trusted-ca-file", Kind::Text, "CA of client certificates, PEM"),
-            ("client-cert-auth", Kind::Switch, "demand a client certificate"),
+            ("trusted-ca-file", Kind::Text, "CA of client certificates, PEM; clients must show one of it"),
+            ("client-cert-auth", Kind::Switch, "demand a client certificate: --trusted-ca-file must be given"),
             ("auto-tls", Kind::Switch, "TLS with a certificate made at start, which clients cannot check"),
+        ],
+    ),
+    (
+        "Administration",
+        &[
+            (
+                "listen-admin-urls",
+                Kind::Text,
+                "https URLs of the admin API, for clients whose certificate has the URI SAN tenure://admin; \
+                 DATA-DIR/admin.sock is always there",
+            ),
+            (
+                "issuer-cert-file",
+                Kind::Text,
+                "CA that signs certificates of tenants, PEM; clients are told to trust it",
+            ),
+            ("issuer-key-file", Kind::Text, "its key, PEM"),
         ],
     ),
     (
@@ -149,11 +183,6 @@ const WITHOUT_EFFECT: &[(&str, Kind)] = &[
     ("raft-write-timeout", Kind::Duration),
     ("feature-gates", Kind::Text),
     ("v2-deprecation", Kind::Text),
-    ("peer-client-cert-file", Kind::Text),
-    ("peer-client-key-file", Kind::Text),
-    ("peer-cert-allowed-cn", Kind::Text),
-    ("peer-cert-allowed-hostname", Kind::Text),
-    ("peer-crl-file", Kind::Text),
     ("peer-skip-client-san-verification", Kind::Switch),
     ("client-cert-file", Kind::Text),
     ("client-key-file", Kind::Text),
@@ -203,6 +232,13 @@ const NOT_BUILT: &[(&str, Kind, &[&str])] = &[
     ("wal-dir", Kind::Text, &[""]),
     ("auto-compaction-retention", Kind::Text, &["", "0"]),
     ("auto-compaction-mode", Kind::Text, &["periodic", "revision"]),
+    ("peer-cert-allowed-cn", Kind::Text, &[""]),
+    ("peer-cert-allowed-hostname", Kind::Text, &[""]),
+    ("peer-crl-file", Kind::Text, &[""]),
+    ("allowed-cn", Kind::Text, &[""]),
+    ("allowed-hostname", Kind::Text, &[""]),
+    ("peer-allowed-cn", Kind::Text, &[""]),
+    ("peer-allowed-hostname", Kind::Text, &[""]),
     ("client-crl-file", Kind::Text, &[""]),
     ("client-cert-allowed-hostname", Kind::Text, &[""]),
     ("cipher-suites", Kind::Text, &[""]),
@@ -234,6 +270,11 @@ pub struct Flags {
     pub listen_client_http_urls: Vec<Url>,
     pub advertise_client_urls: Vec<String>,
     pub tenant_listen: Vec<(String, Url)>,
+    /// What stands behind the tenant in a server name.
+    pub cell_domain: Option<String>,
+    pub listen_admin_urls: Vec<Url>,
+    /// The CA that signs certificates of tenants.
+    pub issuer: Option<IssuerFiles>,
     pub tls: Option<TlsFiles>,
     /// `None`: see [`crate::disk`].
     pub disk_reserve_bytes: Option<u64>,
@@ -274,8 +315,8 @@ pub enum TlsFiles {
     Files {
         cert_file: PathBuf,
         key_file: PathBuf,
+        /// Who signs the certificates of clients, which must then show one.
         trusted_ca_file: Option<PathBuf>,
-        client_cert_auth: bool,
     },
     /// A certificate made at start, which clients cannot check: `--auto-tls`.
     Auto,
@@ -285,7 +326,7 @@ impl TlsFiles {
     /// Whether clients must show a certificate.
     pub fn client_cert_auth(&self) -> bool {
         match self {
-            TlsFiles::Files { client_cert_auth, .. } => *client_cert_auth,
+            TlsFiles::Files { trusted_ca_file, .. } => trusted_ca_file.is_some(),
             TlsFiles::Auto => false,
         }
     }
@@ -545,6 +586,15 @@ impl Given {
         let advertise_client_urls = advertise.split(',').map(str::to_string).collect();
         let tenant_listen =
             self.tenant_listen.iter().map(|pair| tenant_listen(pair, tls.is_some())).collect::<Result<_, _>>()?;
+        let initial_cluster = self.initial_cluster()?;
+        let listen_peer_urls = self.urls("listen-peer-urls", &self.text("listen-peer-urls", ""), peer_tls.is_some())?;
+        if let Some(url) = listen_peer_urls.iter().find(|url| matches!(url.scheme(), "unix" | "unixs")) {
+            return Err(bad("listen-peer-urls", url.as_str(), "members listen on http or https"));
+        }
+        if initial_cluster.len() > 1 && listen_peer_urls.is_empty() {
+            let needed = "--listen-peer-urls is needed where --initial-cluster names several members";
+            return Err(FlagError(needed.to_string()));
+        }
         let heartbeat_interval = Duration::from_millis(self.number("heartbeat-interval", 100)?);
         let election_timeout = Duration::from_millis(self.number("election-timeout", 1_000)?);
         if heartbeat_interval.is_zero()
@@ -563,6 +613,9 @@ impl Given {
             listen_client_http_urls,
             advertise_client_urls,
             tenant_listen,
+            cell_domain: Some(self.text("cell-domain", "").to_ascii_lowercase()).filter(|domain| !domain.is_empty()),
+            listen_admin_urls: self.listen_admin_urls(tls.as_ref())?,
+            issuer: self.issuer()?,
             tls,
             disk_reserve_bytes: match self.values.contains_key("disk-reserve-bytes") {
                 true => Some(self.number("disk-reserve-bytes", 0)?),
@@ -575,14 +628,10 @@ impl Given {
             progress_period: self.progress_period()?,
             heartbeat_interval,
             election_timeout,
-            advertise_peer_urls: self
-                .text("initial-advertise-peer-urls", PEER_URL_DEFAULT)
-                .split(',')
-                .map(|url| url.trim().to_string())
-                .collect(),
+            advertise_peer_urls: self.advertise_peer_urls()?,
             cluster_token: self.text("initial-cluster-token", CLUSTER_TOKEN_DEFAULT),
-            listen_peer_urls: self.urls("listen-peer-urls", &self.text("listen-peer-urls", ""), peer_tls.is_some())?,
-            initial_cluster: self.initial_cluster()?,
+            listen_peer_urls,
+            initial_cluster,
             cluster_state: self
                 .one_of("initial-cluster-state", &[("new", ClusterState::New), ("existing", ClusterState::Existing)])?,
             peer_tls,
@@ -599,6 +648,31 @@ impl Given {
             unknown_variables,
             name,
         })
+    }
+
+    /// Over TLS with certificates alone: whoever gets in may do everything.
+    fn listen_admin_urls(&self, tls: Option<&TlsFiles>) -> Result<Vec<Url>, FlagError> {
+        const NAME: &str = "listen-admin-urls";
+        let text = self.text(NAME, "");
+        let urls = self.urls(NAME, &text, tls.is_some())?;
+        match urls.iter().find(|url| url.scheme() != "https") {
+            Some(url) => Err(bad(NAME, url.as_str(), "want https: DATA-DIR/admin.sock is there for this machine")),
+            None if !urls.is_empty() && !tls.is_some_and(TlsFiles::client_cert_auth) => {
+                Err(bad(NAME, &text, "administrators are known by certificates of --trusted-ca-file"))
+            }
+            None => Ok(urls),
+        }
+    }
+
+    fn issuer(&self) -> Result<Option<IssuerFiles>, FlagError> {
+        let file = |name| self.values.get(name).filter(|path| !path.is_empty()).map(PathBuf::from);
+        match (file("issuer-cert-file"), file("issuer-key-file")) {
+            (Some(cert_file), Some(key_file)) => Ok(Some(IssuerFiles { cert_file, key_file })),
+            (None, None) => Ok(None),
+            (Some(_), None) | (None, Some(_)) => {
+                Err(FlagError("--issuer-cert-file and --issuer-key-file must both be given, or neither".to_string()))
+            }
+        }
     }
 
     fn progress_period(&self) -> Result<Duration, FlagError> {
@@ -619,6 +693,16 @@ impl Given {
         if self.values.contains_key(name) { self.is_set(name) } else { Ok(default) }
     }
 
+    fn advertise_peer_urls(&self) -> Result<Vec<String>, FlagError> {
+        const NAME: &str = "initial-advertise-peer-urls";
+        let text = self.text(NAME, PEER_URL_DEFAULT);
+        let urls = text.split(',').map(|url| {
+            let url = url.trim().to_string();
+            check_member_url(&url).map(|()| url).map_err(|error| bad(NAME, &text, &error.to_string()))
+        });
+        urls.collect()
+    }
+
     /// `NAME=URL` pairs; a name that stands again has several URLs.
     fn initial_cluster(&self) -> Result<InitialCluster, FlagError> {
         const NAME: &str = "initial-cluster";
@@ -626,6 +710,7 @@ impl Given {
         let mut members = InitialCluster::new();
         for pair in text.split(',').map(str::trim).filter(|pair| !pair.is_empty()) {
             let (name, url) = pair.split_once('=').ok_or_else(|| bad(NAME, &text, "want NAME=URL"))?;
+            check_member_url(url).map_err(|error| bad(NAME, &text, &error.to_string()))?;
             match members.iter_mut().find(|(known, _)| known == name) {
                 Some((_, urls)) => urls.push(url.to_string()),
                 None => members.push((name.to_string(), vec![url.to_string()])),
@@ -643,7 +728,15 @@ impl Given {
                 if client_cert_auth && trusted_ca_file.is_none() {
                     return Err(FlagError("--peer-client-cert-auth needs --peer-trusted-ca-file".to_string()));
                 }
-                Ok(Some(PeerTlsFiles::Files { cert_file, key_file, trusted_ca_file, client_cert_auth }))
+                let client = match (file("peer-client-cert-file"), file("peer-client-key-file")) {
+                    (Some(cert_file), Some(key_file)) => Some((cert_file, key_file)),
+                    (None, None) => None,
+                    (Some(_), None) | (None, Some(_)) => {
+                        let both = "--peer-client-cert-file and --peer-client-key-file must both be given, or neither";
+                        return Err(FlagError(both.to_string()));
+                    }
+                };
+                Ok(Some(PeerTlsFiles::Files { cert_file, key_file, trusted_ca_file, client }))
             }
             (None, None) => Ok(self.is_set("peer-auto-tls")?.then_some(PeerTlsFiles::Auto)),
             (Some(_), None) | (None, Some(_)) => {
@@ -661,7 +754,7 @@ impl Given {
                 if client_cert_auth && trusted_ca_file.is_none() {
                     return Err(FlagError("--client-cert-auth needs --trusted-ca-file".to_string()));
                 }
-                Ok(Some(TlsFiles::Files { cert_file, key_file, trusted_ca_file, client_cert_auth }))
+                Ok(Some(TlsFiles::Files { cert_file, key_file, trusted_ca_file }))
             }
             (None, None) if client_cert_auth => {
                 Err(FlagError("--client-cert-auth needs --cert-file and --key-file".to_string()))
@@ -711,14 +804,6 @@ fn listen_url(flag: &str, text: &str, has_tls: bool) -> Result<Url, FlagError> {
         _ => return Err(bad(flag, text, "want http, https, unix or unixs")),
     }
     Ok(url)
-}
-
-/// Whether the text names a port; the parsed URL no longer says so of a scheme's usual one.
-fn has_port(text: &str) -> bool {
-    let authority = text.split_once("://").map_or("", |(_, rest)| rest.split('/').next().unwrap_or(""));
-    authority
-        .rsplit_once(':')
-        .is_some_and(|(_, port)| !port.is_empty() && port.bytes().all(|byte| byte.is_ascii_digit()))
 }
 
 fn tenant_listen(pair: &str, has_tls: bool) -> Result<(String, Url), FlagError> {
@@ -803,6 +888,29 @@ mod tests {
             (&["--config-file=/nonexistent/a.yaml"], "configuration file: read /nonexistent/a.yaml: No such file"),
             (&["--disk-reserve-bytes=-1"], "invalid value \"-1\" for flag -disk-reserve-bytes: want a number"),
             (&["--initial-cluster=nonsense"], "invalid value \"nonsense\" for flag -initial-cluster: want NAME=URL"),
+            (&["--initial-cluster=a=ftp://h:1"], "URL scheme must be http, https, unix, or unixs: ftp://h:1"),
+            (&["--initial-cluster=a=http://h"], "URL address does not have the form \"host:port\": http://h"),
+            (&["--initial-advertise-peer-urls=http://h:1/p"], "URL must not contain a path: http://h:1/p"),
+            (&["--listen-peer-urls=unix://a:1"], "members listen on http or https"),
+            (
+                &[
+                    "--initial-cluster=a=http://h:1,b=http://h:2",
+                    "--name=a",
+                    "--initial-advertise-peer-urls=http://h:1",
+                ],
+                "--listen-peer-urls is needed where --initial-cluster names several members",
+            ),
+            (&["--peer-cert-allowed-cn=a"], "flag -peer-cert-allowed-cn is not supported yet (value \"a\")"),
+            (
+                &["--peer-cert-file=c", "--peer-key-file=k", "--peer-client-cert-file=c"],
+                "--peer-client-cert-file and --peer-client-key-file must both be given, or neither",
+            ),
+            (&["--listen-admin-urls=http://h:1"], "DATA-DIR/admin.sock is there for this machine"),
+            (
+                &["--listen-admin-urls=https://h:1", "--cert-file=c", "--key-file=k"],
+                "administrators are known by certificates of --trusted-ca-file",
+            ),
+            (&["--issuer-key-file=k"], "--issuer-cert-file and --issuer-key-file must both be given, or neither"),
             (&["--initial-cluster-state=old"], "for flag -initial-cluster-state: want new or existing"),
             (&["--peer-key-file=k"], "--peer-cert-file and --peer-key-file must both be given, or neither"),
             (&["--listen-peer-urls=https://127.0.0.1:1"], "TLS needs --peer-cert-file and --peer-key-file"),

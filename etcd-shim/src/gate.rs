@@ -8,25 +8,54 @@ use std::time::Duration;
 use bytes::Bytes;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode, header};
 use http_body::{Frame, SizeHint};
+use tenure_storage::Profile;
 use tokio::time::{Instant, Sleep};
 use tonic::body::Body;
 use tonic::codegen::StdError;
 use tonic::{Code, Status};
 
+use crate::cell_error::CellError;
 use crate::inflight::ResponsePermit;
 use crate::ping_guard::OpenRequest;
 use crate::request_body::Framing;
 use crate::rpc_metrics::Call;
 use crate::server::{Router, SERVICES};
 use crate::status::in_etcds_words;
+use crate::throttle::OpenCount;
 
 /// One request while it is being answered: open on its connection, and counted as a call if its method exists.
 pub struct Running {
     pub open: OpenRequest,
     pub call: Option<Call>,
+    /// Counted among the requests of its tenant.
+    pub counted: Option<OpenCount>,
 }
 
 impl Running {
+    /// Waits until the tenant may make another request.
+    ///
+    /// # Errors
+    /// [`CellError::TooManyRequests`].
+    pub async fn let_in(&mut self, profile: &Profile) -> Result<(), CellError> {
+        if let Some(call) = &self.call {
+            self.counted = Some(call.traffic().used().begin_request(profile).await?);
+        }
+        Ok(())
+    }
+
+    /// The answer to a request that is not let in.
+    pub fn refuse(mut self, refusal: Status) -> Response<Body> {
+        self.end(refusal.code());
+        refusal.into_http()
+    }
+
+    /// A thread was at work for this request.
+    fn spent(&self, since: std::time::Instant) {
+        if let Some(call) = &self.call {
+            call.traffic().used().spent(since.elapsed());
+        }
+    }
+
     fn end(&mut self, code: Code) {
         if let Some(call) = &mut self.call {
             call.end(code);
@@ -55,7 +84,13 @@ where
     let content_type = request.headers().get(header::CONTENT_TYPE).cloned();
     let deadline =
         request.headers().get(GRPC_TIMEOUT).and_then(timeout).and_then(|timeout| Instant::now().checked_add(timeout));
-    let answer = router.call(request);
+    let mut answer = router.call(request);
+    let answer = std::future::poll_fn(|context| {
+        let began = std::time::Instant::now();
+        let polled = answer.as_mut().poll(context);
+        running.spent(began);
+        polled
+    });
     let response = match deadline {
         None => answer.await,
         Some(deadline) => match tokio::time::timeout_at(deadline, answer).await {

@@ -5,6 +5,7 @@
 use http::uri::Authority;
 use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, header};
 use tenure_storage::{AlarmKind, RangeRequest};
+use tonic::Status;
 use tonic::body::Body;
 
 use crate::cell::{Cell, Tenant};
@@ -38,27 +39,30 @@ impl Check {
     }
 
     /// `Err` holds what the failing line says.
-    async fn run(self, tenant: &Tenant) -> Result<(), String> {
+    async fn run(self, cell: &Cell, tenant: Option<&Tenant>) -> Result<(), String> {
         match self {
             Check::DataCorruption if has_alarm(tenant, AlarmKind::CORRUPT) => {
                 Err("alarm activated: CORRUPT".to_string())
             }
+            Check::NonLearner if cell.raft_status().is_learner => Err("not supported for learner".to_string()),
             Check::DataCorruption | Check::NonLearner => Ok(()),
             Check::SerializableRead => local_read(tenant),
             Check::LinearizableRead => {
-                tenant.read_barrier().await.map_err(|error| error.to_string())?;
+                // In the words that a client of gRPC gets.
+                cell.read_barrier().await.map_err(|error| Status::from(error).message().to_string())?;
                 local_read(tenant)
             }
         }
     }
 }
 
-fn has_alarm(tenant: &Tenant, kind: AlarmKind) -> bool {
-    tenant.reader().state().alarms.iter().any(|alarm| alarm.kind == kind)
+fn has_alarm(tenant: Option<&Tenant>, kind: AlarmKind) -> bool {
+    tenant.is_some_and(|tenant| tenant.reader().state().alarms.iter().any(|alarm| alarm.kind == kind))
 }
 
-/// Reads one key that nobody has: the engine answers.
-fn local_read(tenant: &Tenant) -> Result<(), String> {
+/// Reads one key that nobody has: the engine answers. A member that is about to be one of a new cell has nothing to read yet.
+fn local_read(tenant: Option<&Tenant>) -> Result<(), String> {
+    let Some(tenant) = tenant else { return Ok(()) };
     let request = RangeRequest::new(tenure_storage::KeyRange::Single("health".into()));
     let read = tenant.reader().range(&request, &mut |_| std::ops::ControlFlow::Break(()));
     read.map(|_| ()).map_err(|error| error.to_string())
@@ -87,12 +91,12 @@ impl Endpoints<'_> {
     /// Answers one request.
     pub(crate) async fn answer(&self, request: &Request<hyper::body::Incoming>) -> Response<Body> {
         let identity = request.extensions().get::<ConnectionIdentity>();
-        let Some(tenant) = identity.and_then(|identity| self.cell.tenant(identity.tenant())) else {
-            return error(StatusCode::FORBIDDEN, "no such tenant\n");
-        };
+        let tenant = identity.and_then(|identity| self.cell.tenant(identity.tenant()));
         if self.serves == Serves::Metrics {
-            return self.observe(&tenant, request).await;
+            // Also while the member waits for a leader of a new cell, and there is no tenant.
+            return self.observe(tenant.as_ref(), request).await;
         }
+        let Some(tenant) = tenant else { return error(StatusCode::FORBIDDEN, "no such tenant\n") };
         if !self.secure && !self.is_host_served(request) {
             return error(
                 StatusCode::MISDIRECTED_REQUEST,
@@ -157,13 +161,13 @@ impl Endpoints<'_> {
             }
             _ => match path.strip_prefix("/v3/").or_else(|| path.strip_prefix("/v3beta/")) {
                 Some(call) => gateway(call, request.method()),
-                None => self.observe(tenant, request).await,
+                None => self.observe(Some(tenant), request).await,
             },
         }
     }
 
     /// Health and metrics: what a listener for them alone answers.
-    async fn observe(&self, tenant: &Tenant, request: &Request<hyper::body::Incoming>) -> Response<Body> {
+    async fn observe(&self, tenant: Option<&Tenant>, request: &Request<hyper::body::Incoming>) -> Response<Body> {
         let path = request.uri().path();
         let query = Query::of(request.uri().query().unwrap_or_default());
         let checks = checks_of(path);
@@ -173,8 +177,8 @@ impl Endpoints<'_> {
                 with_type(StatusCode::OK, "text/plain; version=0.0.4; charset=utf-8; escaping=underscores", body)
             }
             ("/health", _) | (_, Some(_)) if request.method() != Method::GET => only_get(),
-            ("/health", _) => health(tenant, &query).await,
-            (_, Some(checks)) => run_checks(tenant, &checks, &query).await,
+            ("/health", _) => health(self.cell, tenant, &query).await,
+            (_, Some(checks)) => run_checks(self.cell, tenant, &checks, &query).await,
             (_, None) => error(StatusCode::NOT_FOUND, "404 page not found\n"),
         }
     }
@@ -304,11 +308,11 @@ impl Query {
     }
 }
 
-async fn run_checks(tenant: &Tenant, checks: &[Check], query: &Query) -> Response<Body> {
+async fn run_checks(cell: &Cell, tenant: Option<&Tenant>, checks: &[Check], query: &Query) -> Response<Body> {
     let mut lines = String::new();
     let mut failed = false;
     for check in checks.iter().filter(|check| !query.exclude.iter().any(|name| name == check.name())) {
-        match check.run(tenant).await {
+        match check.run(cell, tenant).await {
             Ok(()) => lines.push_str(&format!("[+]{} ok\n", check.name())),
             Err(error) => {
                 failed = true;
@@ -324,20 +328,20 @@ async fn run_checks(tenant: &Tenant, checks: &[Check], query: &Query) -> Respons
 }
 
 /// As etcd's, with one reason more.
-async fn health(tenant: &Tenant, query: &Query) -> Response<Body> {
+async fn health(cell: &Cell, tenant: Option<&Tenant>, query: &Query) -> Response<Body> {
     let excluded = |name: &str| query.exclude.iter().any(|excluded| excluded == name);
     let alarm = [("NOSPACE", AlarmKind::NOSPACE), ("CORRUPT", AlarmKind::CORRUPT)]
         .into_iter()
         .find(|(name, kind)| has_alarm(tenant, *kind) && !excluded(name));
     let reason = if let Some((name, _)) = alarm {
         Some(format!("ALARM {name}"))
-    } else if tenant.is_disk_full() {
+    } else if cell.disk().is_full() && !query.serializable && !excluded("NOSPACE") {
         Some("DISK FULL".to_string())
-    } else if !query.serializable && tenant.leader_id() == 0 {
+    } else if !query.serializable && cell.leader_id() == 0 {
         Some("RAFT NO LEADER".to_string())
     } else {
         let read = if query.serializable { Check::SerializableRead } else { Check::LinearizableRead };
-        read.run(tenant).await.err().map(|error| format!("RANGE ERROR:{error}"))
+        read.run(cell, tenant).await.err().map(|error| format!("RANGE ERROR:{error}"))
     };
     match reason {
         None => text(StatusCode::OK, r#"{"health":"true","reason":""}"#),

@@ -18,11 +18,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use parking_lot::Mutex;
-use tenure_storage::TenantId;
+use tenure_storage::{Limit, TenantId};
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
+use crate::cell::Tenant;
 use crate::cell_error::CellError;
+use crate::throttle::limit_of;
 
 /// Bytes of answers one tenant may have in flight. At the bound its next large read waits.
 pub const TENANT_BYTES_MAX: usize = 256 << 20;
@@ -93,7 +95,17 @@ impl InFlight {
 
     /// A reservation of nothing, for an answer about to be made.
     pub fn reservation(&self, tenant: TenantId) -> Reservation {
-        Reservation { shared: Arc::clone(&self.0), tenant, bytes: 0, deadline: None }
+        let tenant_bytes = self.0.budget.tenant_bytes;
+        Reservation { shared: Arc::clone(&self.0), tenant, tenant_bytes, bytes: 0, deadline: None }
+    }
+
+    /// The same, within the limit of a tenant's own.
+    pub fn of(&self, tenant: &Tenant) -> Reservation {
+        let limit = limit_of(&tenant.profile(), Limit::ResponseBytesInFlight);
+        let tenant_bytes = limit.map_or(usize::MAX, |bytes| usize::try_from(bytes).unwrap_or(usize::MAX));
+        let mut reservation = self.reservation(tenant.id());
+        reservation.tenant_bytes = tenant_bytes;
+        reservation
     }
 
     /// Bytes in flight of all tenants.
@@ -107,6 +119,8 @@ impl InFlight {
 pub struct Reservation {
     shared: Arc<Shared>,
     tenant: TenantId,
+    /// What the tenant may hold.
+    tenant_bytes: usize,
     bytes: usize,
     /// Set at the first wait, so that an answer that waits several times waits [`WAIT_MAX`] altogether.
     deadline: Option<Instant>,
@@ -129,7 +143,7 @@ impl Reservation {
         let budget = &self.shared.budget;
         let mut held = self.shared.held.lock();
         let tenant = held.tenants.get(&self.tenant).copied().unwrap_or(0);
-        let tenant_fits = tenant + more <= budget.tenant_bytes || tenant == self.bytes;
+        let tenant_fits = tenant.saturating_add(more) <= self.tenant_bytes || tenant == self.bytes;
         let process_fits = held.process + more <= budget.process_bytes
             || held.process == self.bytes
             || tenant + more <= budget.tenant_floor_bytes;
@@ -163,7 +177,7 @@ impl Reservation {
     pub async fn wait_for_room(&mut self, did_not_fit_bytes: usize) -> Result<(), CellError> {
         self.give_back(self.bytes);
         let budget = self.shared.budget;
-        let twice = did_not_fit_bytes.saturating_mul(2).min(budget.tenant_bytes);
+        let twice = did_not_fit_bytes.saturating_mul(2).min(self.tenant_bytes);
         let wanted = twice.max(did_not_fit_bytes).next_multiple_of(STEP_BYTES);
         let deadline = *self.deadline.get_or_insert_with(|| Instant::now() + budget.wait_max);
         let shared = Arc::clone(&self.shared);

@@ -23,7 +23,7 @@
 //! [`Command::LeaseRevoke`]: tenure_storage::Command::LeaseRevoke
 
 use std::cmp::Reverse;
-use std::collections::{BTreeSet, BinaryHeap, HashMap};
+use std::collections::{BTreeSet, BinaryHeap, HashMap, HashSet};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
@@ -89,6 +89,22 @@ impl Lessor {
         let mut table = self.table.lock();
         table.tenants.clear();
         table.due.clear();
+        table.suspended.clear();
+    }
+
+    /// The tenant's leases end no more until it is resumed.
+    pub fn suspend(&self, tenant: TenantId) {
+        self.table.lock().suspend(tenant);
+    }
+
+    /// The tenant's leases start over, if it was suspended.
+    pub fn resume(&self, tenant: TenantId) {
+        self.table.lock().resume(tenant, self.now());
+    }
+
+    /// The tenant is gone, with all its leases.
+    pub fn forget(&self, tenant: TenantId) {
+        self.table.lock().forget(tenant);
     }
 
     /// A lease exists now. Its TTL starts.
@@ -169,6 +185,8 @@ struct LeaseTable {
     tenants: HashMap<TenantId, TenantLeases>,
     /// For every tenant with a queue, when its first entry is due. Empty while another member leads.
     due: BTreeSet<(Moment, TenantId)>,
+    /// Tenants none of whose leases ends; they have no queue.
+    suspended: HashSet<TenantId>,
 }
 
 #[derive(Default)]
@@ -199,18 +217,33 @@ impl TenantLeases {
     fn due(&self) -> Option<Moment> {
         self.queue.peek().map(|Reverse((at, _))| *at)
     }
+
+    /// Gives every lease its full TTL, and more.
+    fn start_over(&mut self, now: Moment, extension: Duration) {
+        for lease in self.leases.values_mut() {
+            lease.deadline = now.saturating_add(seconds(lease.ttl_seconds)).saturating_add(extension);
+            lease.gone = None;
+        }
+        self.queue = self.leases.iter().map(|(id, lease)| Reverse((lease.deadline, *id))).collect();
+    }
 }
 
 impl LeaseTable {
     fn new(extension: Duration) -> Self {
-        LeaseTable { extension, leading: false, tenants: HashMap::new(), due: BTreeSet::new() }
+        LeaseTable {
+            extension,
+            leading: false,
+            tenants: HashMap::new(),
+            due: BTreeSet::new(),
+            suspended: HashSet::new(),
+        }
     }
 
     fn granted(&mut self, tenant: TenantId, id: LeaseId, ttl_seconds: i64, now: Moment) {
         let of_tenant = self.tenants.entry(tenant).or_default();
         let deadline = now.saturating_add(seconds(ttl_seconds));
         of_tenant.leases.insert(id, Lease { ttl_seconds, deadline, gone: None });
-        if self.leading {
+        if self.leading && !self.suspended.contains(&tenant) {
             let before = of_tenant.due();
             of_tenant.queue.push(Reverse((deadline, id)));
             let after = of_tenant.due();
@@ -251,12 +284,37 @@ impl LeaseTable {
         self.leading = true;
         self.due.clear();
         for (tenant, of_tenant) in &mut self.tenants {
-            for lease in of_tenant.leases.values_mut() {
-                lease.deadline = now.saturating_add(seconds(lease.ttl_seconds)).saturating_add(self.extension);
-                lease.gone = None;
+            if !self.suspended.contains(tenant) {
+                of_tenant.start_over(now, self.extension);
+                self.due.extend(of_tenant.due().map(|at| (at, *tenant)));
             }
-            of_tenant.queue = of_tenant.leases.iter().map(|(id, lease)| Reverse((lease.deadline, *id))).collect();
-            self.due.extend(of_tenant.due().map(|at| (at, *tenant)));
+        }
+    }
+
+    fn suspend(&mut self, tenant: TenantId) {
+        self.suspended.insert(tenant);
+        if let Some(of_tenant) = self.tenants.get_mut(&tenant) {
+            let before = of_tenant.due();
+            of_tenant.queue = BinaryHeap::new();
+            self.move_due(tenant, before, None);
+        }
+    }
+
+    fn resume(&mut self, tenant: TenantId, now: Moment) {
+        if self.suspended.remove(&tenant)
+            && self.leading
+            && let Some(of_tenant) = self.tenants.get_mut(&tenant)
+        {
+            of_tenant.start_over(now, self.extension);
+            let after = of_tenant.due();
+            self.move_due(tenant, None, after);
+        }
+    }
+
+    fn forget(&mut self, tenant: TenantId) {
+        self.suspended.remove(&tenant);
+        if let Some(of_tenant) = self.tenants.remove(&tenant) {
+            self.move_due(tenant, of_tenant.due(), None);
         }
     }
 
@@ -381,6 +439,26 @@ mod tests {
         assert_eq!(table.take_expired(at(3_500)), [(A, LeaseId(7))]);
         assert_eq!(renewed(table.renew(A, LeaseId(8), at(0))), Renewed::Missing);
         assert_eq!(renewed(table.renew(B, LeaseId(7), at(0))), Renewed::Missing, "another tenant's");
+    }
+
+    #[test]
+    fn leases_of_a_suspended_tenant_do_not_end_and_start_over() {
+        let mut table = leading();
+        table.granted(A, LeaseId(7), 2, at(0));
+        table.granted(B, LeaseId(7), 2, at(0));
+        table.suspend(A);
+        assert_eq!(table.take_expired(at(10_000)), [(B, LeaseId(7))]);
+        table.demote();
+        table.promote(at(20_000));
+        table.granted(A, LeaseId(8), 1, at(20_000));
+        assert_eq!(table.take_expired(at(40_000)), [(B, LeaseId(7))], "another leader does not end them either");
+        table.resume(A, at(40_000));
+        assert_eq!(table.take_expired(at(41_999)), []);
+        assert_eq!(table.take_expired(at(42_000)), [(A, LeaseId(8))]);
+        assert_eq!(table.remaining(A, LeaseId(7), at(42_000)), Some(Remaining { seconds: 1, granted_seconds: 2 }));
+        table.forget(A);
+        table.forget(B);
+        assert!(table.tenants.is_empty() && table.due.is_empty() && table.suspended.is_empty());
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
+pub mod admin;
 pub mod builder;
 pub mod cell;
 pub mod cell_error;
@@ -17,6 +18,7 @@ pub mod gate;
 pub mod http_endpoints;
 pub mod ids;
 pub mod inflight;
+pub mod issuer;
 pub mod lessor;
 pub mod listen;
 pub mod logging;
@@ -31,7 +33,9 @@ pub mod server;
 pub mod service;
 pub mod status;
 pub mod tenant;
+pub mod throttle;
 pub mod tls;
+pub mod urls;
 pub mod wire;
 
 pub use tenure_storage as storage;

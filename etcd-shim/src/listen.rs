@@ -7,6 +7,7 @@
 
 use std::io;
 use std::net::SocketAddr;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,14 +17,16 @@ use hyper::body::Incoming;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
 use hyper_util::server::graceful::GracefulShutdown;
-use tenure_storage::TenantId;
+use tenure_admin_api::v1::admin_server::AdminServer;
+use tenure_storage::{TenantId, TenantPhase};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpSocket, TcpStream, UnixListener, UnixStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tokio_rustls::LazyConfigAcceptor;
 use url::Url;
 
-use crate::cell::Cell;
+use crate::admin::{AdminIdentity, AdminService};
+use crate::cell::{Cell, Tenant};
 use crate::gate;
 use crate::gate::Running;
 use crate::http_endpoints::{Endpoints, HttpAccess};
@@ -32,7 +35,8 @@ use crate::ping_guard::{OpenRequests, PingGuard};
 use crate::request_body::CountedBody;
 use crate::rpc_metrics::RpcMetrics;
 use crate::server::Router;
-use crate::tenant::{ConnectionIdentity, PeerCertificate, resolve};
+use crate::tenant::{ConnectionIdentity, NoTenant, PeerCertificate, check_admin, resolve, tenant_of_server_name};
+use crate::throttle::OpenCount;
 use crate::tls::{Tls, peer_certificate};
 
 /// Most connections open at one listener. At the bound further ones wait in the operating system's backlog.
@@ -113,6 +117,8 @@ struct Terms {
     tls: Option<Arc<Tls>>,
     /// Whether a certificate decides the tenant where the listener does not.
     client_cert_auth: bool,
+    /// What stands behind the tenant in a server name.
+    cell_domain: Option<String>,
 }
 
 /// What a listener answers.
@@ -124,6 +130,8 @@ pub enum Serves {
     Http,
     /// Health and metrics alone.
     Metrics,
+    /// The admin API alone, to administrators.
+    Admin,
 }
 
 enum Socket {
@@ -150,6 +158,7 @@ impl Listener {
         serves: Serves,
         tls: Option<Arc<Tls>>,
         client_cert_auth: bool,
+        cell_domain: Option<String>,
     ) -> Result<Self, ListenError> {
         let failed = |error| ListenError { url: url.clone(), error };
         let socket = match url.scheme() {
@@ -158,8 +167,26 @@ impl Listener {
         };
         let secure = matches!(url.scheme(), "https" | "unixs");
         let tls = tls.filter(|_| secure);
-        let terms = Terms { tenant, serves, tls, client_cert_auth: client_cert_auth && secure };
+        let terms = Terms { tenant, serves, tls, client_cert_auth: client_cert_auth && secure, cell_domain };
         Ok(Listener { socket, terms })
+    }
+
+    /// Binds a socket file that only this process's user may open, for administrators on this machine. One left by a dead server
+    /// is replaced.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn bind_admin_socket(path: PathBuf) -> io::Result<Self> {
+        let socket = bind_socket_file(path.clone())?;
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600))?;
+        let (serves, tls) = (Serves::Admin, None);
+        let terms = Terms { tenant: None, serves, tls, client_cert_auth: false, cell_domain: None };
+        Ok(Listener { socket, terms })
+    }
+
+    /// What it answers.
+    pub fn serves(&self) -> Serves {
+        self.terms.serves
     }
 
     /// Where it listens; `None` for a unix socket.
@@ -192,7 +219,10 @@ fn bind_unix(url: &Url) -> io::Result<Socket> {
         (Some(host), None) => host.to_string(),
         (None, _) => String::new(),
     };
-    let path = PathBuf::from(format!("{authority}{}", url.path()));
+    bind_socket_file(PathBuf::from(format!("{authority}{}", url.path())))
+}
+
+fn bind_socket_file(path: PathBuf) -> io::Result<Socket> {
     if std::os::unix::net::UnixStream::connect(&path).is_err() && path.exists() {
         std::fs::remove_file(&path)?;
     }
@@ -204,6 +234,7 @@ fn bind_unix(url: &Url) -> io::Result<Socket> {
 pub struct Services {
     pub cell: Cell,
     pub router: Router,
+    pub admin: AdminServer<AdminService>,
     /// Bytes of requests that are not complete yet.
     pub arriving: InFlight,
     pub rpc_metrics: RpcMetrics,
@@ -321,54 +352,186 @@ type Watcher = hyper_util::server::graceful::Watcher;
 
 async fn connection(terms: &Terms, services: &Services, stream: Stream, watcher: Watcher, alive: Alive) {
     match stream {
-        Stream::Tcp(stream) => secured(terms, services, stream, watcher, alive).await,
-        Stream::Unix(stream) => secured(terms, services, stream, watcher, alive).await,
+        Stream::Tcp(stream) => secured(terms, services, stream, None, watcher, alive).await,
+        Stream::Unix(stream) => {
+            let user = stream.peer_cred().ok().map(|of| of.uid());
+            secured(terms, services, stream, user, watcher, alive).await;
+        }
     }
 }
 
-async fn secured<S>(terms: &Terms, services: &Services, stream: S, watcher: Watcher, alive: Alive)
+/// `user` is the one at the other end of a socket file.
+async fn secured<S>(terms: &Terms, services: &Services, stream: S, user: Option<u32>, watcher: Watcher, alive: Alive)
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
     let Some(tls) = &terms.tls else {
-        if let Some(identity) = identify(terms, None) {
-            served(terms, services, stream, identity, watcher, alive).await;
-        }
-        return;
+        let shown = Shown { user, ..Shown::default() };
+        return identified(terms, services, stream, shown, watcher, alive).await;
     };
     match tokio::time::timeout(HANDSHAKE_TIMEOUT, handshake(tls, stream)).await {
-        Ok(Ok((stream, certificate))) => {
-            if let Some(identity) = identify(terms, certificate.as_ref()) {
-                served(terms, services, stream, identity, watcher, alive).await;
-            }
+        Ok(Ok((stream, shown))) => {
+            let shown = Shown { user, ..shown };
+            identified(terms, services, stream, shown, watcher, alive).await;
         }
         Ok(Err(error)) => tracing::debug!(%error, "TLS handshake"),
         Err(_) => tracing::debug!("TLS handshake took too long"),
     }
 }
 
-type Secured<S> = (tokio_rustls::server::TlsStream<S>, Option<PeerCertificate>);
+/// What a client shows of itself when it connects.
+#[derive(Debug, Default)]
+struct Shown {
+    certificate: Option<PeerCertificate>,
+    /// The name it calls the server by.
+    server_name: Option<String>,
+    user: Option<u32>,
+}
+
+type Secured<S> = (tokio_rustls::server::TlsStream<S>, Shown);
 
 async fn handshake<S: AsyncRead + AsyncWrite + Unpin>(tls: &Tls, stream: S) -> io::Result<Secured<S>> {
     let start = LazyConfigAcceptor::new(rustls::server::Acceptor::default(), stream).await?;
-    let config = tls.choose(&start.client_hello());
+    let (config, server_name) = {
+        let hello = start.client_hello();
+        (tls.choose(&hello), hello.server_name().map(str::to_ascii_lowercase))
+    };
     let stream = start.into_stream(config).await?;
     let first = stream.get_ref().1.peer_certificates().and_then(<[_]>::first);
     let certificate = first.map(peer_certificate);
-    Ok((stream, certificate))
+    Ok((stream, Shown { certificate, server_name, user: None }))
 }
 
-fn identify(terms: &Terms, certificate: Option<&PeerCertificate>) -> Option<ConnectionIdentity> {
-    let certificate = certificate.filter(|_| terms.client_cert_auth);
-    match resolve(terms.tenant.as_deref(), certificate) {
-        Ok(tenant) => {
-            let common_name = certificate.and_then(|certificate| certificate.common_name.as_deref());
-            Some(ConnectionIdentity::new(&tenant, common_name))
+async fn identified<S>(terms: &Terms, services: &Services, stream: S, shown: Shown, watcher: Watcher, alive: Alive)
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    if terms.serves == Serves::Admin {
+        match admin_of(&shown) {
+            Ok(identity) => administered(services, stream, identity, watcher, alive).await,
+            Err(reason) => tracing::warn!(%reason, "refuse a connection to the admin API"),
         }
-        Err(reason) => {
-            tracing::warn!(%reason, "refuse a connection");
-            None
+        return;
+    }
+    match identify(terms, &shown).and_then(|identity| Guest::admit(services, identity, shown.certificate)) {
+        Ok(guest) => {
+            // Subscribed before it was admitted: no change is missed.
+            let expelled = guest.expelled(services);
+            tokio::select! {
+                () = served(terms, services, stream, guest.identity.clone(), watcher, alive) => {}
+                reason = expelled => tracing::info!(tenant = guest.identity.tenant(), %reason, "close a connection"),
+            }
         }
+        Err(reason) => tracing::warn!(%reason, "refuse a connection"),
+    }
+}
+
+fn identify(terms: &Terms, shown: &Shown) -> Result<ConnectionIdentity, NoTenant> {
+    let certificate = shown.certificate.as_ref().filter(|_| terms.client_cert_auth);
+    let domain = terms.cell_domain.as_deref();
+    let named = shown.server_name.as_deref().zip(domain).and_then(|(name, domain)| tenant_of_server_name(name, domain));
+    let tenant = resolve(terms.tenant.as_deref(), certificate, named)?;
+    let common_name = certificate.and_then(|certificate| certificate.common_name.as_deref());
+    Ok(ConnectionIdentity::new(&tenant, common_name))
+}
+
+/// Over TLS a certificate says it; a socket file is opened by whoever may.
+fn admin_of(shown: &Shown) -> Result<AdminIdentity, NoTenant> {
+    match (&shown.certificate, shown.user) {
+        (Some(certificate), _) => {
+            check_admin(certificate)?;
+            Ok(AdminIdentity::new(certificate.common_name.as_deref().unwrap_or("tenure://admin")))
+        }
+        (None, Some(user)) => Ok(AdminIdentity::new(&format!("uid {user}"))),
+        (None, None) => Err(NoTenant::NotAdmin),
+    }
+}
+
+/// A connection that a tenant was let in by, until it has to go.
+struct Guest {
+    identity: ConnectionIdentity,
+    certificate: Option<PeerCertificate>,
+    /// `None`: there was no such tenant; its requests are refused one by one.
+    tenant: Option<TenantId>,
+    changes: watch::Receiver<u64>,
+    _counted: Option<OpenCount>,
+}
+
+impl Guest {
+    fn admit(
+        services: &Services,
+        identity: ConnectionIdentity,
+        certificate: Option<PeerCertificate>,
+    ) -> Result<Self, NoTenant> {
+        let changes = services.cell.tenants_changed();
+        let tenant = services.cell.tenant(identity.tenant());
+        let counted = match &tenant {
+            Some(tenant) => {
+                check_welcome(tenant, certificate.as_ref())?;
+                let used = services.rpc_metrics.used(tenant.id());
+                Some(used.connect(&tenant.profile()).ok_or(NoTenant::TooManyConnections)?)
+            }
+            None => None,
+        };
+        let tenant = tenant.map(|tenant| tenant.id());
+        Ok(Guest { identity, certificate, tenant, changes, _counted: counted })
+    }
+
+    /// Ends when the connection has to be closed, with the reason.
+    fn expelled(&self, services: &Services) -> impl Future<Output = NoTenant> + use<> {
+        let (name, cell) = (self.identity.clone(), services.cell.clone());
+        let (certificate, admitted, mut changes) = (self.certificate.clone(), self.tenant, self.changes.clone());
+        async move {
+            loop {
+                if changes.changed().await.is_err() {
+                    // The cell has stopped; the connection ends with it.
+                    std::future::pending::<()>().await;
+                }
+                let now = cell.tenant(name.tenant());
+                match (&now, admitted) {
+                    // Another tenant that has got the name is another one.
+                    (Some(tenant), Some(id)) if tenant.id() == id => {
+                        if let Err(reason) = check_welcome(tenant, certificate.as_ref()) {
+                            return reason;
+                        }
+                    }
+                    (None, None) => {}
+                    (Some(_) | None, _) => return NoTenant::Gone,
+                }
+            }
+        }
+    }
+}
+
+fn check_welcome(tenant: &Tenant, certificate: Option<&PeerCertificate>) -> Result<(), NoTenant> {
+    let profile = tenant.profile();
+    if profile.phase == TenantPhase::Suspended {
+        return Err(NoTenant::Suspended);
+    }
+    match certificate {
+        Some(certificate) if profile.is_revoked(&certificate.serial, certificate.not_before_ms) => {
+            Err(NoTenant::Revoked)
+        }
+        Some(_) | None => Ok(()),
+    }
+}
+
+/// Serves the admin API on one connection.
+async fn administered<S>(services: &Services, stream: S, identity: AdminIdentity, watcher: Watcher, alive: Alive)
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let mut builder = auto::Builder::new(alive).http2_only();
+    builder.http2().timer(TokioTimer::new()).max_header_list_size(HEADERS_BYTES_MAX);
+    let admin = services.admin.clone();
+    let service = hyper::service::service_fn(move |mut request: Request<Incoming>| {
+        request.extensions_mut().insert(identity.clone());
+        let mut admin = admin.clone();
+        tonic::codegen::Service::call(&mut admin, request)
+    });
+    let connection = builder.serve_connection(TokioIo::new(stream), service).into_owned();
+    if let Err(error) = watcher.watch(connection).await {
+        tracing::debug!(%error, "connection of an administrator ended");
     }
 }
 
@@ -388,7 +551,7 @@ async fn served<S>(
     let mut builder = auto::Builder::new(alive);
     // The other protocol ends the connection.
     match terms.serves {
-        Serves::Everything | Serves::Metrics => {}
+        Serves::Everything | Serves::Metrics | Serves::Admin => {}
         Serves::Grpc => builder = builder.http2_only(),
         Serves::Http => builder = builder.http1_only(),
     }
@@ -409,15 +572,23 @@ async fn served<S>(
     let service = hyper::service::service_fn(move |mut request: Request<Incoming>| {
         let Services { cell, router, arriving, rpc_metrics, access, .. } = services.clone();
         let open = open.open();
-        // A tenant that is gone has nothing to reserve for: its requests are refused before they are read.
-        let tenant = cell.tenant(identity.tenant()).map_or(TenantId(0), |tenant| tenant.id());
+        let tenant = cell.tenant(identity.tenant());
         request.extensions_mut().insert(identity.clone());
         async move {
             let response = if grpc_is.grpc(&request) {
-                let call = rpc_metrics.begin(tenant, request.uri().path());
+                // A tenant that is gone has nothing to reserve for: its requests are refused before they are read.
+                let id = tenant.as_ref().map_or(TenantId(0), Tenant::id);
+                let call = rpc_metrics.begin(id, request.uri().path());
                 let traffic = call.as_ref().map(|call| call.traffic().clone());
-                let counted = |body| CountedBody::new(body, arriving.reservation(tenant), traffic);
-                gate::call(&router, request.map(counted), Running { open, call }).await
+                let profile = tenant.as_ref().map(Tenant::profile).unwrap_or_default();
+                let mut running = Running { open, call, counted: None };
+                match running.let_in(&profile).await {
+                    Ok(()) => {
+                        let counted = |body| CountedBody::new(body, arriving.reservation(id), traffic, tenant);
+                        gate::call(&router, request.map(counted), running).await
+                    }
+                    Err(error) => running.refuse(error.into()),
+                }
             } else {
                 Endpoints { cell: &cell, rpc_metrics: &rpc_metrics, access: &access, serves, secure }
                     .answer(&request)
@@ -443,7 +614,7 @@ enum GrpcIs {
 impl GrpcIs {
     fn on(serves: Serves, secure: bool) -> Self {
         match (serves, secure) {
-            (Serves::Http | Serves::Metrics, _) => GrpcIs::Nothing,
+            (Serves::Http | Serves::Metrics | Serves::Admin, _) => GrpcIs::Nothing,
             (Serves::Grpc, _) | (Serves::Everything, false) => GrpcIs::Http2,
             (Serves::Everything, true) => GrpcIs::Http2WithContentType,
         }

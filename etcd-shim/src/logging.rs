@@ -8,8 +8,8 @@ use std::sync::Mutex;
 
 use serde_json::{Map, Value};
 use tracing::field::{Field, Visit};
-use tracing::level_filters::LevelFilter;
 use tracing::{Event, Level, Subscriber};
+use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::format::Writer;
 use tracing_subscriber::fmt::time::{FormatTime, SystemTime};
 use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
@@ -39,21 +39,22 @@ pub enum LogOutput {
     File(PathBuf),
 }
 
+/// The target of lines about calls of the admin API: written whatever the level is.
+pub(crate) const AUDIT: &str = "audit";
+
 /// Sends every log line of this process where the settings say, from here on.
 ///
 /// # Errors
 /// If a file cannot be opened.
 pub fn start(settings: &LogSettings) -> io::Result<()> {
     let level = match settings.level.as_str() {
-        "debug" => LevelFilter::DEBUG,
-        "info" => LevelFilter::INFO,
-        "warn" => LevelFilter::WARN,
-        _ => LevelFilter::ERROR,
+        level @ ("debug" | "info" | "warn") => level,
+        _ => "error",
     };
     let outputs = settings.outputs.iter().map(LogOutput::open).collect::<io::Result<_>>()?;
     let subscriber = tracing_subscriber::fmt()
         .with_writer(Mutex::new(Outputs(outputs)))
-        .with_max_level(level)
+        .with_env_filter(EnvFilter::new(format!("{level},{AUDIT}=info")))
         .event_format(Lines(settings.format))
         .finish();
     // Fails only if the embedding program has set its own; then that one stands.

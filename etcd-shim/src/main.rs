@@ -127,6 +127,7 @@ async fn run(flags: Flags) -> anyhow::Result<()> {
 
 fn builder(flags: Flags) -> Builder {
     let mut builder = Tenure::builder()
+        .admin_socket()
         .data_dir(flags.data_dir)
         .name(flags.name)
         .quota_backend_bytes(flags.quota_backend_bytes)
@@ -154,6 +155,15 @@ fn builder(flags: Flags) -> Builder {
     }
     if let Some(files) = flags.tls {
         builder = builder.tls(files);
+    }
+    if let Some(domain) = flags.cell_domain {
+        builder = builder.cell_domain(domain);
+    }
+    if let Some(issuer) = flags.issuer {
+        builder = builder.issuer(issuer);
+    }
+    for url in flags.listen_admin_urls {
+        builder = builder.admin_listen(url);
     }
     for url in flags.listen_client_urls {
         builder = if flags.listen_client_http_urls.is_empty() { builder.listen(url) } else { builder.grpc_listen(url) };

@@ -3,6 +3,8 @@
 //! A tenant's scrape shows its own calls, keys and watches. What the member does for all tenants together (raft's log, the
 //! disk) is shown to `default` alone, the tenant of whoever runs the store: a proposal counted there is some tenant's write.
 
+mod tenants;
+
 use std::fmt::Write as _;
 use std::sync::Arc;
 
@@ -13,14 +15,18 @@ use crate::cell::{Cell, DEFAULT_TENANT, Tenant};
 use crate::rpc_metrics::RpcMetrics;
 use crate::service::ETCD_VERSION;
 
-/// The whole answer to one scrape, in Prometheus' text form.
-pub(crate) fn render(cell: &Cell, tenant: &Tenant, rpc_metrics: &RpcMetrics) -> String {
+/// The whole answer to one scrape, in Prometheus' text form. No tenant: of a member that has none yet.
+pub(crate) fn render(cell: &Cell, tenant: Option<&Tenant>, rpc_metrics: &RpcMetrics) -> String {
     let mut out = String::new();
-    of_tenant(&mut out, cell, tenant);
-    rpc_metrics.render(tenant.id(), &mut out);
-    if tenant.name() == DEFAULT_TENANT {
+    of_everybody(&mut out, cell);
+    if let Some(tenant) = tenant {
+        of_tenant(&mut out, tenant);
+        rpc_metrics.render(tenant.id(), &mut out);
+    }
+    if tenant.is_none_or(|tenant| tenant.name() == DEFAULT_TENANT) {
         of_member(&mut out, cell);
         of_peers(&mut out, cell);
+        tenants::render(&mut out, cell, rpc_metrics);
     }
     of_process(&mut out);
     out
@@ -30,12 +36,25 @@ fn metric(out: &mut String, name: &str, kind: &str, value: impl std::fmt::Displa
     let _ = writeln!(out, "# TYPE {name} {kind}\n{name} {value}");
 }
 
-fn of_tenant(out: &mut String, cell: &Cell, tenant: &Tenant) {
+/// What tells a tenant no other's business.
+fn of_everybody(out: &mut String, cell: &Cell) {
+    let status = cell.raft_status();
+    metric(out, "etcd_server_has_leader", "gauge", u8::from(status.leader_id != 0));
+    metric(out, "etcd_server_is_leader", "gauge", u8::from(status.is_leader));
+    metric(out, "etcd_server_is_learner", "gauge", u8::from(status.is_learner));
+    let labelled = [
+        ("etcd_server_version", "server_version", ETCD_VERSION.to_string()),
+        ("etcd_cluster_version", "cluster_version", "3.7".to_string()),
+        ("etcd_server_id", "server_id", format!("{:x}", cell.member_id())),
+    ];
+    for (name, label, value) in labelled {
+        let _ = writeln!(out, "# TYPE {name} gauge\n{name}{{{label}=\"{value}\"}} 1");
+    }
+}
+
+fn of_tenant(out: &mut String, tenant: &Tenant) {
     let state = tenant.reader().state();
     let (streams, watchers) = tenant.reader().watch_counts();
-    metric(out, "etcd_server_has_leader", "gauge", u8::from(cell.leader_id() != 0));
-    metric(out, "etcd_server_is_leader", "gauge", u8::from(cell.raft_status().is_leader));
-    metric(out, "etcd_server_is_learner", "gauge", u8::from(cell.raft_status().is_learner));
     metric(out, "etcd_server_quota_backend_bytes", "gauge", tenant.quota_bytes());
     metric(out, "etcd_mvcc_db_total_size_in_bytes", "gauge", state.db_size_bytes());
     metric(out, "etcd_mvcc_db_total_size_in_use_in_bytes", "gauge", state.db_in_use_bytes());
@@ -44,14 +63,6 @@ fn of_tenant(out: &mut String, cell: &Cell, tenant: &Tenant) {
     metric(out, "etcd_debugging_mvcc_keys_total", "gauge", state.usage.live_keys);
     metric(out, "etcd_debugging_mvcc_watch_stream_total", "gauge", streams);
     metric(out, "etcd_debugging_mvcc_watcher_total", "gauge", watchers);
-    let labelled = [
-        ("etcd_server_version", "server_version", ETCD_VERSION.to_string()),
-        ("etcd_cluster_version", "cluster_version", "3.7".to_string()),
-        ("etcd_server_id", "server_id", format!("{:x}", tenant.member_id())),
-    ];
-    for (name, label, value) in labelled {
-        let _ = writeln!(out, "# TYPE {name} gauge\n{name}{{{label}=\"{value}\"}} 1");
-    }
 }
 
 fn of_member(out: &mut String, cell: &Cell) {
@@ -68,6 +79,10 @@ fn of_member(out: &mut String, cell: &Cell) {
     metric(out, "etcd_server_slow_read_indexes_total", "counter", metrics.read_rounds_repeated());
     metric(out, "etcd_server_snapshot_apply_in_progress_total", "gauge", metrics.snapshots_installing());
     metric(out, "etcd_server_learner_promote_successes", "counter", cell.learners_promoted());
+    let _ = writeln!(out, "# TYPE etcd_server_learner_promote_failures counter");
+    for (reason, count) in cell.promotions_refused() {
+        let _ = writeln!(out, "etcd_server_learner_promote_failures{{Reason=\"{reason}\"}} {count}");
+    }
     let disk = cell.disk();
     metric(out, "tenure_disk_free_bytes", "gauge", disk.free_bytes());
     metric(out, "tenure_disk_reserve_bytes", "gauge", disk.reserve_bytes());
@@ -96,10 +111,15 @@ fn buckets(out: &mut String, name: &str, labels: &str, snapshot: &HistogramSnaps
 /// What is counted of the other members, under etcd's names.
 fn of_peers(out: &mut String, cell: &Cell) {
     let peers = cell.peer_stats();
-    metric(out, "etcd_network_known_peers", "gauge", peers.len());
+    let own = format!("{:x}", cell.member_id());
+    let _ = writeln!(out, "# TYPE etcd_network_known_peers gauge");
+    for (id, _) in &peers {
+        let _ = writeln!(out, "etcd_network_known_peers{{Local=\"{own}\",Remote=\"{id:x}\"}} 1");
+    }
     type Count = (&'static str, fn(&PeerStats) -> u64);
-    let counts: [Count; 3] = [
+    let counts: [Count; 4] = [
         ("etcd_network_peer_sent_failures_total", PeerStats::sent_failures),
+        ("etcd_network_peer_received_failures_total", PeerStats::received_failures),
         ("etcd_network_peer_sent_bytes_total", PeerStats::sent_bytes),
         ("etcd_network_peer_received_bytes_total", PeerStats::received_bytes),
     ];
@@ -115,7 +135,12 @@ fn of_peers(out: &mut String, cell: &Cell) {
     let _ = writeln!(out, "# TYPE etcd_network_active_peers gauge");
     for (id, stats) in &peers {
         let active = u8::from(stats.connected_for().is_some());
-        let _ = writeln!(out, "etcd_network_active_peers{{Remote=\"{id:x}\"}} {active}");
+        let _ = writeln!(out, "etcd_network_active_peers{{Local=\"{own}\",Remote=\"{id:x}\"}} {active}");
+    }
+    let _ = writeln!(out, "# TYPE etcd_network_disconnected_peers_total counter");
+    for (id, stats) in &peers {
+        let times = stats.disconnections();
+        let _ = writeln!(out, "etcd_network_disconnected_peers_total{{Local=\"{own}\",Remote=\"{id:x}\"}} {times}");
     }
     const ROUND_TRIP: &str = "etcd_network_peer_round_trip_time_seconds";
     let _ = writeln!(out, "# TYPE {ROUND_TRIP} histogram");

@@ -9,11 +9,14 @@
 
 use std::pin::Pin;
 use std::task::{Context, Poll};
+use std::time::Duration;
 
 use bytes::Bytes;
 use http_body::{Frame, SizeHint};
+use tokio::time::Sleep;
 use tonic::Status;
 
+use crate::cell::Tenant;
 use crate::inflight::Reservation;
 use crate::rpc_metrics::Traffic;
 
@@ -27,12 +30,29 @@ pub(crate) struct CountedBody<B> {
     reservation: Reservation,
     /// `None` for a method that does not exist.
     traffic: Option<Traffic>,
+    /// Whose limits hold; `None`: it is gone.
+    tenant: Option<Tenant>,
+    /// Nothing is read until it ends.
+    pause: Option<Pin<Box<Sleep>>>,
 }
 
 impl<B> CountedBody<B> {
     /// `reservation` must be empty.
-    pub(crate) fn new(body: B, reservation: Reservation, traffic: Option<Traffic>) -> Self {
-        CountedBody { body, framing: Framing::default(), reservation, traffic }
+    pub(crate) fn new(body: B, reservation: Reservation, traffic: Option<Traffic>, tenant: Option<Tenant>) -> Self {
+        CountedBody { body, framing: Framing::default(), reservation, traffic, tenant, pause: None }
+    }
+
+    /// Counts what has come in. A tenant that sends faster than it may is not read on for a while.
+    fn count(&mut self, bytes: usize, messages: u64) {
+        let Some(traffic) = &self.traffic else { return };
+        traffic.received(bytes, messages);
+        let Some(tenant) = &self.tenant else { return };
+        // The first message of a request was counted with it.
+        let is_first = messages > 0 && self.framing.complete == messages;
+        let pause = traffic.used().received(&tenant.profile(), bytes, messages - u64::from(is_first));
+        if pause > Duration::ZERO {
+            self.pause = Some(Box::pin(tokio::time::sleep(pause)));
+        }
     }
 }
 
@@ -48,6 +68,10 @@ where
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, Self::Error>>> {
+        if let Some(pause) = &mut self.pause {
+            std::task::ready!(pause.as_mut().poll(context));
+            self.pause = None;
+        }
         let frame = match Pin::new(&mut self.body).poll_frame(context) {
             Poll::Ready(Some(Ok(frame))) => frame,
             Poll::Ready(Some(Err(error))) => return Poll::Ready(Some(Err(error.into()))),
@@ -57,9 +81,8 @@ where
         if let Some(data) = frame.data_ref() {
             let complete_before = self.framing.complete;
             let unfinished_bytes = self.framing.advance(data);
-            if let Some(traffic) = &self.traffic {
-                traffic.received(data.len(), self.framing.complete - complete_before);
-            }
+            let (bytes, messages) = (data.len(), self.framing.complete - complete_before);
+            self.count(bytes, messages);
             if !self.reservation.try_reach(unfinished_bytes) {
                 let refusal = Status::resource_exhausted("etcdserver: too many requests");
                 return Poll::Ready(Some(Err(refusal.into())));

@@ -7,10 +7,14 @@ use std::collections::HashMap;
 use std::fmt::Write as _;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
 
 use parking_lot::RwLock;
+use tenure_raft_server::{DurationHistogram, HistogramSnapshot};
 use tenure_storage::TenantId;
 use tonic::Code;
+
+use crate::throttle::TenantUse;
 
 const UNARY: &str = "unary";
 const SERVER_STREAM: &str = "server_stream";
@@ -99,12 +103,55 @@ struct TenantCounters {
     methods: Vec<MethodCounters>,
     received_bytes: AtomicU64,
     sent_bytes: AtomicU64,
+    /// Of unary calls, from the head of the request to the end of the answer.
+    latency: DurationHistogram,
+    used: Arc<TenantUse>,
 }
 
 impl Default for TenantCounters {
     fn default() -> Self {
-        let methods = METHODS.iter().map(|_| MethodCounters::default()).collect();
-        TenantCounters { methods, received_bytes: AtomicU64::new(0), sent_bytes: AtomicU64::new(0) }
+        TenantCounters {
+            methods: METHODS.iter().map(|_| MethodCounters::default()).collect(),
+            received_bytes: AtomicU64::new(0),
+            sent_bytes: AtomicU64::new(0),
+            latency: DurationHistogram::default(),
+            used: Arc::default(),
+        }
+    }
+}
+
+/// What is counted of a tenant, for those who look at all of them.
+#[derive(Clone, Debug)]
+pub struct TenantTraffic {
+    /// Method, code and how often, where it is not never.
+    pub handled: Vec<(&'static str, &'static str, u64)>,
+    pub received_bytes: u64,
+    pub sent_bytes: u64,
+    pub latency: HistogramSnapshot,
+    pub used: Arc<TenantUse>,
+}
+
+impl TenantTraffic {
+    /// Calls that were answered, whatever with.
+    pub fn requests(&self) -> u64 {
+        self.handled.iter().map(|(_, _, times)| times).sum()
+    }
+}
+
+impl TenantCounters {
+    fn traffic(&self) -> TenantTraffic {
+        let methods = METHODS.iter().zip(&self.methods);
+        let handled = methods.flat_map(|((_, method, _), counters)| {
+            let codes = CODES.iter().zip(&counters.handled);
+            codes.map(|(code, times)| (*method, *code, times.load(Ordering::Relaxed)))
+        });
+        TenantTraffic {
+            handled: handled.filter(|(_, _, times)| *times > 0).collect(),
+            received_bytes: self.received_bytes.load(Ordering::Relaxed),
+            sent_bytes: self.sent_bytes.load(Ordering::Relaxed),
+            latency: self.latency.snapshot(),
+            used: Arc::clone(&self.used),
+        }
     }
 }
 
@@ -126,7 +173,23 @@ impl RpcMetrics {
         let method = METHODS.iter().position(|(known, method, _)| *method == name && *known == service)?;
         let traffic = Traffic { counters: self.of(tenant), method };
         traffic.method().started.fetch_add(1, Ordering::Relaxed);
-        Some(Call { traffic, handled: false })
+        let is_unary = METHODS[method].2 == UNARY;
+        Some(Call { traffic, handled: false, began: is_unary.then(Instant::now) })
+    }
+
+    /// What a tenant uses of this member.
+    pub fn used(&self, tenant: TenantId) -> Arc<TenantUse> {
+        Arc::clone(&self.of(tenant).used)
+    }
+
+    /// What is counted of a tenant; `None`: it never came.
+    pub fn traffic(&self, tenant: TenantId) -> Option<TenantTraffic> {
+        self.0.read().get(&tenant).map(|counters| counters.traffic())
+    }
+
+    /// Forgets the tenants that are gone.
+    pub fn retain(&self, kept: impl Fn(TenantId) -> bool) {
+        self.0.write().retain(|tenant, _| kept(*tenant));
     }
 
     /// Appends the tenant's counters in Prometheus' text form.
@@ -178,6 +241,10 @@ impl Traffic {
         &self.counters.methods[self.method]
     }
 
+    pub(crate) fn used(&self) -> &Arc<TenantUse> {
+        &self.counters.used
+    }
+
     /// Bytes have come in that complete so many messages.
     pub fn received(&self, bytes: usize, messages: u64) {
         self.counters.received_bytes.fetch_add(bytes as u64, Ordering::Relaxed);
@@ -196,6 +263,8 @@ impl Traffic {
 pub struct Call {
     traffic: Traffic,
     handled: bool,
+    /// Of a unary call.
+    began: Option<Instant>,
 }
 
 impl Call {
@@ -209,6 +278,9 @@ impl Call {
             self.handled = true;
             let number = usize::try_from(i32::from(code)).unwrap_or(0);
             self.traffic.method().handled[number.min(CODES.len() - 1)].fetch_add(1, Ordering::Relaxed);
+            if let Some(began) = self.began {
+                self.traffic.counters.latency.observe(began.elapsed());
+            }
         }
     }
 }

@@ -42,6 +42,14 @@ fn refusal(refusal: &Refusal) -> (Code, &'static str) {
         Refusal::MemberExists => (Code::FailedPrecondition, "etcdserver: member ID already exist"),
         Refusal::PeerUrlExists => (Code::FailedPrecondition, "etcdserver: Peer URLs already exists"),
         Refusal::MemberNotLearner => (Code::FailedPrecondition, "etcdserver: can only promote a learner member"),
+        Refusal::ReadOnly => (Code::PermissionDenied, "etcdserver: tenant is read-only"),
+        Refusal::Suspended => (Code::PermissionDenied, "etcdserver: tenant is suspended"),
+        Refusal::TooManyLeases => (Code::ResourceExhausted, "etcdserver: too many requests"),
+        Refusal::TooManyLabels => (Code::InvalidArgument, "a tenant has at most 64 labels"),
+        Refusal::TooManyRevoked => (
+            Code::ResourceExhausted,
+            "too many certificates of this tenant are revoked one by one: revoke all, and issue new ones",
+        ),
         Refusal::TooManyTenants => (Code::ResourceExhausted, "etcdserver: too many tenants"),
     }
 }

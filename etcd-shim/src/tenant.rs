@@ -10,6 +10,9 @@ use crate::cell::DEFAULT_TENANT;
 /// What stands before the name in a client certificate's URI SAN.
 pub const TENANT_URI_PREFIX: &str = "tenure://tenant/";
 
+/// The URI SAN of whoever operates the cell.
+pub const ADMIN_URI: &str = "tenure://admin";
+
 /// Who is on the other end of a connection.
 #[derive(Clone, Debug)]
 pub struct ConnectionIdentity {
@@ -40,6 +43,10 @@ pub struct PeerCertificate {
     /// Every URI SAN.
     pub uris: Vec<String>,
     pub common_name: Option<String>,
+    /// As it stands in the certificate, big endian.
+    pub serial: Vec<u8>,
+    /// From when on it is valid. Milliseconds since 1970; certificates tell whole seconds.
+    pub not_before_ms: i64,
 }
 
 /// Why a connection belongs to nobody. It is closed.
@@ -51,15 +58,54 @@ pub enum NoTenant {
     Several,
     #[error("the client certificate is tenant {certificate:?}, the listener is tenant {listener:?}")]
     Disagree { certificate: String, listener: String },
+    #[error(
+        "the client asks for the server name of tenant {name:?}, its certificate or the listener is tenant {other:?}"
+    )]
+    NameDisagrees { name: String, other: String },
+    #[error("the tenant is suspended")]
+    Suspended,
+    #[error("the tenant is no more the one that it was")]
+    Gone,
+    #[error("the client certificate was revoked")]
+    Revoked,
+    #[error("the tenant has as many connections as it may")]
+    TooManyConnections,
+    #[error("the client certificate is no administrator's (URI SAN {ADMIN_URI})")]
+    NotAdmin,
 }
 
-/// The tenant of a connection: the listener's own one, else the certificate's, else `default` where no certificate is asked
-/// for.
+/// The tenant that a server name stands for: `acme` of `acme.etcd.example`, if that is the cell's domain.
+pub fn tenant_of_server_name<'a>(server_name: &'a str, cell_domain: &str) -> Option<&'a str> {
+    let name = server_name.strip_suffix(cell_domain)?.strip_suffix('.')?;
+    (!name.contains('.')).then_some(name)
+}
+
+/// Whether a certificate is an administrator's.
+///
+/// # Errors
+/// [`NoTenant::NotAdmin`].
+pub fn check_admin(certificate: &PeerCertificate) -> Result<(), NoTenant> {
+    if certificate.uris.iter().any(|uri| uri == ADMIN_URI) { Ok(()) } else { Err(NoTenant::NotAdmin) }
+}
+
+/// The tenant of a connection: the listener's own one, else the certificate's, else that of the server name that the client asked
+/// for (`server_name`: the tenant it stands for), else `default` where no certificate is asked for. Where several say one, they
+/// must say the same.
 ///
 /// # Errors
 /// [`NoTenant`]; the connection is closed without an answer.
-pub fn resolve(listener: Option<&str>, certificate: Option<&PeerCertificate>) -> Result<String, NoTenant> {
+pub fn resolve(
+    listener: Option<&str>,
+    certificate: Option<&PeerCertificate>,
+    server_name: Option<&str>,
+) -> Result<String, NoTenant> {
     let named = certificate.map(tenant_of_certificate).transpose()?.flatten();
+    let other = listener.or(named.as_deref());
+    if let (Some(name), Some(other)) = (server_name, other)
+        && name != other
+    {
+        return Err(NoTenant::NameDisagrees { name: name.to_string(), other: other.to_string() });
+    }
     match (listener, certificate, named) {
         (Some(listener), _, Some(named)) if named != listener => {
             Err(NoTenant::Disagree { certificate: named, listener: listener.to_string() })
@@ -67,7 +113,7 @@ pub fn resolve(listener: Option<&str>, certificate: Option<&PeerCertificate>) ->
         (Some(listener), _, _) => Ok(listener.to_string()),
         (None, _, Some(named)) => Ok(named),
         (None, Some(_), None) => Err(NoTenant::CertificateWithout),
-        (None, None, None) => Ok(DEFAULT_TENANT.to_string()),
+        (None, None, None) => Ok(server_name.unwrap_or(DEFAULT_TENANT).to_string()),
     }
 }
 
@@ -85,28 +131,50 @@ mod tests {
     use super::*;
 
     fn certificate(uris: &[&str]) -> PeerCertificate {
-        PeerCertificate { uris: uris.iter().map(ToString::to_string).collect(), common_name: None }
+        PeerCertificate { uris: uris.iter().map(ToString::to_string).collect(), ..PeerCertificate::default() }
     }
 
     #[test]
     fn cleartext_is_the_listeners_tenant_or_default() {
-        assert_eq!(resolve(None, None).unwrap(), "default");
-        assert_eq!(resolve(Some("acme"), None).unwrap(), "acme");
+        assert_eq!(resolve(None, None, None).unwrap(), "default");
+        assert_eq!(resolve(Some("acme"), None, None).unwrap(), "acme");
     }
 
     #[test]
     fn a_certificate_decides_and_must_name_exactly_one_tenant() {
-        assert_eq!(resolve(None, Some(&certificate(&["https://x", "tenure://tenant/acme"]))).unwrap(), "acme");
-        assert_eq!(resolve(None, Some(&certificate(&["https://x"]))), Err(NoTenant::CertificateWithout));
+        let resolve = |certificate: &PeerCertificate| resolve(None, Some(certificate), None);
+        assert_eq!(resolve(&certificate(&["https://x", "tenure://tenant/acme"])).unwrap(), "acme");
+        assert_eq!(resolve(&certificate(&["https://x"])), Err(NoTenant::CertificateWithout));
         let two = certificate(&["tenure://tenant/a", "tenure://tenant/b"]);
-        assert_eq!(resolve(None, Some(&two)), Err(NoTenant::Several));
+        assert_eq!(resolve(&two), Err(NoTenant::Several));
     }
 
     #[test]
     fn listener_and_certificate_must_agree() {
         let acme = certificate(&["tenure://tenant/acme"]);
-        assert_eq!(resolve(Some("acme"), Some(&acme)).unwrap(), "acme");
-        assert!(matches!(resolve(Some("globex"), Some(&acme)), Err(NoTenant::Disagree { .. })));
-        assert_eq!(resolve(Some("acme"), Some(&certificate(&[]))).unwrap(), "acme");
+        assert_eq!(resolve(Some("acme"), Some(&acme), None).unwrap(), "acme");
+        assert!(matches!(resolve(Some("globex"), Some(&acme), None), Err(NoTenant::Disagree { .. })));
+        assert_eq!(resolve(Some("acme"), Some(&certificate(&[])), None).unwrap(), "acme");
+    }
+
+    #[test]
+    fn a_server_name_stands_for_a_tenant_and_must_agree() {
+        assert_eq!(tenant_of_server_name("acme.etcd.example", "etcd.example"), Some("acme"));
+        for other in ["etcd.example", "acme.example", "a.b.etcd.example", "acmeetcd.example"] {
+            assert_eq!(tenant_of_server_name(other, "etcd.example"), None, "{other}");
+        }
+        let acme = certificate(&["tenure://tenant/acme"]);
+        assert_eq!(resolve(None, None, Some("acme")).unwrap(), "acme");
+        assert_eq!(resolve(None, Some(&acme), Some("acme")).unwrap(), "acme");
+        assert!(matches!(resolve(None, Some(&acme), Some("globex")), Err(NoTenant::NameDisagrees { .. })));
+        assert!(matches!(resolve(Some("acme"), None, Some("globex")), Err(NoTenant::NameDisagrees { .. })));
+        // A certificate without a tenant gets none by a name.
+        assert_eq!(resolve(None, Some(&certificate(&[])), Some("acme")), Err(NoTenant::CertificateWithout));
+    }
+
+    #[test]
+    fn an_administrator_says_so() {
+        assert_eq!(check_admin(&certificate(&["tenure://admin"])), Ok(()));
+        assert_eq!(check_admin(&certificate(&["tenure://tenant/admin"])), Err(NoTenant::NotAdmin));
     }
 }

@@ -52,8 +52,8 @@ impl Tls {
     /// [`TlsError`].
     pub fn new(files: TlsFiles, hosts: &[String]) -> Result<Self, TlsError> {
         let configs = match &files {
-            TlsFiles::Files { cert_file, key_file, trusted_ca_file, client_cert_auth } => {
-                load(cert_file, key_file, trusted_ca_file.as_deref().filter(|_| *client_cert_auth))?
+            TlsFiles::Files { cert_file, key_file, trusted_ca_file } => {
+                load(cert_file, key_file, trusted_ca_file.as_deref())?
             }
             TlsFiles::Auto => {
                 let (certificate, key) = self_signed(hosts)?;
@@ -67,10 +67,10 @@ impl Tls {
     pub fn choose(&self, hello: &ClientHello<'_>) -> Arc<ServerConfig> {
         let mut current = self.current.lock();
         let changed = newest_change(&self.files);
-        if let TlsFiles::Files { cert_file, key_file, trusted_ca_file, client_cert_auth } = &self.files
+        if let TlsFiles::Files { cert_file, key_file, trusted_ca_file } = &self.files
             && changed != current.0
         {
-            match load(cert_file, key_file, trusted_ca_file.as_deref().filter(|_| *client_cert_auth)) {
+            match load(cert_file, key_file, trusted_ca_file.as_deref()) {
                 Ok(configs) => *current = (changed, configs),
                 Err(error) => tracing::warn!(%error, "keep the old certificate"),
             }
@@ -82,11 +82,11 @@ impl Tls {
 
 fn newest_change(files: &TlsFiles) -> Option<SystemTime> {
     let TlsFiles::Files { cert_file, key_file, trusted_ca_file, .. } = files else { return None };
-    newest_of([Some(cert_file), Some(key_file), trusted_ca_file.as_ref()])
+    newest_of([Some(cert_file), Some(key_file), trusted_ca_file.as_ref()].into_iter().flatten())
 }
 
-fn newest_of(paths: [Option<&PathBuf>; 3]) -> Option<SystemTime> {
-    paths.into_iter().flatten().filter_map(|path| path.metadata().ok()?.modified().ok()).max()
+fn newest_of<'a>(paths: impl Iterator<Item = &'a PathBuf>) -> Option<SystemTime> {
+    paths.filter_map(|path| path.metadata().ok()?.modified().ok()).max()
 }
 
 fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
@@ -97,6 +97,25 @@ fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
 fn private_key(path: &Path) -> Result<PrivateKeyDer<'static>, TlsError> {
     let error = |error| TlsError::Pem { file: path.display().to_string(), error };
     PrivateKeyDer::from_pem_file(path).map_err(error)
+}
+
+fn roots_of(ca: &Path) -> Result<RootCertStore, TlsError> {
+    let mut roots = RootCertStore::empty();
+    for certificate in certificates(ca)? {
+        roots.add(certificate)?;
+    }
+    Ok(roots)
+}
+
+/// Whom the operating system trusts: those of its certificates that can be read.
+fn system_roots() -> RootCertStore {
+    let mut roots = RootCertStore::empty();
+    let found = rustls_native_certs::load_native_certs();
+    for error in &found.errors {
+        tracing::warn!(%error, "read a certificate that the system trusts");
+    }
+    roots.add_parsable_certificates(found.certs);
+    roots
 }
 
 fn load(cert_file: &Path, key_file: &Path, client_ca: Option<&Path>) -> Result<Configs, TlsError> {
@@ -113,12 +132,8 @@ fn configs(
     let builder = ServerConfig::builder_with_provider(Arc::clone(&provider)).with_safe_default_protocol_versions()?;
     let builder = match client_ca {
         Some(ca) => {
-            let mut roots = RootCertStore::empty();
-            for certificate in certificates(ca)? {
-                roots.add(certificate)?;
-            }
-            let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider).build()?;
-            builder.with_client_cert_verifier(verifier)
+            let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots_of(ca)?), provider);
+            builder.with_client_cert_verifier(verifier.build()?)
         }
         None => builder.with_no_client_auth(),
     };
@@ -140,10 +155,11 @@ pub enum PeerTlsFiles {
     Files {
         cert_file: PathBuf,
         key_file: PathBuf,
-        /// Who signs the certificates of members; without it, whoever the system trusts signs the other side's.
+        /// Who signs the certificates of members: those that connect must show one then. Without it they need not, and whoever
+        /// the system trusts signs the one of the member that is connected to.
         trusted_ca_file: Option<PathBuf>,
-        /// Whether members that connect must show a certificate.
-        client_cert_auth: bool,
+        /// Certificate and key where this member connects, if those are others.
+        client: Option<(PathBuf, PathBuf)>,
     },
     /// Certificates made at start, which nobody checks: `--peer-auto-tls`. Against listeners, not against impostors.
     Auto,
@@ -198,8 +214,9 @@ impl PeerTls for MemberTls {
 
 impl PeerTlsFiles {
     fn newest_change(&self) -> Option<SystemTime> {
-        let PeerTlsFiles::Files { cert_file, key_file, trusted_ca_file, .. } = self else { return None };
-        newest_of([Some(cert_file), Some(key_file), trusted_ca_file.as_ref()])
+        let PeerTlsFiles::Files { cert_file, key_file, trusted_ca_file, client } = self else { return None };
+        let client = client.iter().flat_map(|(cert_file, key_file)| [cert_file, key_file]);
+        newest_of([cert_file, key_file].into_iter().chain(trusted_ca_file).chain(client))
     }
 }
 
@@ -211,24 +228,20 @@ impl MemberConfigs {
         let client =
             ClientConfig::builder_with_provider(Arc::clone(&provider)).with_safe_default_protocol_versions()?;
         let (mut server, mut client) = match files {
-            PeerTlsFiles::Files { cert_file, key_file, trusted_ca_file, client_cert_auth } => {
-                let chain = certificates(cert_file)?;
-                let key = || private_key(key_file);
-                let mut roots = RootCertStore::empty();
-                if let Some(ca) = trusted_ca_file {
-                    for certificate in certificates(ca)? {
-                        roots.add(certificate)?;
+            PeerTlsFiles::Files { cert_file, key_file, trusted_ca_file, client: of_client } => {
+                let (server, roots) = match trusted_ca_file {
+                    Some(ca) => {
+                        let roots = Arc::new(roots_of(ca)?);
+                        let verifier = WebPkiClientVerifier::builder_with_provider(Arc::clone(&roots), provider);
+                        (server.with_client_cert_verifier(verifier.build()?), roots)
                     }
-                }
-                let roots = Arc::new(roots);
-                let server = if *client_cert_auth {
-                    let verifier = WebPkiClientVerifier::builder_with_provider(Arc::clone(&roots), provider).build()?;
-                    server.with_client_cert_verifier(verifier)
-                } else {
-                    server.with_no_client_auth()
+                    None => (server.with_no_client_auth(), Arc::new(system_roots())),
                 };
-                let client = client.with_root_certificates(roots).with_client_auth_cert(chain.clone(), key()?)?;
-                (server.with_single_cert(chain, key()?)?, client)
+                let (own_cert_file, own_key_file) =
+                    of_client.as_ref().map_or((cert_file, key_file), |(cert_file, key_file)| (cert_file, key_file));
+                let client = client.with_root_certificates(roots);
+                let client = client.with_client_auth_cert(certificates(own_cert_file)?, private_key(own_key_file)?)?;
+                (server.with_single_cert(certificates(cert_file)?, private_key(key_file)?)?, client)
             }
             PeerTlsFiles::Auto => {
                 let (certificate, key) = self_signed(hosts)?;
@@ -289,6 +302,10 @@ pub fn peer_certificate(der: &CertificateDer<'_>) -> PeerCertificate {
     let names = certificate.subject_alternative_name().ok().flatten().map(|san| &san.value.general_names);
     let uri = |name: &GeneralName<'_>| if let GeneralName::URI(uri) = name { Some(uri.to_string()) } else { None };
     let uris = names.into_iter().flatten().filter_map(uri);
+    let not_before_ms = certificate.validity().not_before.timestamp().saturating_mul(1_000);
+    // DER puts a zero in front of a number whose first bit is set.
+    let serial = certificate.raw_serial().iter().copied().skip_while(|byte| *byte == 0).collect();
     let common_name = certificate.subject().iter_common_name().next().and_then(|name| name.as_str().ok());
-    PeerCertificate { uris: uris.collect(), common_name: common_name.map(str::to_string) }
+    let common_name = common_name.map(str::to_string);
+    PeerCertificate { uris: uris.collect(), common_name, serial, not_before_ms }
 }

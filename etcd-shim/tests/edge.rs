@@ -1,140 +1,32 @@
 //! The edge of a served store: which protocol a connection speaks, whose it is, and how long it may go on.
-//!
-//! Certificates are made here, once per test, so nothing expires and no key is kept.
 
 #![allow(clippy::unwrap_used)]
 
-use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
+mod client;
+
+use std::path::Path;
 use std::time::Duration;
 
-use bytes::{Bytes, BytesMut};
-use http::Request;
 use prost::Message as _;
-use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair, SanType};
-use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
-use rustls::{ClientConfig, RootCertStore};
 use tenure_etcd_shim::Tenure;
 use tenure_etcd_shim::flags::TlsFiles;
 use tenure_etcd_shim::listen::ConnectionLimits;
-use tenure_etcd_shim::proto::etcdserverpb::{PutRequest, RangeRequest};
+use tenure_etcd_shim::proto::etcdserverpb::RangeRequest;
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio::net::TcpStream;
-use tokio_rustls::TlsConnector;
 
-/// A certificate authority, and what it has signed.
-struct Authority {
-    issuer: Issuer<'static, KeyPair>,
-    certificate: rcgen::Certificate,
-}
-
-/// A certificate with its key.
-struct Identity {
-    certificate: rcgen::Certificate,
-    key: KeyPair,
-}
-
-impl Authority {
-    fn new() -> Self {
-        let key = KeyPair::generate().unwrap();
-        let mut params = CertificateParams::new(Vec::new()).unwrap();
-        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        let certificate = params.self_signed(&key).unwrap();
-        Authority { issuer: Issuer::new(params, key), certificate }
-    }
-
-    fn sign(&self, uris: &[&str]) -> Identity {
-        let key = KeyPair::generate().unwrap();
-        let mut params = CertificateParams::new(vec!["localhost".to_owned()]).unwrap();
-        for uri in uris {
-            params.subject_alt_names.push(SanType::URI((*uri).try_into().unwrap()));
-        }
-        let certificate = params.signed_by(&key, &self.issuer).unwrap();
-        Identity { certificate, key }
-    }
-
-    fn roots(&self) -> RootCertStore {
-        let mut roots = RootCertStore::empty();
-        roots.add(self.certificate.der().clone()).unwrap();
-        roots
-    }
-}
-
-fn write(dir: &Path, name: &str, pem: &str) -> PathBuf {
-    let path = dir.join(name);
-    std::fs::write(&path, pem).unwrap();
-    path
-}
+use client::{Authority, connect, put, unary, write};
 
 /// A served store with one TLS listener and a tenant `acme`.
 async fn serve_tls(dir: &Path, server: &Authority, clients: Option<&Authority>) -> Tenure {
     let identity = server.sign(&[]);
     let files = TlsFiles::Files {
-        cert_file: write(dir, "server.crt", &identity.certificate.pem()),
+        cert_file: write(dir, "server.crt", &identity.pem),
         key_file: write(dir, "server.key", &identity.key.serialize_pem()),
         trusted_ca_file: clients.map(|ca| write(dir, "ca.crt", &ca.certificate.pem())),
-        client_cert_auth: clients.is_some(),
     };
     let builder = Tenure::builder().data_dir(dir.join("data")).tenant("acme").tls(files);
     builder.listen("https://127.0.0.1:0").start().await.unwrap()
-}
-
-type Secured = tokio_rustls::client::TlsStream<TcpStream>;
-
-/// Connects with TLS, and reads until the server has accepted the client's certificate or not.
-async fn connect(
-    address: SocketAddr,
-    server: &Authority,
-    client: Option<&Identity>,
-    protocol: &[u8],
-) -> std::io::Result<Secured> {
-    let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let config = ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions().unwrap();
-    let config = config.with_root_certificates(server.roots());
-    let mut config = match client {
-        None => config.with_no_client_auth(),
-        Some(identity) => {
-            let chain: Vec<CertificateDer<'static>> = vec![identity.certificate.der().clone()];
-            let key = PrivateKeyDer::try_from(identity.key.serialize_der()).unwrap();
-            config.with_client_auth_cert(chain, key).unwrap()
-        }
-    };
-    config.alpn_protocols = vec![protocol.to_vec()];
-    let stream = TcpStream::connect(address).await?;
-    TlsConnector::from(Arc::new(config)).connect(ServerName::try_from("localhost").unwrap(), stream).await
-}
-
-/// One gRPC call; the answer's message, or that nothing at the other end speaks gRPC.
-async fn unary<S>(stream: S, path: &str, message: &[u8]) -> Result<Bytes, h2::Error>
-where
-    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
-{
-    let (requests, connection) = h2::client::handshake(stream).await?;
-    tokio::spawn(connection);
-    let request = Request::post(format!("https://localhost{path}")).header("content-type", "application/grpc");
-    let request = request.header("te", "trailers").body(()).unwrap();
-    let (response, mut body) = requests.ready().await?.send_request(request, false)?;
-    let mut framed = BytesMut::from(&[0u8][..]);
-    framed.extend_from_slice(&u32::try_from(message.len()).unwrap().to_be_bytes());
-    framed.extend_from_slice(message);
-    body.send_data(framed.freeze(), true)?;
-    let mut response = response.await?.into_body();
-    let mut answer = BytesMut::new();
-    while let Some(data) = response.data().await {
-        answer.extend_from_slice(&data?);
-    }
-    let Some(trailers) = response.trailers().await? else { return Err(h2::Reason::PROTOCOL_ERROR.into()) };
-    assert_eq!(trailers.get("grpc-status").unwrap(), "0", "{trailers:?}");
-    Ok(answer.split_off(5).freeze())
-}
-
-async fn put<S>(stream: S, key: &'static str) -> Result<Bytes, h2::Error>
-where
-    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
-{
-    let request = PutRequest { key: key.into(), value: "v".into(), ..PutRequest::default() };
-    unary(stream, "/etcdserverpb.KV/Put", &request.encode_to_vec()).await
 }
 
 async fn http1<S: AsyncRead + AsyncWrite + Unpin>(mut stream: S, path: &str) -> std::io::Result<String> {

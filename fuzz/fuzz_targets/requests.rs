@@ -21,10 +21,7 @@ use tenure_etcd_shim::convert::{from_proto, to_proto};
 use tenure_etcd_shim::proto::etcdserverpb as pb;
 use tenure_etcd_shim::proto::etcdserverpb::compare::TargetUnion;
 use tenure_etcd_shim::proto::etcdserverpb::request_op::Request;
-use tenure_storage::{
-    Command, Envelope, KeyRange, LeaseId, MemoryEngine, NoObserver, Outcome, RangeReply, ReadError, Refusal, Reply,
-    StateMachine, TenantId, TenantReader, WatchMessage, WatchSpec, WatchStream,
-};
+use tenure_storage::{Command, Envelope, KeyRange, LeaseId, MemoryEngine, NoObserver, Outcome, RangeReply, ReadError, Refusal, Reply, StateMachine, TenantId, TenantReader, WatchMessage, WatchSpec, WatchStream, TenantCommand};
 
 use self::model::{Event, Model, checks};
 
@@ -229,7 +226,7 @@ impl Run {
     fn new() -> Self {
         let engine = Arc::new(MemoryEngine::new());
         let mut machine = StateMachine::open(Arc::clone(&engine), Arc::new(NoObserver)).expect("an empty engine opens");
-        let create = Command::CreateTenant { name: "acme".to_string() };
+        let create = Command::Tenant(TenantCommand::create("acme"));
         let create = Envelope { tenant: TenantId(0), member_id: 7, command: create };
         machine.apply(vec![(1, vec![create.encode()])]).expect("nothing can fail");
         let reader = machine.store().reader(TENANT).expect("the tenant was made");

@@ -39,7 +39,8 @@ pub struct HistogramSnapshot {
 }
 
 impl<const FIRST_US: u64, const N: usize> Histogram<FIRST_US, N> {
-    pub(crate) fn observe(&self, duration: Duration) {
+    /// Counts one.
+    pub fn observe(&self, duration: Duration) {
         let bucket = (0..N).find(|&i| duration <= bound(FIRST_US, i)).and_then(|i| self.counts.get(i));
         bucket.unwrap_or(&self.beyond).fetch_add(1, Ordering::Relaxed);
         let nanoseconds = u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX);

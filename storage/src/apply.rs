@@ -16,15 +16,17 @@ use std::sync::atomic::Ordering;
 
 use bytes::Bytes;
 
-use crate::command::{Command, Envelope, MembersCommand};
+use crate::command::{Command, Envelope, MembersCommand, TenantCommand};
 use crate::engine::{Cursor, Engine, Family, Reader};
 use crate::error::{Fault, Refusal};
+use crate::key;
 use crate::key::meta::{self, CellKey, CellRow, TenantRow};
 use crate::limits::TENANTS_MAX;
 use crate::members;
 use crate::mvcc::overlay::Overlay;
 use crate::mvcc::write::{Step, Writer, accept};
 use crate::mvcc::{compact, txn};
+use crate::profile::{Limit, Profile, TenantPhase};
 use crate::reply::{Outcome, Reply};
 use crate::store::{Shared, Store, Tenant, db_size_bytes};
 use crate::types::{Alarm, AlarmKind, LeaseId, Membership, TenantId};
@@ -46,10 +48,24 @@ pub trait Observer: Send + Sync {
     fn lease_revoked(&self, tenant: TenantId, id: LeaseId);
     /// A compaction left rows to reclaim; also called at open for one that did not finish.
     fn reclaim_pending(&self, tenant: TenantId);
+    /// An operator made, changed or deleted this tenant.
+    fn tenant_changed(&self, tenant: TenantId, change: TenantChange);
     /// The members of the cell are no longer those of before.
     fn members_changed(&self, membership: &Membership);
     /// The whole state was replaced by a later one: leases and members are what the store says now.
     fn state_replaced(&self);
+}
+
+/// What happened to a tenant.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TenantChange {
+    Created,
+    /// Its profile is another one, which the tenant's reader shows.
+    Profile,
+    /// Its data is gone; its space has to be given back, then [`TenantCommand::Forget`]. Also told at open.
+    Deleted,
+    /// Nothing is left of it.
+    Forgotten,
 }
 
 /// An observer for those who do not care.
@@ -59,6 +75,7 @@ impl Observer for NoObserver {
     fn lease_granted(&self, _: TenantId, _: LeaseId, _: i64) {}
     fn lease_revoked(&self, _: TenantId, _: LeaseId) {}
     fn reclaim_pending(&self, _: TenantId) {}
+    fn tenant_changed(&self, _: TenantId, _: TenantChange) {}
     fn members_changed(&self, _: &Membership) {}
     fn state_replaced(&self) {}
 }
@@ -74,9 +91,23 @@ pub struct StateMachine<E: Engine> {
 #[derive(Default)]
 struct Registry {
     cell: CellRow,
-    rows: BTreeMap<TenantId, TenantRow>,
+    tenants: BTreeMap<TenantId, Registered>,
     names: BTreeMap<String, TenantId>,
+    /// Deleted, and their space not given back: with the names they had.
+    deleted: BTreeMap<TenantId, String>,
     membership: Membership,
+}
+
+/// A tenant as the engine has it.
+struct Registered {
+    row: TenantRow,
+    profile: Arc<Profile>,
+}
+
+impl Registered {
+    fn new(row: TenantRow) -> Self {
+        Registered { row, profile: Arc::default() }
+    }
 }
 
 impl Registry {
@@ -92,19 +123,34 @@ impl Registry {
             if let Some(id) = meta::decode_tenant_key(key) {
                 let row = TenantRow::decode(Bytes::copy_from_slice(value))?;
                 registry.names.insert(row.name.clone(), id);
-                registry.rows.insert(id, row);
+                registry.tenants.insert(id, Registered::new(row));
+            }
+            // Behind the tenant's own row.
+            if let Some(id) = meta::decode_profile_key(key) {
+                let profile = Profile::decode(Bytes::copy_from_slice(value))?;
+                let tenant = registry.tenants.get_mut(&id);
+                let damaged = || Fault::Corrupt { what: "profile of no tenant", key: key.to_vec() };
+                tenant.ok_or_else(damaged)?.profile = Arc::new(profile);
             }
             match meta::decode_cell_key(key) {
                 Some(CellKey::Member(id)) => {
                     registry.membership.members.push(meta::decode_member(id, Bytes::copy_from_slice(value))?);
                 }
                 Some(CellKey::Removed(id)) => registry.membership.removed.push(id),
+                Some(CellKey::Deleted(id)) => {
+                    let name = std::str::from_utf8(value);
+                    let damaged = |_| Fault::Corrupt { what: "name of a deleted tenant", key: key.to_vec() };
+                    registry.deleted.insert(id, name.map_err(damaged)?.to_string());
+                }
                 None => {}
             }
             cursor.advance()?;
         }
         let next_tenant = registry.cell.next_tenant;
-        assert!(registry.rows.keys().all(|id| id.0 < next_tenant), "tenant ids are never reused");
+        let mut ids = registry.tenants.keys().chain(registry.deleted.keys());
+        assert!(ids.all(|id| id.0 < next_tenant), "tenant ids are never reused");
+        let both = registry.deleted.keys().find(|id| registry.tenants.contains_key(*id));
+        assert_eq!(both, None, "a deleted tenant has no row");
         Ok(registry)
     }
 }
@@ -128,17 +174,46 @@ impl<E: Engine> Copier<E> {
 
 /// What becomes visible once the batch is in the engine.
 enum Notice {
-    TenantCreated(TenantId),
-    Revision { tenant: TenantId, revision: i64, events: Vec<Event> },
-    LeaseGranted { tenant: TenantId, id: LeaseId, ttl_seconds: i64 },
-    LeaseRevoked { tenant: TenantId, id: LeaseId },
+    Tenant(TenantId, TenantChange),
+    /// A deleted tenant's space has been given back.
+    Forgotten(TenantId),
+    Revision {
+        tenant: TenantId,
+        revision: i64,
+        events: Vec<Event>,
+    },
+    LeaseGranted {
+        tenant: TenantId,
+        id: LeaseId,
+        ttl_seconds: i64,
+    },
+    LeaseRevoked {
+        tenant: TenantId,
+        id: LeaseId,
+    },
     ReclaimPending(TenantId),
     MembersChanged,
+}
+
+impl Notice {
+    /// Whose business it is; `None`: the cell's.
+    fn tenant(&self) -> Option<TenantId> {
+        match self {
+            Notice::Tenant(tenant, _)
+            | Notice::Forgotten(tenant)
+            | Notice::Revision { tenant, .. }
+            | Notice::LeaseGranted { tenant, .. }
+            | Notice::LeaseRevoked { tenant, .. }
+            | Notice::ReclaimPending(tenant) => Some(*tenant),
+            Notice::MembersChanged => None,
+        }
+    }
 }
 
 /// One batch while it is applied.
 struct Pending<R> {
     overlay: Overlay<R>,
+    /// Tenants whose counters changed: all of them exist.
     dirty: BTreeSet<TenantId>,
     notices: Vec<Notice>,
 }
@@ -160,17 +235,23 @@ impl<E: Engine> StateMachine<E> {
     fn show_registry(&self) {
         let shared = &self.store.shared;
         shared.quota_bytes.store(self.registry.cell.quota_bytes, Ordering::Relaxed);
-        for (id, row) in &self.registry.rows {
+        shared.retain(|id| self.registry.tenants.contains_key(&id));
+        for (id, Registered { row, profile }) in &self.registry.tenants {
             match shared.tenant(*id) {
                 Some(known) => {
                     known.publish(row);
                     known.hub.skip_to(row.revision);
+                    known.show_profile(profile);
                 }
-                None => shared.add(Tenant::new(*id, row)),
+                None => shared.add(Tenant::new(*id, row, profile)),
             }
             if row.reclaimed_revision < row.compact_revision {
                 self.observer.reclaim_pending(*id);
             }
+        }
+        *shared.deleted.write() = self.registry.deleted.clone();
+        for id in self.registry.deleted.keys() {
+            self.observer.tenant_changed(*id, TenantChange::Deleted);
         }
         self.show_members();
     }
@@ -196,6 +277,8 @@ impl<E: Engine> StateMachine<E> {
     pub fn install(&mut self, dir: &Path, index: u64) -> Result<(), Fault> {
         assert!(index >= self.registry.cell.applied_index, "a state is replaced by a later one");
         self.store.shared.counts.forget_live();
+        // Tenants may be missing in the copy: who reads one of them before that is known gets an answer, no fault.
+        let _replacing = self.store.shared.replacing();
         self.store.engine.replace(dir, &|row| {
             let key = meta::cell_key();
             let stored = row(Family::Meta, &key)?.map(CellRow::decode).transpose()?;
@@ -254,13 +337,22 @@ impl<E: Engine> StateMachine<E> {
         let Pending { overlay, dirty, notices } = pending;
         let mut batch = overlay.into_batch();
         for tenant in &dirty {
-            batch.put(Family::Meta, meta::tenant_key(*tenant), self.registry.rows[tenant].encode());
+            batch.put(Family::Meta, meta::tenant_key(*tenant), self.registry.tenants[tenant].row.encode());
+        }
+        // Before the engine has it, so that no reader takes a missing row for damage.
+        for notice in &notices {
+            if let Notice::Tenant(tenant, TenantChange::Deleted) = notice
+                && let Some(known) = self.store.shared.tenant(*tenant)
+            {
+                known.end();
+            }
         }
         batch.put(Family::Meta, meta::cell_key(), self.registry.cell.encode());
         let counts = &self.store.shared.counts;
         counts.announce(notices.iter().filter_map(|notice| match notice {
             Notice::Revision { tenant, revision, events } => Some((*tenant, *revision, &events[..])),
-            Notice::TenantCreated(_)
+            Notice::Tenant(..)
+            | Notice::Forgotten(_)
             | Notice::LeaseGranted { .. }
             | Notice::LeaseRevoked { .. }
             | Notice::ReclaimPending(_)
@@ -279,19 +371,20 @@ impl<E: Engine> StateMachine<E> {
         shared.quota_bytes.store(self.registry.cell.quota_bytes, Ordering::Relaxed);
         for tenant in dirty {
             match shared.tenant(*tenant) {
-                Some(known) => known.publish(&self.registry.rows[tenant]),
+                Some(known) => known.publish(&self.registry.tenants[tenant].row),
                 None => tracing::debug!(%tenant, "tenant appears with its creation"),
             }
         }
         notices.sort_by_key(|notice| matches!(notice, Notice::Revision { .. }));
         for notice in notices {
             match notice {
-                Notice::TenantCreated(tenant) => {
-                    // Events of the same batch follow and count up from here.
-                    shared.add(Tenant::new(tenant, &TenantRow::new(self.registry.rows[&tenant].name.clone())));
-                    if let Some(known) = shared.tenant(tenant) {
-                        known.publish(&self.registry.rows[&tenant]);
-                    }
+                Notice::Tenant(tenant, change) => {
+                    self.show_tenant(tenant, change);
+                    self.observer.tenant_changed(tenant, change);
+                }
+                Notice::Forgotten(tenant) => {
+                    shared.deleted.write().remove(&tenant);
+                    self.observer.tenant_changed(tenant, TenantChange::Forgotten);
                 }
                 Notice::Revision { tenant, revision, events } => {
                     if let Some(known) = shared.tenant(tenant) {
@@ -308,10 +401,42 @@ impl<E: Engine> StateMachine<E> {
         }
     }
 
+    fn show_tenant(&self, tenant: TenantId, change: TenantChange) {
+        let shared = &self.store.shared;
+        match (change, self.registry.tenants.get(&tenant)) {
+            (TenantChange::Created, Some(Registered { row, profile })) => {
+                // Events of the same batch follow and count up from here.
+                shared.add(Tenant::new(tenant, &TenantRow::new(row.name.clone()), profile));
+                if let Some(known) = shared.tenant(tenant) {
+                    known.publish(row);
+                }
+            }
+            (TenantChange::Profile, Some(Registered { profile, .. })) => {
+                if let Some(known) = shared.tenant(tenant) {
+                    known.show_profile(profile);
+                }
+            }
+            (TenantChange::Deleted, None) => {
+                shared.remove(tenant);
+                if let Some(name) = self.registry.deleted.get(&tenant) {
+                    shared.deleted.write().insert(tenant, name.clone());
+                }
+            }
+            (TenantChange::Created | TenantChange::Profile, None)
+            | (TenantChange::Deleted, Some(_))
+            | (TenantChange::Forgotten, _) => {
+                unreachable!("what is said of a tenant before it is deleted is dropped with it")
+            }
+        }
+    }
+
     fn apply_one<R: Reader>(&mut self, pending: &mut Pending<R>, envelope: Envelope) -> Result<Outcome, Fault> {
         let Envelope { tenant, member_id, command } = envelope;
         match command {
-            Command::CreateTenant { name } => Ok(self.create_tenant(pending, name)),
+            Command::Tenant(command) => {
+                let result = self.change_tenant(pending, tenant, command)?;
+                Ok(Outcome { revision: 0, result: result.map(|(id, created)| Reply::Tenant { id, created }) })
+            }
             Command::Configure { quota_bytes } => {
                 self.registry.cell.quota_bytes = quota_bytes;
                 Ok(Outcome { revision: 0, result: Ok(Reply::Configure) })
@@ -325,13 +450,13 @@ impl<E: Engine> StateMachine<E> {
             | Command::LeaseGrant { .. }
             | Command::LeaseRevoke { .. }
             | Command::Alarm { .. } => {
-                let Some(row) = self.registry.rows.get_mut(&tenant) else {
+                let Some(Registered { row, profile }) = self.registry.tenants.get_mut(&tenant) else {
                     return Ok(Outcome { revision: 0, result: Err(Refusal::TenantNotFound) });
                 };
                 let capture_prev = self.store.shared.tenant(tenant).is_some_and(|known| known.hub.wants_prev_kv());
                 pending.dirty.insert(tenant);
-                let quota = Quota { limit_bytes: self.registry.cell.quota_bytes, member_id };
-                let mut turn = Turn { pending, tenant, row, quota, capture_prev };
+                let quota = Quota { limit_bytes: quota_bytes(profile, self.registry.cell.quota_bytes), member_id };
+                let mut turn = Turn { pending, tenant, row, profile, quota, capture_prev };
                 let result = turn.run(command)?;
                 Ok(Outcome { revision: turn.row.revision, result })
             }
@@ -357,20 +482,98 @@ impl<E: Engine> StateMachine<E> {
         Outcome { revision: 0, result: Ok(Reply::Members) }
     }
 
-    fn create_tenant<R: Reader>(&mut self, pending: &mut Pending<R>, name: String) -> Outcome {
+    /// Answers the tenant, and whether it is new.
+    fn change_tenant<R: Reader>(
+        &mut self,
+        pending: &mut Pending<R>,
+        id: TenantId,
+        command: TenantCommand,
+    ) -> Step<(TenantId, bool)> {
+        Ok(match command {
+            TenantCommand::Create { name, limits, labels, created_at_ms } => {
+                let labels = labels.into_iter().map(|(name, value)| (name, Some(value))).collect();
+                let mut profile = Profile { limits, created_at_ms, ..Profile::default() };
+                if let Err(refusal) = profile.change_labels(labels) {
+                    return Ok(Err(refusal));
+                }
+                // Certificates name their tenant: those of the one that had this name before must not open this one.
+                if pending.overlay.get(Family::Meta, &meta::former_key(&name))?.is_some() {
+                    profile.credentials_valid_from_ms = next_second_ms(created_at_ms);
+                }
+                self.create_tenant(pending, name, profile)
+            }
+            TenantCommand::Delete => self.delete_tenant(pending, id),
+            TenantCommand::Forget => match self.registry.deleted.remove(&id) {
+                None => Err(Refusal::TenantNotFound),
+                Some(_) => {
+                    pending.overlay.delete(Family::Meta, meta::deleted_key(id));
+                    pending.notices.push(Notice::Forgotten(id));
+                    Ok((id, false))
+                }
+            },
+            TenantCommand::Update { .. }
+            | TenantCommand::SetPhase(_)
+            | TenantCommand::RevokeSerial { .. }
+            | TenantCommand::RevokeBefore { .. } => {
+                let Some(tenant) = self.registry.tenants.get_mut(&id) else { return Ok(Err(Refusal::TenantNotFound)) };
+                let mut profile = Profile::clone(&tenant.profile);
+                if let Err(refusal) = change_profile(&mut profile, command) {
+                    return Ok(Err(refusal));
+                }
+                if profile != *tenant.profile {
+                    pending.overlay.put(Family::Meta, meta::profile_key(id), profile.encode());
+                    tenant.profile = Arc::new(profile);
+                    pending.notices.push(Notice::Tenant(id, TenantChange::Profile));
+                }
+                Ok((id, false))
+            }
+        })
+    }
+
+    fn create_tenant<R: Reader>(
+        &mut self,
+        pending: &mut Pending<R>,
+        name: String,
+        profile: Profile,
+    ) -> Result<(TenantId, bool), Refusal> {
         if let Some(id) = self.registry.names.get(&name) {
-            return Outcome { revision: 0, result: Ok(Reply::CreateTenant { id: *id }) };
+            return Ok((*id, false));
         }
-        if self.registry.rows.len() >= TENANTS_MAX {
-            return Outcome { revision: 0, result: Err(Refusal::TooManyTenants) };
+        if self.registry.tenants.len() + self.registry.deleted.len() >= TENANTS_MAX {
+            return Err(Refusal::TooManyTenants);
         }
         let id = TenantId(self.registry.cell.next_tenant);
         self.registry.cell.next_tenant += 1;
         self.registry.names.insert(name.clone(), id);
-        self.registry.rows.insert(id, TenantRow::new(name));
+        if profile != Profile::default() {
+            pending.overlay.put(Family::Meta, meta::profile_key(id), profile.encode());
+        }
+        let registered = Registered { row: TenantRow::new(name), profile: Arc::new(profile) };
+        assert!(self.registry.tenants.insert(id, registered).is_none(), "tenant ids are never reused");
         pending.dirty.insert(id);
-        pending.notices.push(Notice::TenantCreated(id));
-        Outcome { revision: 0, result: Ok(Reply::CreateTenant { id }) }
+        pending.notices.push(Notice::Tenant(id, TenantChange::Created));
+        Ok((id, true))
+    }
+
+    fn delete_tenant<R: Reader>(
+        &mut self,
+        pending: &mut Pending<R>,
+        id: TenantId,
+    ) -> Result<(TenantId, bool), Refusal> {
+        let Some(Registered { row, .. }) = self.registry.tenants.remove(&id) else {
+            return Err(Refusal::TenantNotFound);
+        };
+        assert_eq!(self.registry.names.remove(&row.name), Some(id), "a name is one tenant's");
+        // What the same batch did to it before is nobody's business any more.
+        pending.dirty.remove(&id);
+        pending.notices.retain(|notice| notice.tenant() != Some(id));
+        let bounds = key::tenant_bounds(id);
+        pending.overlay.clear_range(bounds.lower, bounds.upper);
+        pending.overlay.put(Family::Meta, meta::deleted_key(id), Bytes::from(row.name.clone().into_bytes()));
+        pending.overlay.put(Family::Meta, meta::former_key(&row.name), Bytes::new());
+        self.registry.deleted.insert(id, row.name);
+        pending.notices.push(Notice::Tenant(id, TenantChange::Deleted));
+        Ok((id, false))
     }
 
     /// Highest applied index that a crash right now would leave.
@@ -402,6 +605,45 @@ impl<E: Engine> StateMachine<E> {
     }
 }
 
+/// Certificates tell whole seconds: the first one that lies behind this moment.
+pub fn next_second_ms(moment_ms: i64) -> i64 {
+    moment_ms.div_euclid(1_000).saturating_add(1).saturating_mul(1_000)
+}
+
+/// # Errors
+/// A [`Refusal`]; the profile must not be used then.
+fn change_profile(profile: &mut Profile, command: TenantCommand) -> Result<(), Refusal> {
+    match command {
+        TenantCommand::Update { limits, labels } => {
+            for (limit, value) in limits {
+                profile.limits.set(limit, value);
+            }
+            profile.change_labels(labels)
+        }
+        TenantCommand::SetPhase(phase) => {
+            profile.phase = phase;
+            Ok(())
+        }
+        TenantCommand::RevokeSerial { serial, ends_at_ms, now_ms } => profile.revoke(serial, ends_at_ms, now_ms),
+        TenantCommand::RevokeBefore { valid_from_ms } => {
+            profile.credentials_valid_from_ms = profile.credentials_valid_from_ms.max(valid_from_ms);
+            Ok(())
+        }
+        TenantCommand::Create { .. } | TenantCommand::Delete | TenantCommand::Forget => {
+            unreachable!("no change of a profile")
+        }
+    }
+}
+
+/// Bytes a tenant may hold; negative = no limit.
+pub(crate) fn quota_bytes(profile: &Profile, of_cell: i64) -> i64 {
+    match profile.limits.get(Limit::StoredBytes) {
+        None => of_cell,
+        Some(0) => -1,
+        Some(bytes) => i64::try_from(bytes).unwrap_or(i64::MAX),
+    }
+}
+
 /// The limit a command is held to.
 #[derive(Clone, Copy)]
 struct Quota {
@@ -416,14 +658,16 @@ struct Turn<'a, R> {
     pending: &'a mut Pending<R>,
     tenant: TenantId,
     row: &'a mut TenantRow,
+    profile: &'a Profile,
     quota: Quota,
     capture_prev: bool,
 }
 
 impl<R: Reader> Turn<'_, R> {
-    /// Checks in the contract's order: CORRUPT, NOSPACE, then the command's own conditions.
+    /// Checks in the contract's order: CORRUPT, NOSPACE, then the command's own conditions. Before all that, whether the tenant
+    /// may be used at all.
     fn run(&mut self, command: Command) -> Step<Reply> {
-        if let Err(refusal) = self.check_alarms(&command) {
+        if let Err(refusal) = self.check_profile(&command).and_then(|()| self.check_alarms(&command)) {
             return Ok(Err(refusal));
         }
         match command {
@@ -452,9 +696,25 @@ impl<R: Reader> Turn<'_, R> {
                 Ok(Ok(Reply::Reclaim { more }))
             }
             Command::Alarm { activate, member_id, kind } => Ok(Ok(self.alarm(activate, Alarm { member_id, kind }))),
-            Command::CreateTenant { .. } | Command::Configure { .. } | Command::Members(_) => {
+            Command::Tenant(_) | Command::Configure { .. } | Command::Members(_) => {
                 unreachable!("commands of the cell")
             }
+        }
+    }
+
+    /// Space is given back in every phase.
+    fn check_profile(&self, command: &Command) -> Result<(), Refusal> {
+        match self.profile.phase {
+            TenantPhase::Active => {}
+            TenantPhase::ReadOnly if command.quota_cost_bytes() > 0 => return Err(Refusal::ReadOnly),
+            TenantPhase::Suspended if !matches!(command, Command::Reclaim { .. }) => return Err(Refusal::Suspended),
+            TenantPhase::ReadOnly | TenantPhase::Suspended => {}
+        }
+        match (command, self.profile.limits.get(Limit::Leases)) {
+            (Command::LeaseGrant { .. }, Some(leases)) if leases > 0 && self.row.usage.leases >= leases => {
+                Err(Refusal::TooManyLeases)
+            }
+            _ => Ok(()),
         }
     }
 
@@ -480,7 +740,7 @@ impl<R: Reader> Turn<'_, R> {
             | Command::LeaseRevoke { .. } => true,
             Command::Reclaim { .. }
             | Command::Alarm { .. }
-            | Command::CreateTenant { .. }
+            | Command::Tenant(_)
             | Command::Configure { .. }
             | Command::Members(_) => false,
         };
@@ -540,7 +800,7 @@ impl Command {
             | Command::LeaseRevoke { .. }
             | Command::Reclaim { .. }
             | Command::Alarm { .. }
-            | Command::CreateTenant { .. }
+            | Command::Tenant(_)
             | Command::Configure { .. }
             | Command::Members(_) => 0,
         }

@@ -9,6 +9,7 @@ use bytes::Bytes;
 use crate::codec::{Reader, Writer};
 use crate::error::Fault;
 use crate::limits::TXN_DEPTH_MAX;
+use crate::profile::{self, Labels, Limit, TenantLimits, TenantPhase};
 use crate::types::{
     AlarmKind, Compare, CompareResult, CompareTarget, DeleteRangeRequest, KeyRange, LeaseId, PutRequest, RangeRequest,
     SortOrder, SortTarget, TenantId, TxnOp, TxnRequest,
@@ -29,10 +30,8 @@ pub struct Envelope {
 /// Everything that can change replicated state.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Command {
-    /// Makes the tenant exist; naming one that exists answers its id. The envelope's tenant is ignored.
-    CreateTenant {
-        name: String,
-    },
+    /// Makes, changes or ends a tenant.
+    Tenant(TenantCommand),
     /// Sets what all tenants of the cell share. The envelope's tenant is ignored.
     Configure {
         quota_bytes: i64,
@@ -64,6 +63,50 @@ pub enum Command {
         member_id: u64,
         kind: AlarmKind,
     },
+}
+
+/// What happens to a tenant: the envelope's, if nothing else is said.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum TenantCommand {
+    /// Makes the tenant exist; naming one that exists answers its id and changes nothing. The envelope's tenant is ignored.
+    Create {
+        name: String,
+        limits: TenantLimits,
+        labels: Labels,
+        created_at_ms: i64,
+    },
+    /// Changes some limits and labels; `None` takes one away.
+    Update {
+        limits: Vec<(Limit, Option<u64>)>,
+        labels: Vec<(String, Option<String>)>,
+    },
+    SetPhase(TenantPhase),
+    /// Refuses one certificate until it ends by itself. `now_ms` is the proposer's clock: what ended before is forgotten.
+    RevokeSerial {
+        serial: Bytes,
+        ends_at_ms: i64,
+        now_ms: i64,
+    },
+    /// Refuses certificates that were valid before.
+    RevokeBefore {
+        valid_from_ms: i64,
+    },
+    /// Its data is gone and its name is free. The id is never used again.
+    Delete,
+    /// A deleted tenant's space has been given back: nothing is left to say of it.
+    Forget,
+}
+
+impl TenantCommand {
+    /// An empty tenant of which nothing is said but its name.
+    pub fn create(name: impl Into<String>) -> Self {
+        TenantCommand::Create {
+            name: name.into(),
+            limits: TenantLimits::default(),
+            labels: Labels::default(),
+            created_at_ms: 0,
+        }
+    }
 }
 
 /// What happens to the members of the cell. Whether they vote is raft's own state; these go with its changes of members, in
@@ -130,9 +173,9 @@ impl Envelope {
 
 fn encode_command(w: &mut Writer, command: &Command) {
     match command {
-        Command::CreateTenant { name } => {
-            w.u8(1);
-            w.bytes(name.as_bytes());
+        Command::Tenant(tenant) => {
+            w.u8(12);
+            encode_tenant(w, tenant);
         }
         Command::Configure { quota_bytes } => {
             w.u8(2);
@@ -182,7 +225,8 @@ fn encode_command(w: &mut Writer, command: &Command) {
 
 fn decode_command(r: &mut Reader) -> Result<Command, Fault> {
     Ok(match r.u8()? {
-        1 => Command::CreateTenant { name: r.string()? },
+        // As it was written before tenants had profiles.
+        1 => Command::Tenant(TenantCommand::create(r.string()?)),
         2 => Command::Configure { quota_bytes: r.i64()? },
         3 => Command::Put(decode_put(r)?),
         4 => Command::DeleteRange(decode_delete(r)?),
@@ -197,7 +241,78 @@ fn decode_command(r: &mut Reader) -> Result<Command, Fault> {
             kind: AlarmKind(r.i64()?.try_into().map_err(|_| r.corrupt("alarm kind"))?),
         },
         11 => Command::Members(decode_members(r)?),
+        12 => Command::Tenant(decode_tenant(r)?),
         _ => return Err(r.corrupt("command kind")),
+    })
+}
+
+fn encode_tenant(w: &mut Writer, command: &TenantCommand) {
+    match command {
+        TenantCommand::Create { name, limits, labels, created_at_ms } => {
+            w.u8(1);
+            w.bytes(name.as_bytes());
+            limits.encode(w);
+            profile::encode_labels(w, labels);
+            w.i64(*created_at_ms);
+        }
+        TenantCommand::Update { limits, labels } => {
+            w.u8(2);
+            w.varint(limits.len() as u64);
+            for (limit, value) in limits {
+                limit.encode(w);
+                w.u8(u8::from(value.is_some()));
+                w.varint(value.unwrap_or(0));
+            }
+            w.varint(labels.len() as u64);
+            for (name, value) in labels {
+                w.bytes(name.as_bytes());
+                w.u8(u8::from(value.is_some()));
+                w.bytes(value.as_deref().unwrap_or_default().as_bytes());
+            }
+        }
+        TenantCommand::SetPhase(phase) => {
+            w.u8(3);
+            phase.encode(w);
+        }
+        TenantCommand::RevokeSerial { serial, ends_at_ms, now_ms } => {
+            w.u8(4);
+            w.bytes(serial);
+            w.i64(*ends_at_ms);
+            w.i64(*now_ms);
+        }
+        TenantCommand::RevokeBefore { valid_from_ms } => {
+            w.u8(5);
+            w.i64(*valid_from_ms);
+        }
+        TenantCommand::Delete => w.u8(6),
+        TenantCommand::Forget => w.u8(7),
+    }
+}
+
+fn decode_tenant(r: &mut Reader) -> Result<TenantCommand, Fault> {
+    Ok(match r.u8()? {
+        1 => TenantCommand::Create {
+            name: r.string()?,
+            limits: TenantLimits::decode(r)?,
+            labels: profile::decode_labels(r)?,
+            created_at_ms: r.i64()?,
+        },
+        2 => TenantCommand::Update {
+            limits: r.list(|r| {
+                let (limit, is_set, value) = (Limit::decode(r)?, r.bool()?, r.varint()?);
+                Ok((limit, is_set.then_some(value)))
+            })?,
+            labels: r.list(|r| {
+                let (name, is_set, value) = (r.string()?, r.bool()?, r.string()?);
+                Ok((name, is_set.then_some(value)))
+            })?,
+        },
+        3 => TenantCommand::SetPhase(TenantPhase::decode(r)?),
+        4 => TenantCommand::RevokeSerial { serial: r.bytes()?, ends_at_ms: r.i64()?, now_ms: r.i64()? },
+        5 => TenantCommand::RevokeBefore { valid_from_ms: r.i64()? },
+        6 => TenantCommand::Delete,
+        7 => TenantCommand::Forget,
+        _ => return Err(r.corrupt("tenant command kind")),
     })
 }
 

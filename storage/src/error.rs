@@ -40,6 +40,21 @@ pub enum Refusal {
     /// The cell holds as many tenants as it may.
     #[error("too many tenants")]
     TooManyTenants,
+    /// The tenant takes no writes that make it grow.
+    #[error("the tenant is read-only")]
+    ReadOnly,
+    /// The tenant takes no commands.
+    #[error("the tenant is suspended")]
+    Suspended,
+    /// The tenant has as many leases as it may.
+    #[error("too many leases")]
+    TooManyLeases,
+    /// A tenant has at most [`crate::limits::LABELS_MAX`] labels.
+    #[error("too many labels")]
+    TooManyLabels,
+    /// At most [`crate::limits::REVOKED_SERIALS_MAX`] certificates of a tenant are refused one by one.
+    #[error("too many revoked certificates")]
+    TooManyRevoked,
     /// No member of the cell has this id (any more).
     #[error("member not found")]
     MemberNotFound,

@@ -27,6 +27,7 @@ pub mod key_value;
 pub mod limits;
 mod members;
 mod mvcc;
+pub mod profile;
 pub mod reply;
 mod store;
 #[cfg(all(test, feature = "rocksdb"))]
@@ -34,8 +35,8 @@ mod testscripts;
 pub mod types;
 pub mod watch;
 
-pub use crate::apply::{Copier, NoObserver, Observer, StateMachine};
-pub use crate::command::{Command, Envelope, MembersCommand};
+pub use crate::apply::{Copier, NoObserver, Observer, StateMachine, TenantChange, next_second_ms};
+pub use crate::command::{Command, Envelope, MembersCommand, TenantCommand};
 #[cfg(feature = "rocksdb")]
 #[doc(hidden)]
 pub use crate::engine::RocksLog;
@@ -45,6 +46,7 @@ pub use crate::engine::{RocksEngine, RocksOptions};
 pub use crate::error::{Fault, ReadError, Refusal};
 pub use crate::mvcc::read::Sink;
 pub use crate::mvcc::txn::{is_read_only, put_cost, quota_cost};
+pub use crate::profile::{Labels, Limit, Profile, TenantLimits, TenantPhase};
 pub use crate::reply::{Outcome, Reply};
 pub use crate::store::{HashKv, RangeSummary, Store, TenantReader, TenantState};
 pub use crate::types::*;

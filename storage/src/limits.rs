@@ -41,6 +41,12 @@ pub const WATCHERS_PER_TENANT_MAX: usize = 1_000_000;
 /// Tenants of one cell.
 pub const TENANTS_MAX: usize = 100_000;
 
+/// Labels of one tenant.
+pub const LABELS_MAX: usize = 64;
+
+/// Certificates of one tenant that are refused one by one. At the bound all older ones have to be refused together.
+pub const REVOKED_SERIALS_MAX: usize = 1_000;
+
 /// Longest tenant name in bytes: a DNS label, so that a name can be part of a host name.
 pub const TENANT_NAME_BYTES_MAX: usize = 63;
 

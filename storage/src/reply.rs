@@ -16,8 +16,10 @@ pub struct Outcome {
 /// What a command that was not refused answers; one variant per [`crate::command::Command`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Reply {
-    CreateTenant {
+    /// `created` is false for a tenant that was there already, and for every other change.
+    Tenant {
         id: TenantId,
+        created: bool,
     },
     Configure,
     Members,

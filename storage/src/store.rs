@@ -6,19 +6,21 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 
 use bytes::Bytes;
 use parking_lot::{Mutex, RwLock};
 
+use crate::apply::quota_bytes;
 use crate::counts::Counts;
 use crate::engine::{Cursor, Engine, Family, Reader};
 use crate::error::{Fault, ReadError, Refusal};
 use crate::key::meta::TenantRow;
-use crate::key::{lease, meta};
-use crate::limits::EMPTY_TENANT_BYTES;
+use crate::key::{self, lease, meta};
+use crate::limits::{EMPTY_TENANT_BYTES, WATCHERS_PER_TENANT_MAX};
 use crate::mvcc::read::{Count, Found, Sink};
 use crate::mvcc::{hash, read, txn, write};
+use crate::profile::{Limit, Profile};
 use crate::types::{Alarm, KeyRange, LeaseId, Membership, RangeRequest, TenantId, TxnReply, TxnRequest, Usage};
 use crate::watch::{Hub, WatchStream};
 
@@ -28,6 +30,9 @@ pub(crate) struct Tenant {
     pub(crate) name: String,
     pub(crate) hub: Hub,
     published: Mutex<TenantState>,
+    profile: RwLock<Arc<Profile>>,
+    /// Set before its rows go.
+    is_deleted: AtomicBool,
 }
 
 /// A tenant's counters after the last published batch.
@@ -70,8 +75,32 @@ pub(crate) fn db_size_bytes(usage: &Usage) -> u64 {
 }
 
 impl Tenant {
-    pub(crate) fn new(id: TenantId, row: &TenantRow) -> Self {
-        Tenant { id, name: row.name.clone(), hub: Hub::new(row.revision), published: Mutex::new(TenantState::of(row)) }
+    pub(crate) fn new(id: TenantId, row: &TenantRow, profile: &Arc<Profile>) -> Self {
+        Tenant {
+            id,
+            name: row.name.clone(),
+            hub: Hub::new(row.revision),
+            published: Mutex::new(TenantState::of(row)),
+            profile: RwLock::new(Arc::clone(profile)),
+            is_deleted: AtomicBool::new(false),
+        }
+    }
+
+    pub(crate) fn show_profile(&self, profile: &Arc<Profile>) {
+        *self.profile.write() = Arc::clone(profile);
+    }
+
+    /// Watchers that it may have, over all its streams.
+    pub(crate) fn watchers_max(&self) -> usize {
+        match self.profile.read().limits.get(Limit::Watchers) {
+            None | Some(0) => WATCHERS_PER_TENANT_MAX,
+            Some(own) => usize::try_from(own).map_or(WATCHERS_PER_TENANT_MAX, |own| own.min(WATCHERS_PER_TENANT_MAX)),
+        }
+    }
+
+    /// Its rows are about to go.
+    pub(crate) fn end(&self) {
+        self.is_deleted.store(true, Ordering::Release);
     }
 
     pub(crate) fn publish(&self, row: &TenantRow) {
@@ -85,6 +114,19 @@ pub(crate) struct Shared {
     pub(crate) quota_bytes: AtomicI64,
     pub(crate) membership: RwLock<Arc<Membership>>,
     pub(crate) counts: Counts,
+    /// Tenants whose space has not been given back yet, with the names they had.
+    pub(crate) deleted: RwLock<BTreeMap<TenantId, String>>,
+    /// Whether the whole state is being replaced: tenants may be gone that are known here.
+    is_replacing: AtomicBool,
+}
+
+/// While it lives, tenants may be missing.
+pub(crate) struct Replacing<'a>(&'a AtomicBool);
+
+impl Drop for Replacing<'_> {
+    fn drop(&mut self) {
+        self.0.store(false, Ordering::Release);
+    }
 }
 
 #[derive(Default)]
@@ -100,6 +142,35 @@ impl Shared {
             quota_bytes: AtomicI64::new(quota_bytes),
             membership: RwLock::default(),
             counts: Counts::default(),
+            deleted: RwLock::default(),
+            is_replacing: AtomicBool::new(false),
+        }
+    }
+
+    pub(crate) fn replacing(&self) -> Replacing<'_> {
+        self.is_replacing.store(true, Ordering::Release);
+        Replacing(&self.is_replacing)
+    }
+
+    /// Drops the tenants that `kept` does not want. Who reads them gets [`Refusal::TenantNotFound`].
+    pub(crate) fn retain(&self, kept: impl Fn(TenantId) -> bool) {
+        let mut tenants = self.tenants.write();
+        tenants.by_id.retain(|id, tenant| {
+            kept(*id) || {
+                tenant.end();
+                false
+            }
+        });
+        let Tenants { by_id, by_name } = &mut *tenants;
+        by_name.retain(|_, id| by_id.contains_key(id));
+    }
+
+    pub(crate) fn remove(&self, id: TenantId) {
+        let mut tenants = self.tenants.write();
+        if let Some(tenant) = tenants.by_id.remove(&id)
+            && tenants.by_name.get(&tenant.name) == Some(&id)
+        {
+            tenants.by_name.remove(&tenant.name);
         }
     }
 
@@ -137,12 +208,27 @@ impl<E: Engine> Store<E> {
         self.shared.tenants.read().by_id.values().map(|tenant| (tenant.id, tenant.name.clone())).collect()
     }
 
+    /// Tenants that were deleted and whose space is still being given back, with the names they had.
+    pub fn deleted_tenants(&self) -> BTreeMap<TenantId, String> {
+        self.shared.deleted.read().clone()
+    }
+
+    /// Gives back the space of a deleted tenant on this member's disk. Long; blocks no reader or writer. Not for an async
+    /// thread.
+    ///
+    /// # Errors
+    /// Any [`Fault`] ends this member.
+    pub fn compact_tenant(&self, tenant: TenantId) -> Result<(), Fault> {
+        let bounds = key::tenant_bounds(tenant);
+        self.engine.compact_range(&bounds.lower, &bounds.upper)
+    }
+
     /// The read side of one tenant; `None` if there is no such tenant.
     pub fn reader(&self, tenant: TenantId) -> Option<TenantReader<E>> {
         Some(TenantReader { store: self.clone(), tenant: self.shared.tenant(tenant)? })
     }
 
-    /// Bytes a tenant may hold before writes are refused; negative = no quota.
+    /// Bytes a tenant may hold of which nothing else is said; negative = no quota.
     pub fn quota_bytes(&self) -> i64 {
         self.shared.quota_bytes.load(Ordering::Relaxed)
     }
@@ -211,6 +297,32 @@ impl<E: Engine> TenantReader<E> {
         &self.tenant.name
     }
 
+    /// What is said of the tenant, after the last published batch. In memory.
+    pub fn profile(&self) -> Arc<Profile> {
+        Arc::clone(&self.tenant.profile.read())
+    }
+
+    /// Whether the tenant has been deleted: its reads answer [`Refusal::TenantNotFound`]. In memory.
+    pub fn is_deleted(&self) -> bool {
+        self.tenant.is_deleted.load(Ordering::Acquire)
+    }
+
+    /// Bytes it may hold before writes are refused; negative = no quota. In memory.
+    pub fn quota_bytes(&self) -> i64 {
+        quota_bytes(&self.tenant.profile.read(), self.store.quota_bytes())
+    }
+
+    /// The tenant's row in this view.
+    fn row(&self, view: &E::View<'_>) -> Result<TenantRow, ReadError> {
+        match tenant_row(view, self.tenant.id)? {
+            Some(row) => Ok(row),
+            None if self.is_deleted() || self.store.shared.is_replacing.load(Ordering::Acquire) => {
+                Err(Refusal::TenantNotFound.into())
+            }
+            None => Err(missing_row(self.tenant.id).into()),
+        }
+    }
+
     /// Counters after the last published batch. In memory.
     pub fn state(&self) -> TenantState {
         self.tenant.published.lock().clone()
@@ -258,7 +370,7 @@ impl<E: Engine> TenantReader<E> {
         let count_wanted = count_wanted && (request.limit > 0 || request.count_only);
         let armed = (count_wanted && request.revision.is_none()).then(|| counts.arm(tenant, &request.range)).flatten();
         let view = self.store.engine.view();
-        let row = tenant_row(&view, tenant)?;
+        let row = self.row(&view)?;
         let at = request.revision.unwrap_or(row.revision);
         check_readable(at, &row)?;
         let count = match count_wanted {
@@ -288,7 +400,7 @@ impl<E: Engine> TenantReader<E> {
     /// If the txn holds anything but ranges.
     pub fn txn_read_only(&self, request: &TxnRequest) -> Result<(i64, TxnReply), ReadError> {
         let view = self.store.engine.view();
-        let row = tenant_row(&view, self.tenant.id)?;
+        let row = self.row(&view)?;
         let reply = txn::read_only(&view, self.tenant.id, request, row.revision, row.compact_revision)??;
         Ok((row.revision, reply))
     }
@@ -299,7 +411,7 @@ impl<E: Engine> TenantReader<E> {
     /// [`Refusal::FutureRevision`], [`Refusal::Compacted`].
     pub fn hash_kv(&self, revision: i64) -> Result<HashKv, ReadError> {
         let view = self.store.engine.view();
-        let row = tenant_row(&view, self.tenant.id)?;
+        let row = self.row(&view)?;
         let hash_revision = if revision == 0 { row.revision } else { revision };
         if hash_revision > row.revision {
             return Err(Refusal::FutureRevision.into());
@@ -362,13 +474,14 @@ fn check_readable(at: i64, row: &TenantRow) -> Result<(), Refusal> {
     Ok(())
 }
 
-/// The tenant's row in this view.
-pub(crate) fn tenant_row<R: Reader>(reader: &R, tenant: TenantId) -> Result<TenantRow, Fault> {
-    let key = meta::tenant_key(tenant);
-    match reader.get(Family::Meta, &key)? {
-        Some(stored) => TenantRow::decode(stored),
-        None => Err(Fault::Corrupt { what: "missing tenant row", key }),
-    }
+/// The tenant's row in this view, if it has one.
+pub(crate) fn tenant_row<R: Reader>(reader: &R, tenant: TenantId) -> Result<Option<TenantRow>, Fault> {
+    reader.get(Family::Meta, &meta::tenant_key(tenant))?.map(TenantRow::decode).transpose()
+}
+
+/// Of a tenant that was not deleted.
+pub(crate) fn missing_row(tenant: TenantId) -> Fault {
+    Fault::Corrupt { what: "missing tenant row", key: meta::tenant_key(tenant) }
 }
 
 #[cfg(test)]
@@ -377,7 +490,7 @@ mod tests {
 
     use super::*;
     use crate::apply::{NoObserver, StateMachine};
-    use crate::command::{Command, Envelope};
+    use crate::command::{Command, Envelope, TenantCommand};
     use crate::engine::MemoryEngine;
     use crate::types::PutRequest;
 
@@ -397,7 +510,7 @@ mod tests {
             })
         };
         let tenant = TenantId(1);
-        let create = Command::CreateTenant { name: "acme".to_string() };
+        let create = Command::Tenant(TenantCommand::create("acme"));
         let commands = [create].into_iter().chain((0..5).map(|number| put(format!("key{number}"))));
         let commands = commands.map(|command| Envelope { tenant, member_id: 1, command }.encode()).collect();
         state.apply(vec![(1, commands)]).unwrap();

@@ -12,6 +12,8 @@
 //! txn "COMPARE"… then "OP"… else "OP"…    COMPARE: version(a) = 0, mod(a..c) > 3; OP: put a 1 [LEASE], delete a..c, get a, txn OP; OP
 //! compact REV    reclaim [ROWS]           grant ID TTL, revoke ID, leases
 //! alarm KIND on|off                       quota BYTES
+//! tenants, forget ID, tenant limit NAME [VALUE] | label NAME [VALUE] | suspend | read-only | resume | delete
+//!                          | revoke SERIAL | revoke-before MS
 //! state, hash [rev=N], rows [FAMILY]      restart
 //! watch NAME RANGE [id=N] [from=N] [prev=true] [no_put=true] [no_delete=true] [notify=true], cancel NAME ID,
 //!     progress NAME, tick NAME, unwatch NAME, events
@@ -31,9 +33,9 @@ use crate::engine::{Cursor, Engine as _, Family, MemoryEngine, Reader, RocksEngi
 use crate::key_value::KeyValue;
 use crate::watch::{EventKind, WatchMessage, WatchSpec, WatchStream};
 use crate::{
-    AlarmKind, Command, Compare, CompareResult, CompareTarget, DeleteRangeRequest, Envelope, KeyRange, LeaseId,
-    NoObserver, PutRequest, RangeReply, RangeRequest, ReadError, Reply, SortOrder, SortTarget, StateMachine, TenantId,
-    TenantReader, TxnOp, TxnOpReply, TxnReply, TxnRequest,
+    AlarmKind, Command, Compare, CompareResult, CompareTarget, DeleteRangeRequest, Envelope, KeyRange, LeaseId, Limit,
+    NoObserver, PutRequest, RangeReply, RangeRequest, ReadError, Reply, SortOrder, SortTarget, StateMachine,
+    TenantCommand, TenantId, TenantPhase, TenantReader, TxnOp, TxnOpReply, TxnReply, TxnRequest,
 };
 
 type Engine = Mirror<RocksEngine, MemoryEngine>;
@@ -85,10 +87,57 @@ impl Script {
         if let Some(id) = self.machine.store().tenant_id(&name) {
             return Ok(id);
         }
-        match self.apply(TenantId(0), Command::CreateTenant { name })? {
-            (_, Reply::CreateTenant { id }) => Ok(id),
+        match self.apply(TenantId(0), Command::Tenant(TenantCommand::create(name)))? {
+            (_, Reply::Tenant { id, .. }) => Ok(id),
             (_, other) => Err(format!("{other:?}").into()),
         }
+    }
+
+    fn change_tenant(&mut self, tenant: TenantId, args: &mut ArgumentConsumer<'_>) -> Answer {
+        let number = |text: &str| text.parse::<i64>().map_err(|error| format!("{text}: {error}"));
+        let value = |text: &str| text.parse::<u64>().map_err(|error| format!("{text}: {error}"));
+        let command = match args.next_pos().ok_or("what to do")? {
+            "limit" => {
+                let name = args.next_pos().ok_or("a limit")?;
+                let limit = Limit::ALL.into_iter().find(|limit| limit.name() == name).ok_or("no such limit")?;
+                TenantCommand::Update { limits: vec![(limit, args.next_pos().map(value).transpose()?)], labels: vec![] }
+            }
+            "label" => {
+                let name = args.next_pos().ok_or("a label")?.to_owned();
+                TenantCommand::Update { limits: vec![], labels: vec![(name, args.next_pos().map(str::to_owned))] }
+            }
+            "resume" => TenantCommand::SetPhase(TenantPhase::Active),
+            "read-only" => TenantCommand::SetPhase(TenantPhase::ReadOnly),
+            "suspend" => TenantCommand::SetPhase(TenantPhase::Suspended),
+            "revoke" => {
+                let serial = latin1(args.next_pos().ok_or("a serial")?);
+                TenantCommand::RevokeSerial { serial, ends_at_ms: 1_000, now_ms: 0 }
+            }
+            "revoke-before" => {
+                TenantCommand::RevokeBefore { valid_from_ms: number(args.next_pos().ok_or("a moment")?)? }
+            }
+            "delete" => TenantCommand::Delete,
+            other => return Err(format!("tenant {other}").into()),
+        };
+        self.apply(tenant, Command::Tenant(command))?;
+        Ok(String::new())
+    }
+
+    fn tenants(&self) -> String {
+        let store = self.machine.store();
+        let mut out = String::new();
+        for (id, name) in store.tenants() {
+            let profile = store.reader(id).map(|reader| reader.profile()).unwrap_or_default();
+            let limits: Vec<_> =
+                profile.limits.iter().map(|(limit, value)| format!("{}={value}", limit.name())).collect();
+            let (phase, labels, from) = (profile.phase, &profile.labels, profile.credentials_valid_from_ms);
+            let revoked = profile.revoked.len();
+            let _ = writeln!(out, "{id} {name} {phase:?} {limits:?} {labels:?} from {from} revoked {revoked}");
+        }
+        for (id, name) in store.deleted_tenants() {
+            let _ = writeln!(out, "{id} {name} deleted");
+        }
+        out
     }
 
     fn reader(&self, tenant: TenantId) -> Result<TenantReader<Engine>, Box<dyn Error>> {
@@ -108,7 +157,7 @@ impl Script {
             Reply::Reclaim { more } => writeln!(out, "  more to reclaim: {more}")?,
             Reply::LeaseGrant { id, ttl_seconds } => writeln!(out, "  lease {} for {ttl_seconds} s", id.0)?,
             Reply::Alarm { alarms } => writeln!(out, "  alarms {alarms:?}")?,
-            Reply::CreateTenant { .. } | Reply::Configure | Reply::Members | Reply::Compact | Reply::LeaseRevoke => {}
+            Reply::Tenant { .. } | Reply::Configure | Reply::Members | Reply::Compact | Reply::LeaseRevoke => {}
         }
         Ok(out)
     }
@@ -261,6 +310,13 @@ impl goldenscript::Runner for Script {
                 };
                 let activate = args.next_pos() == Some("on");
                 self.write(tenant, Command::Alarm { activate, member_id: MEMBER_ID, kind })?
+            }
+            "tenant" => self.change_tenant(tenant, &mut args)?,
+            "tenants" => self.tenants(),
+            "forget" => {
+                let id = args.next_pos().ok_or("an id")?.parse()?;
+                self.apply(TenantId(id), Command::Tenant(TenantCommand::Forget))?;
+                String::new()
             }
             "quota" => {
                 let quota_bytes = args.next_pos().ok_or("bytes")?.parse()?;

@@ -14,7 +14,7 @@ use bytes::Bytes;
 use proptest::prelude::*;
 use tenure_storage::{
     Command, DeleteRangeRequest, Envelope, KeyRange, LeaseId, MemoryEngine, NoObserver, PutRequest, RangeRequest,
-    StateMachine, TenantId, TenantReader,
+    StateMachine, TenantCommand, TenantId, TenantReader,
 };
 
 const TENANT: TenantId = TenantId(1);
@@ -31,7 +31,7 @@ impl Machine {
     fn new() -> Machine {
         let state = StateMachine::open(Arc::new(MemoryEngine::default()), Arc::new(NoObserver)).unwrap();
         let mut machine = Machine { state, index: 0 };
-        machine.apply([Command::CreateTenant { name: "acme".to_owned() }]);
+        machine.apply([Command::Tenant(TenantCommand::create("acme"))]);
         machine.apply((0..KEYS).map(put));
         machine
     }

@@ -18,7 +18,7 @@ use tenure_storage::key_value::KeyValue;
 use tenure_storage::{
     Command, Compare, CompareResult, CompareTarget, DeleteRangeRequest, Envelope, KeyRange, LeaseId, MemoryEngine,
     NoObserver, Outcome, PutRequest, RangeRequest, ReadError, Refusal, Reply, RocksEngine, RocksOptions, StateMachine,
-    TenantId, TxnOp, TxnRequest,
+    TenantCommand, TenantId, TxnOp, TxnRequest,
 };
 
 type Engine = Mirror<RocksEngine, MemoryEngine>;
@@ -151,8 +151,8 @@ impl Run {
         let machine = StateMachine::open(Arc::clone(&engine), Arc::new(NoObserver)).unwrap();
         let mut run = Run { machine, engine, index: 0, models: [Model::new(), Model::new()] };
         for (tenant, name) in ["acme", "globex"].into_iter().enumerate() {
-            let reply = run.apply(0, Command::CreateTenant { name: name.to_string() });
-            assert_eq!(reply.result, Ok(Reply::CreateTenant { id: id_of(tenant) }));
+            let reply = run.apply(0, Command::Tenant(TenantCommand::create(name)));
+            assert_eq!(reply.result, Ok(Reply::Tenant { id: id_of(tenant), created: true }));
         }
         run
     }

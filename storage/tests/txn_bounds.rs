@@ -11,7 +11,7 @@ use bytes::Bytes;
 use tenure_storage::limits::{TXN_REPLY_BYTES_MAX, TXN_ROWS_MAX};
 use tenure_storage::{
     Command, Compare, CompareResult, CompareTarget, Envelope, KeyRange, LeaseId, MemoryEngine, NoObserver, Outcome,
-    PutRequest, RangeRequest, Refusal, Reply, StateMachine, TenantId, TxnOp, TxnRequest,
+    PutRequest, RangeRequest, Refusal, Reply, StateMachine, TenantCommand, TenantId, TxnOp, TxnRequest,
 };
 
 struct Machine {
@@ -23,8 +23,8 @@ impl Machine {
     fn new() -> (Machine, TenantId) {
         let machine = StateMachine::open(Arc::new(MemoryEngine::new()), Arc::new(NoObserver)).unwrap();
         let mut machine = Machine { machine, index: 0 };
-        let created = machine.apply(TenantId(0), Command::CreateTenant { name: "t".to_owned() });
-        let Ok(Reply::CreateTenant { id }) = created.result else { panic!("{created:?}") };
+        let created = machine.apply(TenantId(0), Command::Tenant(TenantCommand::create("t")));
+        let Ok(Reply::Tenant { id, .. }) = created.result else { panic!("{created:?}") };
         (machine, id)
     }
 

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex};
 use bytes::Bytes;
 use tenure_storage::{
     Command, Envelope, KeyRange, LeaseId, Membership, MemoryEngine, Observer, PutRequest, Reply, StateMachine,
-    TenantId, WatchSpec,
+    TenantChange, TenantCommand, TenantId, WatchSpec,
 };
 
 /// What was seen, in order.
@@ -37,6 +37,8 @@ impl Observer for Seen {
 
     fn reclaim_pending(&self, _: TenantId) {}
 
+    fn tenant_changed(&self, _: TenantId, _: TenantChange) {}
+
     fn state_replaced(&self) {}
 
     fn members_changed(&self, _: &Membership) {}
@@ -52,8 +54,8 @@ fn a_lease_is_gone_before_its_events_are_seen() {
         let entry = commands.into_iter().map(|command| Envelope { tenant, member_id: 1, command }.encode()).collect();
         machine.apply(vec![(index, entry)]).unwrap().remove(0)
     };
-    let created = apply(&mut machine, TenantId(0), vec![Command::CreateTenant { name: "t".to_owned() }]).remove(0);
-    let Ok(Reply::CreateTenant { id: tenant }) = created.result else { panic!("{created:?}") };
+    let created = apply(&mut machine, TenantId(0), vec![Command::Tenant(TenantCommand::create("t"))]).remove(0);
+    let Ok(Reply::Tenant { id: tenant, .. }) = created.result else { panic!("{created:?}") };
     let lease = LeaseId(7);
     let put = Command::Put(PutRequest {
         key: Bytes::from_static(b"k"),

@@ -79,6 +79,21 @@ impl Connection {
         call.answers.only_message().await
     }
 
+    /// Everything that these bytes, sent as the whole request, are answered with: as it came, and how it ended.
+    pub async fn bytes_of(&self, method: &str, message: &[u8]) -> (Vec<u8>, Status) {
+        let mut call = match self.call(method).await {
+            Ok(call) => call,
+            Err(error) => return (Vec::new(), transport(error)),
+        };
+        // The server may have answered before it has read everything.
+        let _ = call.requests.send_bytes(framed(message), true).await;
+        loop {
+            if let Err(status) = call.answers.receive().await {
+                return (call.answers.received.to_vec(), status);
+            }
+        }
+    }
+
     /// The status that these bytes, sent as the whole request, are answered with.
     pub async fn status_of(&self, method: &str, body: Bytes) -> Status {
         let mut call = self.call(method).await.unwrap();

@@ -1,12 +1,12 @@
 //! Several `tenured` as one cell.
 
-use std::io::{BufRead as _, BufReader};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU16, Ordering};
-use std::sync::mpsc;
 
+use crate::child::{self, Lines};
 use crate::server::program;
 
 /// One member, running or not. It keeps its addresses and its data.
@@ -17,6 +17,7 @@ pub struct Member {
     pub peer_url: String,
     pub data_dir: PathBuf,
     child: Option<Child>,
+    _claims: [Claim; 2],
 }
 
 /// Members of one cell; killed when dropped.
@@ -34,13 +35,16 @@ impl Cluster {
 
     /// Members that do not run yet, with peers on this scheme.
     pub fn new(scheme: &str, count: usize, dir: &Path, flags: &[&str]) -> Cluster {
-        let peers = free_addresses(count).into_iter().map(|peer| format!("{scheme}://{peer}"));
-        let members = free_addresses(count).into_iter().zip(peers).enumerate().map(|(at, (client, peer_url))| Member {
-            arguments: vec![format!("--name=m{at}")],
-            client,
-            peer_url,
-            data_dir: dir.join(format!("m{at}")),
-            child: None,
+        let members = (0..count).map(|at| {
+            let [(client, client_claim), (peer, peer_claim)] = [free_address(), free_address()];
+            Member {
+                arguments: vec![format!("--name=m{at}")],
+                client,
+                peer_url: format!("{scheme}://{peer}"),
+                data_dir: dir.join(format!("m{at}")),
+                child: None,
+                _claims: [client_claim, peer_claim],
+            }
         });
         let mut cluster = Cluster { members: members.collect() };
         let initial = cluster.initial();
@@ -52,8 +56,8 @@ impl Cluster {
 
     /// Starts all and waits until all are ready.
     pub fn start_all(&mut self) {
-        let ready: Vec<_> = self.members.iter_mut().map(Member::spawn).collect();
-        ready.into_iter().for_each(wait);
+        let said: Vec<_> = self.members.iter_mut().map(Member::spawn).collect();
+        said.iter().for_each(wait_until_ready);
     }
 
     /// `--initial-cluster` of all of them.
@@ -66,25 +70,42 @@ impl Cluster {
 /// Counts the ports that were looked at, for all tests of the process: none is given twice.
 static NEXT_PORT: AtomicU16 = AtomicU16::new(0);
 
-/// Addresses that nobody listens on, with ports below those that the system gives to outgoing connections: one of these could
-/// take a port while its member is down.
-fn free_addresses(count: usize) -> Vec<SocketAddr> {
-    const FIRST: u16 = 10_000;
-    const PORTS: u16 = 20_000;
-    // Test programs that run beside each other begin at different places.
-    let offset = std::process::id().wrapping_mul(1_499) % u32::from(PORTS);
-    let offset = u16::try_from(offset).unwrap();
-    let candidates = (0..PORTS).map(|_| {
-        let next = NEXT_PORT.fetch_add(1, Ordering::Relaxed) % PORTS;
-        SocketAddr::from((Ipv4Addr::LOCALHOST, FIRST + (offset + next) % PORTS))
-    });
-    let free: Vec<_> = candidates.filter(|address| TcpListener::bind(address).is_ok()).take(count).collect();
-    assert_eq!(free.len(), count, "ports are free");
-    free
+/// Keeps a port for a member also while that is down: the same port of another address of this machine, held as long as the
+/// member is. What other test programs hold is not free for this one.
+type Claim = TcpListener;
+
+/// Below the ports that the system gives to outgoing connections, one of which could take a port while its member is down.
+fn ports() -> Range<u16> {
+    let outgoing = std::fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range").unwrap();
+    let first_outgoing: u16 = outgoing.split_whitespace().next().unwrap().parse().unwrap();
+    10_000..first_outgoing.clamp(11_000, 30_000)
 }
 
-fn wait(ready: mpsc::Receiver<()>) {
-    ready.recv().expect("the member says that it is ready");
+/// An address that nobody listens on.
+fn free_address() -> (SocketAddr, Claim) {
+    let ports = ports();
+    let count = ports.end - ports.start;
+    // Test programs that run beside each other begin at different places.
+    let offset = u16::try_from(std::process::id().wrapping_mul(1_499) % u32::from(count)).unwrap();
+    let mut candidates = (0..count).map(|_| {
+        let next = NEXT_PORT.fetch_add(1, Ordering::Relaxed) % count;
+        ports.start + (offset + next) % count
+    });
+    let free = candidates.find_map(|port| {
+        let claim = TcpListener::bind((Ipv4Addr::new(127, 0, 0, 2), port)).ok()?;
+        let address = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
+        TcpListener::bind(address).ok().map(|_| (address, claim))
+    });
+    free.expect("a port is free")
+}
+
+/// Waits for a line that contains this.
+fn wait_for(said: &Lines, text: &str) {
+    while !said.next().unwrap_or_else(|| panic!("the member ended before it said {text:?}")).contains(text) {}
+}
+
+fn wait_until_ready(said: &Lines) {
+    wait_for(said, "ready to serve client requests");
 }
 
 impl Member {
@@ -102,7 +123,9 @@ impl Member {
 
     /// Starts it with further flags, which must make it refuse; gives the line that it ends with.
     pub fn refusal(&self, flags: &[&str]) -> String {
-        let output = Command::new(program()).args(&self.arguments).args(flags).output().unwrap();
+        let mut command = Command::new(program());
+        command.args(&self.arguments).args(flags).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let output = child::spawn(command).wait_with_output().unwrap();
         assert!(!output.status.success(), "it must not start");
         last_line(&String::from_utf8_lossy(&output.stderr))
     }
@@ -121,48 +144,24 @@ impl Member {
     }
 
     /// Starts it with further flags, this time only, and waits until it has tried to reach a peer; it must not get ready.
-    pub async fn start_unready(&mut self, flags: &[&str]) {
+    pub fn start_unready(&mut self, flags: &[&str]) {
         let arguments = self.arguments.clone();
         self.arguments.extend(flags.iter().map(ToString::to_string));
-        let (sender, tried) = tokio::sync::oneshot::channel();
-        self.spawn_until("lost the connection to a peer", move || {
-            let _ = sender.send(());
-        });
+        let said = self.spawn();
         self.arguments = arguments;
-        tried.await.expect("it tries to reach its peers");
+        wait_for(&said, "lost the connection to a peer");
     }
 
-    fn spawn(&mut self) -> mpsc::Receiver<()> {
-        let (sender, ready) = mpsc::channel();
-        // Whoever waited may have given up.
-        self.spawn_until("ready to serve client requests", move || {
-            let _ = sender.send(());
-        });
-        ready
-    }
-
-    /// Starts it, and calls when it has said this.
-    fn spawn_until(&mut self, text: &'static str, said: impl FnOnce() + Send + 'static) {
-        let mut child = Command::new(program()).args(&self.arguments).stderr(Stdio::piped()).spawn().unwrap();
-        let lines = BufReader::new(child.stderr.take().unwrap()).lines();
-        // Reads on to the end, so that the member never waits for us.
-        std::thread::spawn(move || {
-            let mut said = Some(said);
-            for line in lines.map_while(Result::ok) {
-                eprintln!("{line}");
-                if line.contains(text)
-                    && let Some(said) = said.take()
-                {
-                    said();
-                }
-            }
-        });
-        self.child = Some(child);
+    fn spawn(&mut self) -> Lines {
+        let mut command = Command::new(program());
+        command.args(&self.arguments).stderr(Stdio::piped());
+        let child = self.child.insert(child::spawn(command));
+        child::lines_of(child.stderr.take().unwrap())
     }
 
     /// Starts it again and waits until it is ready: until it has a leader and has caught up.
     pub fn start(&mut self) {
-        wait(self.spawn());
+        wait_until_ready(&self.spawn());
     }
 
     /// SIGKILL; nothing of the process is left on return.

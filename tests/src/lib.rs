@@ -2,6 +2,8 @@
 
 #![allow(clippy::unwrap_used, reason = "a test ends where something is not as it should be")]
 
+pub mod admin;
+pub mod child;
 pub mod client;
 pub mod cluster;
 pub mod server;

@@ -1,9 +1,14 @@
 //! `tenured` as a child process.
 
-use std::io::{BufRead as _, BufReader};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+
+use crate::child;
+
+/// A server gives requests up after two election timeouts and five seconds, by default seven in all, which a busy machine's disk
+/// may take for one write. A member that is alone elects itself at once, whatever this is.
+const PATIENT: &str = "--election-timeout=50000";
 
 /// A running server; killed with SIGKILL when dropped.
 pub struct Server {
@@ -41,26 +46,22 @@ impl Server {
 
     fn spawn(mut command: Command, data_dir: &Path, tenants: &[&str]) -> Server {
         // The listener of `default` is not wanted, but cannot be left out.
-        command.arg("--data-dir").arg(data_dir).arg("--listen-client-urls=http://127.0.0.1:0");
+        command.arg("--data-dir").arg(data_dir).args(["--listen-client-urls=http://127.0.0.1:0", PATIENT]);
         for tenant in tenants {
             command.args(["--tenant-listen", &format!("{tenant}=http://127.0.0.1:0")]);
         }
-        let mut child = command.stderr(Stdio::piped()).spawn().unwrap();
-        let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
-        let mut addresses = Vec::new();
+        command.stderr(Stdio::piped());
+        let mut server = Server { child: child::spawn(command), addresses: Vec::new() };
+        let lines = child::lines_of(server.child.stderr.take().unwrap());
         loop {
-            let line = lines.next().expect("the server says that it is ready").unwrap();
-            eprintln!("{line}");
+            let line = lines.next().expect("the server says that it is ready");
             if let Some((_, rest)) = line.split_once("\"address\":\"") {
-                addresses.push(rest.split('"').next().unwrap().parse().unwrap());
+                server.addresses.push(rest.split('"').next().unwrap().parse().unwrap());
             }
             if line.contains("ready to serve client requests") {
-                break;
+                return server;
             }
         }
-        // Read on, so that the server never waits for us.
-        std::thread::spawn(move || lines.map_while(Result::ok).for_each(|line| eprintln!("{line}")));
-        Server { child, addresses }
     }
 
     /// Where the tenant at this place of the list listens.

@@ -18,6 +18,7 @@ use prost::Message;
 use tenure_etcd_shim::proto::etcdserverpb as pb;
 use tenure_etcd_shim::proto::etcdserverpb::watch_request::RequestUnion;
 use tenure_etcd_shim::wire::{RangeResponse, WatchResponse};
+use tenure_tests::child::raise_files_limit;
 use tenure_tests::client::{Call, Connection, DEFAULT_WINDOW_BYTES, frame_header, framed, grpc_request};
 use tenure_tests::server::Server;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -40,7 +41,7 @@ const RECEIVE_BYTES_MAX: usize = REQUEST_BYTES_MAX + (512 << 10);
 const ENGINE_BYTES: u64 = 256 << 20;
 
 /// Longest wait for something that has to happen. Nothing here is expected to come near it.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_secs(180);
 
 const MIB: u64 = 1 << 20;
 
@@ -141,6 +142,7 @@ impl Scene {
     }
 
     async fn open_on(start: impl FnOnce(&Path) -> Server) -> Scene {
+        raise_files_limit();
         let data = tempfile::tempdir().unwrap();
         let server = start(&data.path().join("d"));
         let mut neighbour = Neighbour::at(server.address(1));

@@ -42,7 +42,7 @@ pub enum BootstrapError {
     UrlsDiffer { in_cluster: String, advertised: String },
     #[error("--initial-cluster has duplicate peer URL {0:?}")]
     DuplicateUrl(String),
-    #[error("member {0:x} has already been bootstrapped")]
+    #[error("member {0:x} has already been bootstrapped: without its data it must be removed and added anew")]
     AlreadyBootstrapped(u64),
     #[error(
         "the members at the URLs of --initial-cluster are of cluster {found:x}; these flags make cluster {own:x} \
@@ -97,10 +97,7 @@ pub(super) async fn beginning(config: &CellConfig, peers: &PeersConfig) -> Resul
                     let (found, own) = (found.cluster_id, cluster_id);
                     return Err(BootstrapError::OtherCluster { found, own });
                 }
-                // A member that lost its data must not vote again as if it had none: it may have voted otherwise.
-                if found.members.iter().any(|member| member.id == member_id && !member.name.is_empty()) {
-                    return Err(BootstrapError::AlreadyBootstrapped(member_id));
-                }
+                check_not_bootstrapped(&found, member_id)?;
             }
             Ok(Beginning { identity: Identity { member_id, cluster_id }, voters, members: computed })
         }
@@ -122,6 +119,7 @@ pub(super) async fn beginning(config: &CellConfig, peers: &PeersConfig) -> Resul
             }
             let own = found.members.iter().find(|member| sorted(&member.peer_urls) == own_urls);
             let own = own.ok_or_else(|| BootstrapError::NameMissing(config.names.name.clone()))?;
+            check_not_bootstrapped(&found, own.id)?;
             let identity = Identity { member_id: own.id, cluster_id: found.cluster_id };
             let members = found.members.iter().map(|member| (member.id, member.peer_urls.clone())).collect();
             Ok(Beginning { identity, voters: Vec::new(), members })
@@ -146,6 +144,15 @@ async fn check_not_among_strangers(
         return Err(BootstrapError::AmongStrangers(cluster_id));
     }
     Ok(())
+}
+
+/// A member that lost its data must not vote again as if it had none: it may have voted otherwise, and counted as one of those
+/// that have what was acknowledged. It is removed and added anew. One that has told its name has run.
+fn check_not_bootstrapped(found: &CellMembers, id: u64) -> Result<(), BootstrapError> {
+    match found.members.iter().find(|member| member.id == id && !member.name.is_empty()) {
+        Some(_) => Err(BootstrapError::AlreadyBootstrapped(id)),
+        None => Ok(()),
+    }
 }
 
 /// As configured; without it this member alone.

@@ -9,7 +9,7 @@
 //! the rest needs, a learner gets its vote when it has nearly all of the log. Removing the leader hands over first.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use prost::Message as _;
@@ -18,7 +18,6 @@ use tenure_raft_server::{ChangeError, MembersChange};
 use tenure_storage::{Command, Envelope, LeaseId, Member, MembersCommand, Membership, Refusal, TenantId};
 use tokio::time::{sleep, timeout};
 use tonic::Status;
-use url::Url;
 
 use super::{Cell, Inner, TenantParts};
 use crate::cell::Tenant;
@@ -28,6 +27,7 @@ use crate::lessor::Remaining;
 use crate::proto::cell::member_change::Kind;
 use crate::proto::cell::peer_call::Call;
 use crate::proto::cell::{CellMember, CellMembers, Lease, MemberChange, PeerAnswer, PeerCall};
+use crate::urls::check_member_url;
 
 /// For how long a member must have been connected to count as healthy: etcd's own.
 const HEALTHY_AFTER: Duration = Duration::from_secs(5);
@@ -73,10 +73,11 @@ impl Cell {
     ///
     /// # Errors
     /// [`MembershipError`], or a refusal: a member has one of the URLs.
-    pub async fn add_member(&self, peer_urls: Vec<String>, is_learner: bool) -> Result<u64, CellError> {
-        if !are_peer_urls(&peer_urls) {
+    pub async fn add_member(&self, mut peer_urls: Vec<String>, is_learner: bool) -> Result<u64, CellError> {
+        if peer_urls.is_empty() || peer_urls.iter().any(|url| check_member_url(url).is_err()) {
             return Err(MembershipError::BadUrls.into());
         }
+        peer_urls.sort_unstable();
         let answer =
             self.0.change_members(MemberChange { kind: Kind::Add.into(), id: 0, peer_urls, is_learner }).await?;
         Ok(answer.member_id)
@@ -137,23 +138,46 @@ impl Cell {
     }
 }
 
-/// etcd's rule: a scheme, a host, a port, and nothing else.
-fn are_peer_urls(urls: &[String]) -> bool {
-    let is_one = |text: &String| {
-        let has_port = text.rsplit_once(':').is_some_and(|(_, port)| port.trim_end_matches('/').parse::<u16>().is_ok());
-        Url::parse(text).is_ok_and(|url| {
-            matches!(url.scheme(), "http" | "https") && has_port && url.has_host() && matches!(url.path(), "" | "/")
-        })
-    };
-    !urls.is_empty() && urls.iter().all(is_one)
-}
-
 /// Whether enough voters have started for a quorum of `voters` and one more.
 fn can_add_voter(voters: &[&Member]) -> bool {
     let started = voters.iter().filter(|member| !member.name.is_empty()).count();
     let after = voters.len() + 1;
     // A second member may be added to one: so a cell grows from a restored member.
     (started == 1 && after == 2) || started > after / 2
+}
+
+/// Promotions that this member decided on as the leader.
+#[derive(Debug, Default)]
+pub(super) struct Promotions {
+    pub(super) made: AtomicU64,
+    not_learner: AtomicU64,
+    not_ready: AtomicU64,
+    too_few_started: AtomicU64,
+    unknown: AtomicU64,
+}
+
+impl Promotions {
+    fn refused(&self, error: &CellError) {
+        let count = match error {
+            CellError::Refused(Refusal::MemberNotFound) => &self.unknown,
+            CellError::Refused(Refusal::MemberNotLearner) => &self.not_learner,
+            CellError::Membership(MembershipError::LearnerNotReady) => &self.not_ready,
+            CellError::Membership(MembershipError::NotEnoughStarted) => &self.too_few_started,
+            _ => return,
+        };
+        count.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// By reason, as a label of the metric.
+    pub(super) fn by_reason(&self) -> [(&'static str, u64); 4] {
+        let all = [
+            ("member not found", &self.unknown),
+            ("not learner", &self.not_learner),
+            ("learner not ready", &self.not_ready),
+            ("not enough started members", &self.too_few_started),
+        ];
+        all.map(|(reason, count)| (reason, count.load(Ordering::Relaxed)))
+    }
 }
 
 impl Inner {
@@ -196,7 +220,9 @@ impl Inner {
 
     async fn change_members(&self, change: MemberChange) -> Result<PeerAnswer, CellError> {
         let own = self.identity().member_id;
-        if self.leader_id() == 0 {
+        let is_promotion = change.kind() == Kind::Promote;
+        // As in etcd, a promotion waits for a leader, and the others do not.
+        if self.leader_id() == 0 && !is_promotion {
             return Err(MembershipError::Unhealthy.into());
         }
         let changed = async {
@@ -207,11 +233,12 @@ impl Inner {
                 } else if leader != 0 {
                     let request = PeerCall { call: Some(Call::MemberChange(change.clone())) }.encode_to_vec().into();
                     let answer = self.peers.call(leader, request, self.request_timeout).await;
+                    // It may have been done: the client has to look.
                     let answer = answer.map_err(|error| {
                         tracing::warn!(%error, "ask the leader to change members");
-                        CellError::TimeoutWrite
+                        CellError::LeaderChanged
                     })?;
-                    PeerAnswer::decode(answer).map_err(|_| CellError::TimeoutWrite)?
+                    PeerAnswer::decode(answer).map_err(|_| CellError::LeaderChanged)?
                 } else {
                     PeerAnswer { not_leader: true, ..PeerAnswer::default() }
                 };
@@ -224,7 +251,8 @@ impl Inner {
                 sleep(ASK_AGAIN).await;
             }
         };
-        timeout(self.request_timeout, changed).await.unwrap_or(Err(CellError::TimeoutWrite))
+        let late = if is_promotion { CellError::NoLeader } else { CellError::TimeoutWrite };
+        timeout(self.request_timeout, changed).await.unwrap_or(Err(late))
     }
 
     async fn change_members_as_leader(&self, change: MemberChange) -> Result<PeerAnswer, CellError> {
@@ -257,7 +285,7 @@ impl Inner {
         match changed {
             Ok(outcome) => {
                 outcome.result?;
-                self.learners_promoted.fetch_add(u64::from(is_promotion), Ordering::Relaxed);
+                self.promotions.made.fetch_add(u64::from(is_promotion), Ordering::Relaxed);
                 Ok(PeerAnswer { member_id, ..PeerAnswer::default() })
             }
             Err(ChangeError::NotLeader { .. }) => Err(CellError::LeaderChanged),
@@ -307,7 +335,7 @@ impl Inner {
                 (MembersChange::Remove(id), MembersCommand::Remove { id }, id)
             }
             Kind::Promote => {
-                self.check_promotion(membership, id)?;
+                self.check_promotion(membership, id).inspect_err(|error| self.promotions.refused(error))?;
                 (MembersChange::AddVoter(id), MembersCommand::Promote { id }, id)
             }
         })
@@ -415,7 +443,7 @@ impl Calls for Answers {
 
 fn tenant_of(cell: &Arc<Inner>, lease: Lease) -> Option<Tenant> {
     let reader = cell.store.reader(TenantId(lease.tenant))?;
-    let parts = TenantParts { name: String::new(), cluster_id: 0, reader };
+    let parts = TenantParts { name: String::new(), cluster_id: 0, reader, read_ns: AtomicU64::new(0) };
     Some(Tenant { cell: Arc::clone(cell), parts: Arc::new(parts) })
 }
 
@@ -459,16 +487,6 @@ async fn change_for(cell: &Arc<Inner>, change: MemberChange) -> PeerAnswer {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn urls_of_peers_are_etcds() {
-        let are = |urls: &[&str]| are_peer_urls(&urls.iter().map(ToString::to_string).collect::<Vec<_>>());
-        assert!(are(&["http://127.0.0.1:2380"]) && are(&["https://a.example:2380", "http://[::1]:2380"]));
-        for bad in [&[][..], &[""], &["127.0.0.1:2380"], &["http://127.0.0.1"], &["http://a:2380/path"], &["ftp://a:1"]]
-        {
-            assert!(!are(bad), "{bad:?}");
-        }
-    }
 
     #[test]
     fn voters_are_added_while_a_quorum_has_started() {

@@ -1,9 +1,11 @@
 //! One tenant of a cell: all that services and clients can reach.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
 
 use rand::Rng;
-use tenure_storage::{Command, Fault, LeaseId, Outcome, Refusal, RocksEngine, TenantId, TenantReader};
+use tenure_storage::{Command, Fault, LeaseId, Outcome, Profile, Refusal, RocksEngine, TenantId, TenantReader};
 
 use super::{Inner, TenantParts};
 use crate::cell_error::CellError;
@@ -44,6 +46,16 @@ impl Tenant {
 
     pub fn name(&self) -> &str {
         &self.parts.name
+    }
+
+    /// What is said of the tenant: whether it may be used, its limits, whose credentials are refused.
+    pub fn profile(&self) -> Arc<Profile> {
+        self.parts.reader.profile()
+    }
+
+    /// Time that reading threads were at work for it, since this member started.
+    pub fn read_time(&self) -> Duration {
+        Duration::from_nanos(self.parts.read_ns.load(Ordering::Relaxed))
     }
 
     /// What this tenant's clients see as their cluster.
@@ -87,7 +99,7 @@ impl Tenant {
 
     /// Bytes this tenant may hold; negative = no limit.
     pub fn quota_bytes(&self) -> i64 {
-        self.cell.store.quota_bytes()
+        self.parts.reader.quota_bytes()
     }
 
     /// The shortest lease that is granted, in seconds: one and a half election timeouts, so that no change of leaders
@@ -128,7 +140,14 @@ impl Tenant {
         read: impl FnOnce(&TenantReader<RocksEngine>) -> T + Send + 'static,
     ) -> Result<T, CellError> {
         let parts = Arc::clone(&self.parts);
-        self.cell.read_pool.run(self.id(), move || read(&parts.reader)).await
+        let timed = move || {
+            let began = Instant::now();
+            let answer = read(&parts.reader);
+            let spent_ns = u64::try_from(began.elapsed().as_nanos()).unwrap_or(u64::MAX);
+            parts.read_ns.fetch_add(spent_ns, Ordering::Relaxed);
+            answer
+        };
+        self.cell.read_pool.run(self.id(), timed).await
     }
 
     /// Rewrites the engine's files without what was deleted. It is one engine for all tenants, so calls that come while

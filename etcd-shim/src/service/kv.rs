@@ -51,7 +51,7 @@ impl KvService {
 
     /// The answer of a txn is made whole, in one go, so one that may be large waits for room before it is asked for.
     async fn reserve_for_txn(&self, tenant: &Tenant, txn: &tenure_storage::TxnRequest) -> Result<Reservation, Status> {
-        let mut reservation = self.context.in_flight.reservation(tenant.id());
+        let mut reservation = self.context.in_flight.of(&tenant);
         if may_answer_much(txn) && !reservation.try_reach(TXN_REPLY_BYTES_MAX) {
             reservation.wait_for_room(TXN_REPLY_BYTES_MAX / 2).await?;
         }
@@ -119,7 +119,7 @@ impl Kv for KvService {
         let request = request.into_inner();
         self.context.check_quota(&tenant, check::put_cost(&request)).await?;
         check::put(&request)?;
-        check::size(&request, self.context.limits.max_request_bytes)?;
+        check::size(&request, self.context.request_bytes_max(&tenant))?;
         let (header, reply) = write(&tenant, Command::Put(from_proto::put(request))).await?;
         let Reply::Put { prev_kv } = reply else { return Err(mismatched_reply("Put")) };
         Ok(Response::new(to_proto::put(Some(header), prev_kv)))
@@ -132,11 +132,11 @@ impl Kv for KvService {
         let tenant = self.context.tenant_of(&request)?;
         let request = request.into_inner();
         check::delete_range(&request)?;
-        check::size(&request, self.context.limits.max_request_bytes)?;
+        check::size(&request, self.context.request_bytes_max(&tenant))?;
         let (header, reply) = write(&tenant, Command::DeleteRange(from_proto::delete_range(request))).await?;
         let Reply::DeleteRange { deleted, prev_kvs } = reply else { return Err(mismatched_reply("DeleteRange")) };
         let message = to_proto::delete_range(Some(header), deleted, prev_kvs);
-        let mut reservation = self.context.in_flight.reservation(tenant.id());
+        let mut reservation = self.context.in_flight.of(&tenant);
         reservation.charge(message.encoded_len());
         Ok(with_permit(message, reservation))
     }
@@ -154,7 +154,7 @@ impl Kv for KvService {
             }
             TxnPath::Write => {}
         }
-        check::size(&request, self.context.limits.max_request_bytes)?;
+        check::size(&request, self.context.request_bytes_max(&tenant))?;
         let request = from_proto::txn(request)?;
         let reservation = self.reserve_for_txn(&tenant, &request).await?;
         let (header, reply) = write(&tenant, Command::Txn(request)).await?;

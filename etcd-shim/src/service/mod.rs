@@ -17,7 +17,7 @@ pub(crate) mod testing;
 mod tests;
 pub mod watch;
 
-use tenure_storage::{AlarmKind, Command, Outcome, Refusal, Reply};
+use tenure_storage::{AlarmKind, Command, Limit, Outcome, Refusal, Reply};
 use tonic::metadata::MetadataMap;
 use tonic::{Request, Response, Status};
 
@@ -26,6 +26,7 @@ use crate::cell_error::{CellError, MembershipError};
 use crate::inflight::{InFlight, Reservation};
 use crate::proto::etcdserverpb::ResponseHeader;
 use crate::tenant::ConnectionIdentity;
+use crate::throttle::limit_of;
 
 /// The etcd release whose behaviour is followed, as `Status` and `/version` name it.
 pub const ETCD_VERSION: &str = "3.7.1";
@@ -108,6 +109,12 @@ impl Context {
             return Err(Status::permission_denied("etcdserver: permission denied"));
         }
         Ok(tenant)
+    }
+
+    /// The largest write of this tenant: its own limit, or the member's.
+    pub fn request_bytes_max(&self, tenant: &Tenant) -> usize {
+        let own = limit_of(&tenant.profile(), Limit::RequestBytes).and_then(|bytes| usize::try_from(bytes).ok());
+        own.map_or(self.limits.max_request_bytes, |own| own.min(self.limits.max_request_bytes))
     }
 
     /// Refuses a write whose estimated cost does not fit the tenant's quota, and raises the alarm that stops such writes

@@ -227,7 +227,7 @@ impl<R: Stream<Item = Result<WatchRequest, Status>> + Unpin> Responses<R> {
     /// whose bound turns watchers unsynced; the task is woken when there may be.
     fn reserve(&mut self, task: &mut TaskContext<'_>) -> Option<Reservation> {
         let bytes = self.watchers.next_bytes()?;
-        let mut reservation = self.in_flight.reservation(self.tenant.id());
+        let mut reservation = self.in_flight.of(&self.tenant);
         while !reservation.try_reach(bytes) {
             let is_new = self.room.is_none();
             let room = self.room.get_or_insert_with(|| Box::pin(reservation.room()));

@@ -7,7 +7,7 @@ use std::path::Path;
 use bytes::Bytes;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
-use tenure_storage::{Command, Envelope, LeaseId, MemoryEngine, Outcome, PutRequest, Store, TenantId};
+use tenure_storage::{Command, Envelope, LeaseId, MemoryEngine, Outcome, PutRequest, Store, TenantCommand, TenantId};
 use tokio::sync::oneshot;
 
 use super::check::{Violation, Write, check};
@@ -287,7 +287,7 @@ impl World {
         self.note(("write", id, number));
         if self.acknowledged == 1 {
             // Until the tenant is there; nobody looks at the answer, but what nobody waits for is not proposed.
-            let create = Command::CreateTenant { name: "t".into() };
+            let create = Command::Tenant(TenantCommand::create("t"));
             let create = Envelope { tenant: TenantId(0), member_id: id, command: create }.encode();
             self.unheard.extend(self.lives[&id].handle().enqueue(TENANT.0, create, None));
         }

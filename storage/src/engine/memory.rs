@@ -53,6 +53,10 @@ impl Engine for MemoryEngine {
         let maps = Arc::make_mut(&mut state.current);
         for family in Family::ALL {
             let map = &mut maps[family.index()];
+            for (lower, upper) in batch.cleared() {
+                let mut inside = map.split_off(lower);
+                map.append(&mut inside.split_off(upper));
+            }
             for (key, value) in batch.changes(family) {
                 match value {
                     Some(value) => map.insert(key.clone(), value.clone()),
@@ -78,6 +82,10 @@ impl Engine for MemoryEngine {
     }
 
     fn compact(&self) -> Result<(), Fault> {
+        Ok(())
+    }
+
+    fn compact_range(&self, _: &[u8], _: &[u8]) -> Result<(), Fault> {
         Ok(())
     }
 

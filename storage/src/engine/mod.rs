@@ -128,6 +128,12 @@ pub trait Engine: Send + Sync + 'static {
     /// As [`Engine::write`].
     fn compact(&self) -> Result<(), Fault>;
 
+    /// As [`Engine::compact`], of the keys in `[lower, upper)` of every family alone.
+    ///
+    /// # Errors
+    /// As [`Engine::write`].
+    fn compact_range(&self, lower: &[u8], upper: &[u8]) -> Result<(), Fault>;
+
     /// Bytes of all files on disk; 0 for an engine without any.
     fn disk_bytes(&self) -> u64;
 
@@ -157,6 +163,7 @@ pub type GetRow<'a> = dyn Fn(Family, &[u8]) -> Result<Option<Bytes>, Fault> + 'a
 #[derive(Debug, Default)]
 pub struct Batch {
     families: [BTreeMap<Vec<u8>, Option<Bytes>>; Family::ALL.len()],
+    cleared: Vec<(Vec<u8>, Vec<u8>)>,
 }
 
 impl Batch {
@@ -176,12 +183,27 @@ impl Batch {
         };
     }
 
+    /// Deletes every key in `[lower, upper)` of every family, those that this batch has put so far among them.
+    pub fn clear_range(&mut self, lower: Vec<u8>, upper: Vec<u8>) {
+        for changes in &mut self.families {
+            let mut inside = changes.split_off(&lower);
+            changes.append(&mut inside.split_off(&upper));
+        }
+        self.cleared.push((lower, upper));
+    }
+
+    /// The ranges that are deleted, in every family, before the changes of single keys.
+    pub fn cleared(&self) -> &[(Vec<u8>, Vec<u8>)] {
+        &self.cleared
+    }
+
     pub fn is_empty(&self) -> bool {
-        self.families.iter().all(BTreeMap::is_empty)
+        self.families.iter().all(BTreeMap::is_empty) && self.cleared.is_empty()
     }
 
     pub fn clear(&mut self) {
         self.families.iter_mut().for_each(BTreeMap::clear);
+        self.cleared.clear();
     }
 
     /// The changes of one family in key order; `None` is a delete.

@@ -105,6 +105,19 @@ impl RocksEngine {
         Arc::clone(&self.current.read())
     }
 
+    fn rewrite(&self, range: Option<(&[u8], &[u8])>) -> Result<(), Fault> {
+        self.flush_all(true)?;
+        let mut whole = CompactOptions::default();
+        whole.set_exclusive_manual_compaction(false);
+        whole.set_bottommost_level_compaction(BottommostLevelCompaction::ForceOptimized);
+        let current = self.current();
+        let (lower, upper) = range.unzip();
+        for family in Family::ALL {
+            current.db.compact_range_cf_opt(current.handle(family), lower, upper, &whole);
+        }
+        Ok(())
+    }
+
     fn flush_all(&self, wait: bool) -> Result<(), Fault> {
         let mut options = FlushOptions::default();
         options.set_wait(wait);
@@ -237,6 +250,9 @@ impl Engine for RocksEngine {
         let mut writes = WriteBatch::default();
         for family in Family::ALL {
             let handle = current.handle(family);
+            for (lower, upper) in batch.cleared() {
+                writes.delete_range_cf(handle, lower, upper);
+            }
             for (key, value) in batch.changes(family) {
                 match value {
                     Some(value) => writes.put_cf(handle, key, value),
@@ -264,15 +280,11 @@ impl Engine for RocksEngine {
     }
 
     fn compact(&self) -> Result<(), Fault> {
-        self.flush()?;
-        let mut whole = CompactOptions::default();
-        whole.set_exclusive_manual_compaction(false);
-        whole.set_bottommost_level_compaction(BottommostLevelCompaction::ForceOptimized);
-        let current = self.current();
-        for family in Family::ALL {
-            current.db.compact_range_cf_opt(current.handle(family), None::<&[u8]>, None::<&[u8]>, &whole);
-        }
-        Ok(())
+        self.rewrite(None)
+    }
+
+    fn compact_range(&self, lower: &[u8], upper: &[u8]) -> Result<(), Fault> {
+        self.rewrite(Some((lower, upper)))
     }
 
     fn disk_bytes(&self) -> u64 {

@@ -11,6 +11,9 @@ const TAG_TENANT: u8 = 1;
 const TAG_CELL: u8 = 2;
 const TAG_MEMBER: u8 = 3;
 const TAG_REMOVED: u8 = 4;
+const TAG_PROFILE: u8 = 5;
+const TAG_DELETED: u8 = 6;
+const TAG_FORMER: u8 = 7;
 const ROW_VERSION: u8 = 1;
 
 /// A tenant's row: the registry entry and all its counters.
@@ -126,6 +129,30 @@ pub(crate) fn decode_tenant_key(key: &[u8]) -> Option<TenantId> {
     }
 }
 
+/// The row of a tenant's [`Profile`](crate::profile::Profile), if there is something to say.
+pub(crate) fn profile_key(tenant: TenantId) -> Vec<u8> {
+    prefix(tenant, TAG_PROFILE, 0)
+}
+
+pub(crate) fn decode_profile_key(key: &[u8]) -> Option<TenantId> {
+    match key.split_at_checked(4)? {
+        (tenant, [TAG_PROFILE]) => Some(TenantId(u32::from_be_bytes(tenant.try_into().ok()?))),
+        _ => None,
+    }
+}
+
+/// The row that says that a tenant was deleted and its space is being given back; its value is the name it had.
+pub(crate) fn deleted_key(tenant: TenantId) -> Vec<u8> {
+    with_id(TAG_DELETED, u64::from(tenant.0))
+}
+
+/// The row that says that a tenant of this name was deleted once; its value is empty.
+pub(crate) fn former_key(name: &str) -> Vec<u8> {
+    let mut key = prefix(CELL, TAG_FORMER, name.len());
+    key.extend_from_slice(name.as_bytes());
+    key
+}
+
 /// The row of a member of the cell.
 pub(crate) fn member_key(id: u64) -> Vec<u8> {
     with_id(TAG_MEMBER, id)
@@ -146,6 +173,7 @@ fn with_id(tag: u8, id: u64) -> Vec<u8> {
 pub(crate) enum CellKey {
     Member(u64),
     Removed(u64),
+    Deleted(TenantId),
 }
 
 /// `None` for every other row.
@@ -156,6 +184,7 @@ pub(crate) fn decode_cell_key(key: &[u8]) -> Option<CellKey> {
     match (tenant == CELL.0.to_be_bytes(), *tag) {
         (true, TAG_MEMBER) => Some(CellKey::Member(id)),
         (true, TAG_REMOVED) => Some(CellKey::Removed(id)),
+        (true, TAG_DELETED) => Some(CellKey::Deleted(TenantId(u32::try_from(id).ok()?))),
         (true | false, _) => None,
     }
 }

@@ -14,6 +14,9 @@
 //! | meta | 2 | nothing, tenant 0 only | the cell's row: applied index, next tenant id, quota | every batch |
 //! | meta | 3 | member id (u64), tenant 0 only | a member of the cell: name, URLs, whether it is a learner | changes of members |
 //! | meta | 4 | member id (u64), tenant 0 only | nothing: the member was removed | changes of members |
+//! | meta | 5 | nothing | [`Profile`](crate::profile::Profile): phase, limits, labels, credentials | an operator |
+//! | meta | 6 | tenant id (u64), tenant 0 only | the name of a tenant that was deleted, until its space is given back | delete |
+//! | meta | 7 | name (raw), tenant 0 only | nothing: a tenant of this name was deleted once | delete |
 //!
 //! The user key is escaped only where a revision follows it: raw bytes next to a number would let `"a"` at a high
 //! revision sort behind `"a\0"`.
@@ -35,6 +38,14 @@ fn prefix(tenant: TenantId, tag: u8, rest_len: usize) -> Vec<u8> {
     key.extend_from_slice(&tenant.0.to_be_bytes());
     key.push(tag);
     key
+}
+
+/// All rows of a tenant, in every family.
+pub(crate) fn tenant_bounds(tenant: TenantId) -> Bounds {
+    let lower = tenant.0.to_be_bytes().to_vec();
+    // No tenant has the last number.
+    let upper = tenant.0.saturating_add(1).to_be_bytes().to_vec();
+    Bounds { lower, upper }
 }
 
 /// Where the keys of `(tenant, tag)` end: the first key that no longer has this prefix.

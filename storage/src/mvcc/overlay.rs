@@ -45,6 +45,12 @@ impl<R: Reader> Overlay<R> {
         self.batch.delete(family, key);
     }
 
+    /// Deletes every row in `[lower, upper)`, in every family. Must not be asked for what lies there afterwards.
+    pub(crate) fn clear_range(&mut self, lower: Vec<u8>, upper: Vec<u8>) {
+        assert!(self.journal.is_none(), "no txn deletes ranges of rows");
+        self.batch.clear_range(lower, upper);
+    }
+
     fn remember(&mut self, family: Family, key: &[u8]) {
         if let Some(journal) = &mut self.journal {
             let before = self.batch.changes(family).get(key).cloned();

@@ -12,7 +12,7 @@ use parking_lot::Mutex;
 
 use super::index::{GroupId, RangeIndex};
 use super::{CreateRefusal, Event, EventBatch, EventKind, WatchMessage, WatchSpec};
-use crate::limits::{WATCH_QUEUE_BYTES_MAX, WATCH_QUEUE_RESPONSES_MAX, WATCHERS_PER_TENANT_MAX};
+use crate::limits::{WATCH_QUEUE_BYTES_MAX, WATCH_QUEUE_RESPONSES_MAX};
 use crate::types::KeyRange;
 
 /// Called when a stream has something to do. Runs on the apply thread: it must only signal.
@@ -225,8 +225,8 @@ impl Hub {
         }
     }
 
-    pub(super) fn create(&self, id: StreamId, spec: WatchSpec) {
-        self.state.lock().create(id, spec, &self.prev_kv_watchers);
+    pub(super) fn create(&self, id: StreamId, spec: WatchSpec, watchers_max: usize) {
+        self.state.lock().create(id, spec, watchers_max, &self.prev_kv_watchers);
     }
 
     pub(super) fn cancel(&self, id: StreamId, watch_id: i64) {
@@ -322,7 +322,7 @@ impl Watcher {
 }
 
 impl State {
-    fn create(&mut self, id: StreamId, spec: WatchSpec, prev_kv_watchers: &AtomicUsize) {
+    fn create(&mut self, id: StreamId, spec: WatchSpec, watchers_max: usize, prev_kv_watchers: &AtomicUsize) {
         let revision = self.revision;
         let watchers = self.watchers;
         let Some(stream) = self.streams.get_mut(&id) else { return };
@@ -332,7 +332,7 @@ impl State {
             Some(CreateRefusal::EmptyRange)
         } else if spec.watch_id != 0 && stream.watchers.contains_key(&spec.watch_id) {
             Some(CreateRefusal::Duplicate)
-        } else if watchers >= WATCHERS_PER_TENANT_MAX {
+        } else if watchers >= watchers_max {
             Some(CreateRefusal::TooMany)
         } else {
             None

@@ -32,7 +32,7 @@ impl<E: Engine> WatchStream<E> {
 
     /// Makes a watcher. Queues [`WatchMessage::Created`], or [`WatchMessage::Refused`] if it cannot be.
     pub fn create(&self, spec: WatchSpec) {
-        self.tenant.hub.create(self.id, spec);
+        self.tenant.hub.create(self.id, spec, self.tenant.watchers_max());
     }
 
     /// Ends a watcher. Queues [`WatchMessage::Canceled`], or nothing if there is no such watcher. Events queued before stay.
@@ -92,7 +92,10 @@ impl<E: Engine> Drop for WatchStream<E> {
 
 /// Reads history from `plan.next` on, up to the bounds of one step, never splitting a revision.
 fn replay<R: Reader>(reader: &R, tenant: TenantId, plan: &ReplayPlan) -> Result<Replayed, Fault> {
-    let row = tenant_row(reader, tenant)?;
+    // A tenant that was deleted has no history.
+    let Some(row) = tenant_row(reader, tenant)? else {
+        return Ok(Replayed::Compacted { compact_revision: plan.next });
+    };
     if plan.next < row.compact_revision {
         return Ok(Replayed::Compacted { compact_revision: row.compact_revision });
     }

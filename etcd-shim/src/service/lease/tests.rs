@@ -43,7 +43,7 @@ async fn a_lease_is_told_of_and_revoked() {
     put("b").await.unwrap().result.unwrap();
     put("a").await.unwrap().result.unwrap();
     let told = time_to_live(&service, "default", 7).await;
-    assert!((49..=50).contains(&told.ttl));
+    assert!((30..=50).contains(&told.ttl), "{}", told.ttl);
     assert_eq!((told.granted_ttl, told.keys), (50, vec!["a".into(), "b".into()]));
 
     let missing = time_to_live(&service, "other", 7).await;
@@ -83,11 +83,22 @@ async fn an_expired_lease_takes_its_keys_along() {
     let tenant = cell.tenant("default");
     let client = Client::new(tenant.clone());
     let mut watcher = client.watch(WatchOptions::new(tenure_storage::KeyRange::From("a".into()))).unwrap();
-    let granted_at = std::time::Instant::now();
-    grant(&service, 1, 7).await.unwrap();
-    tenant.propose(Command::Put(pb_put("a", 7))).await.unwrap().result.unwrap();
+    // On a machine that stalls one may be over before its key is written.
+    let mut id = 7;
+    let granted_at = loop {
+        let granted_at = std::time::Instant::now();
+        assert_eq!(grant(&service, 1, id).await.unwrap().ttl, 2);
+        match tenant.propose(Command::Put(pb_put("a", id))).await.unwrap().result {
+            Ok(_) => break granted_at,
+            Err(refusal) => {
+                assert_eq!(refusal, tenure_storage::Refusal::LeaseNotFound(LeaseId(id)));
+                assert!(granted_at.elapsed() >= std::time::Duration::from_secs(2), "never early");
+                id += 1;
+            }
+        }
+    };
     assert_eq!(watcher.next().await.unwrap()[0].kind, tenure_storage::EventKind::Put);
     assert_eq!(watcher.next().await.unwrap()[0].kind, tenure_storage::EventKind::Delete);
     assert!(granted_at.elapsed() >= std::time::Duration::from_secs(2), "never early");
-    assert_eq!(keep_alive(&tenant, LeaseKeepAliveRequest { id: 7 }).await.unwrap().ttl, 0);
+    assert_eq!(keep_alive(&tenant, LeaseKeepAliveRequest { id }).await.unwrap().ttl, 0);
 }

@@ -127,6 +127,10 @@ pub struct PeerStats {
     sent_failures: AtomicU64,
     sent_bytes: AtomicU64,
     received_bytes: AtomicU64,
+    /// `etcd_network_peer_received_failures_total`: streams of it that ended with an error or held what is no message.
+    received_failures: AtomicU64,
+    /// `etcd_network_disconnected_peers_total`.
+    disconnections: AtomicU64,
     heartbeats_dropped: AtomicU64,
     connected: AtomicBool,
     connected_since: Mutex<Option<Instant>>,
@@ -190,6 +194,15 @@ impl PeerStats {
         self.received_bytes.load(Ordering::Relaxed)
     }
 
+    pub fn received_failures(&self) -> u64 {
+        self.received_failures.load(Ordering::Relaxed)
+    }
+
+    /// How often our streams to it were lost.
+    pub fn disconnections(&self) -> u64 {
+        self.disconnections.load(Ordering::Relaxed)
+    }
+
     /// Heartbeats that were dropped before they were sent: a part of `etcd_server_heartbeat_send_failures_total`.
     pub fn heartbeats_dropped(&self) -> u64 {
         self.heartbeats_dropped.load(Ordering::Relaxed)
@@ -213,6 +226,7 @@ impl PeerStats {
         let mut since = self.connected_since.lock();
         if connected != self.connected.swap(connected, Ordering::Relaxed) {
             *since = connected.then(Instant::now);
+            self.disconnections.fetch_add(u64::from(!connected), Ordering::Relaxed);
         }
     }
 }

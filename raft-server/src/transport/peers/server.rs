@@ -165,28 +165,38 @@ impl ClientStreamingService<Bytes> for PeerService {
         let inner = Arc::clone(&self.0);
         Box::pin(async move {
             let from = inner.sender_of(&request)?;
-            let mut frames = request.into_inner();
-            while let Some(frame) = frames.next().await {
-                let frame = frame?;
-                // It may have been removed since it connected.
-                inner.check_not_removed(from)?;
-                if let Some(stats) = inner.stats_of(from) {
-                    stats.received_bytes.fetch_add(frame.len() as u64, Ordering::Relaxed);
-                }
-                let messages = wire::decode(frame).map_err(|error| {
-                    tracing::error!(peer = format!("{from:x}"), %error, "end the connection to a peer");
-                    Status::data_loss(error.to_string())
-                })?;
-                let Some(local) = inner.local() else { continue };
-                for message in messages {
-                    // A certificate does not say which member it is; what a stream carries it does.
-                    if message.from() == from && message.to() == inner.config.identity.member_id {
-                        local.deliver(message);
-                    }
+            let received = inner.receive(from, request.into_inner()).await;
+            if let (Err(_), Some(stats)) = (&received, inner.stats_of(from)) {
+                stats.received_failures.fetch_add(1, Ordering::Relaxed);
+            }
+            received.map(|()| Response::new(Bytes::new()))
+        })
+    }
+}
+
+impl Inner {
+    /// Hands on what a stream of `from` carries, until it ends.
+    async fn receive(&self, from: u64, mut frames: Streaming<Bytes>) -> Result<(), Status> {
+        while let Some(frame) = frames.next().await {
+            let frame = frame?;
+            // It may have been removed since it connected.
+            self.check_not_removed(from)?;
+            if let Some(stats) = self.stats_of(from) {
+                stats.received_bytes.fetch_add(frame.len() as u64, Ordering::Relaxed);
+            }
+            let messages = wire::decode(frame).map_err(|error| {
+                tracing::error!(peer = format!("{from:x}"), %error, "end the connection to a peer");
+                Status::data_loss(error.to_string())
+            })?;
+            let Some(local) = self.local() else { continue };
+            for message in messages {
+                // A certificate does not say which member it is; what a stream carries it does.
+                if message.from() == from && message.to() == self.config.identity.member_id {
+                    local.deliver(message);
                 }
             }
-            Ok(Response::new(Bytes::new()))
-        })
+        }
+        Ok(())
     }
 }
 

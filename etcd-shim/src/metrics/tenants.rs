@@ -1,0 +1,164 @@
+//! `tenure_tenant_*`: what each tenant stores and does, for whoever runs the cell.
+//!
+//! At most [`TENANTS_SHOWN_MAX`] tenants have series of their own, those that are there longest, so that a series does not come and
+//! go; the rest is summed up as "other", without what cannot be summed (revisions). What concerns calls is of this member alone.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+
+use tenure_raft_server::HistogramSnapshot;
+use tenure_storage::{AlarmKind, TenantPhase};
+
+use super::buckets;
+use crate::cell::{Cell, Tenant};
+use crate::rpc_metrics::RpcMetrics;
+use crate::throttle::Reason;
+
+/// Tenants with series of their own.
+pub(crate) const TENANTS_SHOWN_MAX: usize = 500;
+
+/// What the others are called. A tenant of that name is one of them.
+const OTHER: &str = "other";
+
+/// One line of the answer each; sums, for "other".
+#[derive(Default)]
+struct Shown {
+    requests: BTreeMap<(&'static str, &'static str), u64>,
+    latency: Option<HistogramSnapshot>,
+    received_bytes: u64,
+    sent_bytes: u64,
+    stored_bytes: u64,
+    live_bytes: u64,
+    quota_bytes: u64,
+    keys: u64,
+    watchers: u64,
+    connections: u64,
+    held_back: [u64; Reason::ALL.len()],
+    alarms: BTreeMap<&'static str, u64>,
+    /// Revision and compact revision.
+    revisions: Option<(i64, i64)>,
+}
+
+impl Shown {
+    fn add(&mut self, tenant: &Tenant, rpc_metrics: &RpcMetrics, shows_revisions: bool) {
+        let state = tenant.reader().state();
+        self.stored_bytes += state.db_size_bytes();
+        self.live_bytes += state.db_in_use_bytes();
+        self.quota_bytes += u64::try_from(tenant.quota_bytes()).unwrap_or(0);
+        self.keys += state.usage.live_keys;
+        self.watchers += tenant.reader().watch_counts().1 as u64;
+        self.revisions = shows_revisions.then_some((state.revision, state.compact_revision));
+        for alarm in &state.alarms {
+            let name = match alarm.kind {
+                AlarmKind::NOSPACE => "NOSPACE",
+                AlarmKind::CORRUPT => "CORRUPT",
+                AlarmKind(_) => continue,
+            };
+            *self.alarms.entry(name).or_default() += 1;
+        }
+        let Some(traffic) = rpc_metrics.traffic(tenant.id()) else { return };
+        self.received_bytes += traffic.received_bytes;
+        self.sent_bytes += traffic.sent_bytes;
+        self.connections += traffic.used.connections() as u64;
+        for (sum, (_, times)) in self.held_back.iter_mut().zip(traffic.used.held_back()) {
+            *sum += times;
+        }
+        for (method, code, times) in traffic.handled {
+            *self.requests.entry((method, code)).or_default() += times;
+        }
+        match &mut self.latency {
+            None => self.latency = Some(traffic.latency),
+            Some(sum) => {
+                for ((_, sum), (_, count)) in sum.buckets.iter_mut().zip(traffic.latency.buckets) {
+                    *sum += count;
+                }
+                sum.count += traffic.latency.count;
+                sum.sum_seconds += traffic.latency.sum_seconds;
+            }
+        }
+    }
+}
+
+/// Appends everything about tenants.
+pub(super) fn render(out: &mut String, cell: &Cell, rpc_metrics: &RpcMetrics) {
+    let mut phases = [("active", 0_u64), ("read-only", 0), ("suspended", 0), ("deleting", 0)];
+    let mut shown: Vec<(String, Shown)> = Vec::new();
+    let mut other: Option<Shown> = None;
+    let mut known = std::collections::BTreeSet::new();
+    for name in cell.tenant_names() {
+        let Some(tenant) = cell.tenant(&name) else { continue };
+        known.insert(tenant.id());
+        let phase = match tenant.profile().phase {
+            TenantPhase::Active => 0,
+            TenantPhase::ReadOnly => 1,
+            TenantPhase::Suspended => 2,
+        };
+        phases[phase].1 += 1;
+        if shown.len() < TENANTS_SHOWN_MAX && name != OTHER {
+            let mut of_tenant = Shown::default();
+            of_tenant.add(&tenant, rpc_metrics, true);
+            shown.push((name, of_tenant));
+        } else {
+            other.get_or_insert_default().add(&tenant, rpc_metrics, false);
+        }
+    }
+    phases[3].1 = cell.deleted_tenants().len() as u64;
+    // A tenant that is gone is not counted any more.
+    rpc_metrics.retain(|tenant| tenant.0 == 0 || known.contains(&tenant));
+    shown.extend(other.map(|other| (OTHER.to_string(), other)));
+
+    let _ = writeln!(out, "# TYPE tenure_tenants gauge");
+    for (phase, tenants) in phases {
+        let _ = writeln!(out, "tenure_tenants{{state=\"{phase}\"}} {tenants}");
+    }
+    type Value = (&'static str, &'static str, fn(&Shown) -> Option<i128>);
+    let values: [Value; 11] = [
+        ("received_bytes_total", "counter", |of| Some(of.received_bytes.into())),
+        ("sent_bytes_total", "counter", |of| Some(of.sent_bytes.into())),
+        ("stored_bytes", "gauge", |of| Some(of.stored_bytes.into())),
+        ("live_bytes", "gauge", |of| Some(of.live_bytes.into())),
+        ("history_bytes", "gauge", |of| Some(of.stored_bytes.saturating_sub(of.live_bytes).into())),
+        ("quota_bytes", "gauge", |of| Some(of.quota_bytes.into())),
+        ("keys", "gauge", |of| Some(of.keys.into())),
+        ("watchers", "gauge", |of| Some(of.watchers.into())),
+        ("connections", "gauge", |of| Some(of.connections.into())),
+        ("revision", "gauge", |of| of.revisions.map(|(revision, _)| revision.into())),
+        ("compact_revision", "gauge", |of| of.revisions.map(|(_, compact)| compact.into())),
+    ];
+    for (name, kind, value) in values {
+        let _ = writeln!(out, "# TYPE tenure_tenant_{name} {kind}");
+        for (tenant, of) in &shown {
+            if let Some(value) = value(of) {
+                let _ = writeln!(out, "tenure_tenant_{name}{{tenant=\"{tenant}\"}} {value}");
+            }
+        }
+    }
+    let _ = writeln!(out, "# TYPE tenure_tenant_requests_total counter");
+    for (tenant, of) in &shown {
+        for ((method, code), times) in &of.requests {
+            let labels = format!("tenant=\"{tenant}\",method=\"{method}\",code=\"{code}\"");
+            let _ = writeln!(out, "tenure_tenant_requests_total{{{labels}}} {times}");
+        }
+    }
+    let _ = writeln!(out, "# TYPE tenure_tenant_throttled_total counter");
+    for (tenant, of) in &shown {
+        for (reason, times) in Reason::ALL.into_iter().zip(of.held_back) {
+            let labels = format!("tenant=\"{tenant}\",reason=\"{}\"", reason.name());
+            let _ = writeln!(out, "tenure_tenant_throttled_total{{{labels}}} {times}");
+        }
+    }
+    let _ = writeln!(out, "# TYPE tenure_tenant_alarms gauge");
+    for (tenant, of) in &shown {
+        for alarm in ["NOSPACE", "CORRUPT"] {
+            let active = of.alarms.get(alarm).copied().unwrap_or(0);
+            let _ = writeln!(out, "tenure_tenant_alarms{{tenant=\"{tenant}\",alarm=\"{alarm}\"}} {active}");
+        }
+    }
+    const LATENCY: &str = "tenure_tenant_request_duration_seconds";
+    let _ = writeln!(out, "# TYPE {LATENCY} histogram");
+    for (tenant, of) in &shown {
+        if let Some(latency) = &of.latency {
+            buckets(out, LATENCY, &format!("tenant=\"{tenant}\","), latency);
+        }
+    }
+}

@@ -1,0 +1,320 @@
+//! What one tenant uses of this member, and the limits on that: requests and bytes per second, requests and connections open.
+//!
+//! Rates are token buckets that may go into debt. A request takes its token when it comes in: if there is none it waits until
+//! its turn has come, as long as that is within [`WAIT_MAX`], and is refused otherwise, with nothing taken. Bytes are
+//! taken as they arrive, when it is too late to refuse them: whoever is in debt has to wait before it is read on, so a tenant that
+//! sends faster than it may is slowed down at its own sockets and holds nothing here but what is in the air. Messages on streams
+//! (keep-alives, watch requests) count as requests too, and slow their stream down.
+//!
+//! Everything here is of one member and of no other tenant. A limit that is not set costs a look at the tenant's profile.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use tenure_storage::{Limit, Profile};
+use tokio::time::Instant;
+
+use crate::cell_error::CellError;
+
+/// Longest wait for a rate; then the client is told to try again.
+pub const WAIT_MAX: Duration = Duration::from_secs(1);
+
+/// What a bucket holds when it was not used for a while: one second's worth.
+const BURST_SECONDS: f64 = 1.0;
+
+/// A limit of a tenant of which nothing was said. 0: none.
+pub fn default_limit(limit: Limit) -> u64 {
+    match limit {
+        // The cell's, which is replicated: see `Tenant::quota_bytes`.
+        Limit::StoredBytes => 0,
+        Limit::ResponseBytesInFlight => crate::inflight::TENANT_BYTES_MAX as u64,
+        Limit::Watchers => tenure_storage::limits::WATCHERS_PER_TENANT_MAX as u64,
+        Limit::RequestsPerSecond
+        | Limit::RequestBytesPerSecond
+        | Limit::Streams
+        | Limit::Connections
+        | Limit::Leases
+        | Limit::RequestBytes => 0,
+    }
+}
+
+/// The limit that holds for a tenant; `None`: there is none.
+pub fn limit_of(profile: &Profile, limit: Limit) -> Option<u64> {
+    let value = profile.limits.get(limit).unwrap_or_else(|| default_limit(limit));
+    (value > 0).then_some(value)
+}
+
+/// Tokens that come back at a rate.
+#[derive(Debug, Default)]
+pub(crate) struct Bucket {
+    state: Mutex<Option<Level>>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Level {
+    /// Below zero: owed.
+    tokens: f64,
+    at: Instant,
+}
+
+impl Bucket {
+    /// Takes so many tokens; they may be owed. Answers how long it takes until nothing is owed.
+    pub(crate) fn take(&self, amount: u64, per_second: u64, now: Instant) -> Duration {
+        let mut state = self.state.lock();
+        let level = Level::at(*state, per_second, now);
+        let tokens = level - amount as f64;
+        *state = Some(Level { tokens, at: now });
+        owed_for(tokens, per_second)
+    }
+
+    /// As [`Bucket::take`], unless nothing would be owed only after `longest`: then nothing is taken.
+    pub(crate) fn try_take(&self, amount: u64, per_second: u64, longest: Duration, now: Instant) -> Option<Duration> {
+        let mut state = self.state.lock();
+        let tokens = Level::at(*state, per_second, now) - amount as f64;
+        let wait = owed_for(tokens, per_second);
+        if wait > longest {
+            return None;
+        }
+        *state = Some(Level { tokens, at: now });
+        Some(wait)
+    }
+}
+
+impl Level {
+    /// What has come back since.
+    fn at(before: Option<Level>, per_second: u64, now: Instant) -> f64 {
+        let most = per_second as f64 * BURST_SECONDS;
+        match before {
+            None => most,
+            Some(Level { tokens, at }) => {
+                let since = now.saturating_duration_since(at).as_secs_f64();
+                (tokens + since * per_second as f64).min(most)
+            }
+        }
+    }
+}
+
+fn owed_for(tokens: f64, per_second: u64) -> Duration {
+    if tokens >= 0.0 || per_second == 0 {
+        return Duration::ZERO;
+    }
+    // Somebody who owes for years waits for years: the bound is the caller's.
+    Duration::try_from_secs_f64(-tokens / per_second as f64).unwrap_or(Duration::MAX)
+}
+
+/// Why a request had to wait or was refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reason {
+    Requests,
+    Bytes,
+    Streams,
+    Connections,
+}
+
+impl Reason {
+    pub(crate) const ALL: [Reason; 4] = [Reason::Requests, Reason::Bytes, Reason::Streams, Reason::Connections];
+
+    /// As a label of the metric.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Reason::Requests => "requests",
+            Reason::Bytes => "bytes",
+            Reason::Streams => "streams",
+            Reason::Connections => "connections",
+        }
+    }
+}
+
+/// What a tenant uses of this member now, and how often it was held back.
+#[derive(Debug, Default)]
+pub struct TenantUse {
+    requests: Bucket,
+    bytes: Bucket,
+    open_requests: AtomicUsize,
+    connections: AtomicUsize,
+    held_back: [AtomicU64; Reason::ALL.len()],
+    cpu_ns: AtomicU64,
+}
+
+impl TenantUse {
+    /// Lets one request in, after a wait if need be. What it gives counts as an open request for as long as it lives.
+    ///
+    /// # Errors
+    /// [`CellError::TooManyRequests`].
+    pub async fn begin_request(self: &Arc<Self>, profile: &Profile) -> Result<OpenCount, CellError> {
+        let open = match self.open(profile, Limit::Streams, |of| &of.open_requests) {
+            Some(open) => open,
+            None => return Err(self.refuse(Reason::Streams)),
+        };
+        if let Some(per_second) = limit_of(profile, Limit::RequestsPerSecond) {
+            match self.requests.try_take(1, per_second, WAIT_MAX, Instant::now()) {
+                None => return Err(self.refuse(Reason::Requests)),
+                Some(Duration::ZERO) => {}
+                Some(wait) => {
+                    self.count(Reason::Requests);
+                    tokio::time::sleep(wait).await;
+                }
+            }
+        }
+        if let Some(per_second) = limit_of(profile, Limit::RequestBytesPerSecond) {
+            match self.bytes.try_take(0, per_second, WAIT_MAX, Instant::now()) {
+                None => return Err(self.refuse(Reason::Bytes)),
+                Some(Duration::ZERO) => {}
+                Some(wait) => {
+                    self.count(Reason::Bytes);
+                    tokio::time::sleep(wait).await;
+                }
+            }
+        }
+        Ok(open)
+    }
+
+    /// Bytes have come in that complete so many messages behind a request's first. Answers how long not to read on.
+    pub fn received(&self, profile: &Profile, bytes: usize, messages: u64) -> Duration {
+        let now = Instant::now();
+        let for_bytes = limit_of(profile, Limit::RequestBytesPerSecond)
+            .map_or(Duration::ZERO, |per_second| self.bytes.take(bytes as u64, per_second, now));
+        let for_messages = match limit_of(profile, Limit::RequestsPerSecond) {
+            Some(per_second) if messages > 0 => self.requests.take(messages, per_second, now),
+            Some(_) | None => Duration::ZERO,
+        };
+        if for_bytes > Duration::ZERO {
+            self.count(Reason::Bytes);
+        }
+        if for_messages > Duration::ZERO {
+            self.count(Reason::Requests);
+        }
+        for_bytes.max(for_messages)
+    }
+
+    /// One more connection, if the tenant may have it.
+    pub fn connect(self: &Arc<Self>, profile: &Profile) -> Option<OpenCount> {
+        let open = self.open(profile, Limit::Connections, |of| &of.connections);
+        if open.is_none() {
+            self.count(Reason::Connections);
+        }
+        open
+    }
+
+    fn open(
+        self: &Arc<Self>,
+        profile: &Profile,
+        limit: Limit,
+        counter: fn(&TenantUse) -> &AtomicUsize,
+    ) -> Option<OpenCount> {
+        let most = limit_of(profile, limit).map_or(usize::MAX, |most| usize::try_from(most).unwrap_or(usize::MAX));
+        let added = counter(self).fetch_add(1, Ordering::Relaxed);
+        let open = OpenCount { of: Arc::clone(self), counter };
+        (added < most).then_some(open)
+    }
+
+    fn refuse(&self, reason: Reason) -> CellError {
+        self.count(reason);
+        CellError::TooManyRequests
+    }
+
+    pub(crate) fn count(&self, reason: Reason) {
+        self.held_back[reason as usize].fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Processor time, or what passed while a thread was at work for the tenant.
+    pub(crate) fn spent(&self, time: Duration) {
+        self.cpu_ns.fetch_add(u64::try_from(time.as_nanos()).unwrap_or(u64::MAX), Ordering::Relaxed);
+    }
+
+    pub fn cpu(&self) -> Duration {
+        Duration::from_nanos(self.cpu_ns.load(Ordering::Relaxed))
+    }
+
+    pub fn connections(&self) -> usize {
+        self.connections.load(Ordering::Relaxed)
+    }
+
+    /// How often something had to wait or was refused.
+    pub(crate) fn held_back(&self) -> impl Iterator<Item = (Reason, u64)> + '_ {
+        Reason::ALL.into_iter().map(|reason| (reason, self.held_back[reason as usize].load(Ordering::Relaxed)))
+    }
+}
+
+/// One open request or connection; over when it is dropped.
+pub struct OpenCount {
+    of: Arc<TenantUse>,
+    counter: fn(&TenantUse) -> &AtomicUsize,
+}
+
+impl Drop for OpenCount {
+    fn drop(&mut self) {
+        (self.counter)(&self.of).fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+impl std::fmt::Debug for OpenCount {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("OpenCount")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn limited(limits: &[(Limit, u64)]) -> Profile {
+        let mut profile = Profile::default();
+        for (limit, value) in limits {
+            profile.limits.set(*limit, Some(*value));
+        }
+        profile
+    }
+
+    #[test]
+    fn tokens_come_back_at_their_rate() {
+        let (bucket, zero) = (Bucket::default(), Instant::now());
+        let at = |milliseconds| zero + Duration::from_millis(milliseconds);
+        assert_eq!(bucket.take(10, 10, at(0)), Duration::ZERO, "a second's worth at once");
+        assert_eq!(bucket.take(1, 10, at(0)), Duration::from_millis(100));
+        assert_eq!(bucket.try_take(1, 10, Duration::from_millis(150), at(0)), None);
+        assert_eq!(bucket.try_take(1, 10, Duration::from_millis(150), at(100)), Some(Duration::from_millis(100)));
+        assert_eq!(bucket.take(10, 10, at(10_000)), Duration::ZERO, "no more than a second's worth is kept");
+        assert_eq!(bucket.take(5, 10, at(10_000)), Duration::from_millis(500));
+    }
+
+    #[tokio::test]
+    async fn requests_wait_and_then_are_refused() {
+        let (used, profile) = (Arc::new(TenantUse::default()), limited(&[(Limit::RequestsPerSecond, 2)]));
+        let begun = Instant::now();
+        for _ in 0..4 {
+            drop(used.begin_request(&profile).await.unwrap());
+        }
+        assert!(begun.elapsed() > Duration::from_millis(900), "two at once, then two a second");
+        used.requests.take(1_000, 2, Instant::now());
+        assert!(matches!(used.begin_request(&profile).await, Err(CellError::TooManyRequests)));
+        let held_back: Vec<_> = used.held_back().filter(|(_, times)| *times > 0).collect();
+        assert_eq!(held_back, [(Reason::Requests, 3)]);
+        assert_eq!(used.open_requests.load(Ordering::Relaxed), 0);
+    }
+
+    #[tokio::test]
+    async fn what_is_open_is_counted() {
+        let (used, profile) =
+            (Arc::new(TenantUse::default()), limited(&[(Limit::Streams, 1), (Limit::Connections, 2)]));
+        let open = used.begin_request(&profile).await.unwrap();
+        assert!(used.begin_request(&profile).await.is_err());
+        drop(open);
+        assert!(used.begin_request(&profile).await.is_ok());
+        let connections = [used.connect(&profile), used.connect(&profile), used.connect(&profile)];
+        assert_eq!(connections.iter().flatten().count(), 2);
+        drop(connections);
+        assert_eq!(used.connections(), 0);
+    }
+
+    #[test]
+    fn bytes_are_owed() {
+        let (used, profile) = (TenantUse::default(), limited(&[(Limit::RequestBytesPerSecond, 1_000)]));
+        assert_eq!(used.received(&profile, 1_000, 1), Duration::ZERO);
+        let wait = used.received(&profile, 500, 0);
+        assert!(wait > Duration::from_millis(400) && wait <= Duration::from_millis(500), "{wait:?}");
+        assert_eq!(used.received(&Profile::default(), 1 << 30, 1 << 30), Duration::ZERO);
+    }
+}

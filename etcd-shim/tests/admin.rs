@@ -1,0 +1,313 @@
+//! The admin API as an operator meets it: tenants come, change and go, and whoever has to leave is sent away.
+
+#![allow(clippy::unwrap_used)]
+
+mod client;
+
+use std::path::{Path, PathBuf};
+
+use hyper_util::rt::TokioIo;
+use rcgen::{CertificateParams, KeyPair};
+use rustls::pki_types::CertificateDer;
+use rustls::pki_types::pem::PemObject as _;
+use tenure_admin_api::v1::admin_client::AdminClient;
+use tenure_admin_api::v1::{self as api, State};
+use tenure_etcd_shim::Tenure;
+use tenure_etcd_shim::builder::ADMIN_SOCKET;
+use tenure_etcd_shim::flags::TlsFiles;
+use tenure_etcd_shim::issuer::IssuerFiles;
+use tokio::io::AsyncReadExt as _;
+use tokio::net::UnixStream;
+use tonic::Code;
+use tonic::transport::{Channel, Endpoint};
+
+use client::{Authority, Identity, Secured, connect, put, write};
+
+/// A cell with everything an operator has: TLS with certificates, a CA of tenants, the admin socket.
+struct Scene {
+    _dir: tempfile::TempDir,
+    tenure: Tenure,
+    authority: Authority,
+    admin: AdminClient<Channel>,
+}
+
+async fn admin_at(socket: PathBuf) -> AdminClient<Channel> {
+    let connector = tower::service_fn(move |_| {
+        let socket = socket.clone();
+        async move { Ok::<_, std::io::Error>(TokioIo::new(UnixStream::connect(socket).await?)) }
+    });
+    let channel = Endpoint::from_static("http://admin").connect_with_connector(connector).await.unwrap();
+    AdminClient::new(channel)
+}
+
+async fn serve(dir: &Path, authority: &Authority) -> Tenure {
+    let server = authority.sign(&[]);
+    let ca = write(dir, "ca.crt", &authority.certificate.pem());
+    let files = TlsFiles::Files {
+        cert_file: write(dir, "server.crt", &server.pem),
+        key_file: write(dir, "server.key", &server.key.serialize_pem()),
+        trusted_ca_file: None,
+    };
+    let issuer = IssuerFiles { cert_file: ca, key_file: write(dir, "ca.key", &authority.issuer.key().serialize_pem()) };
+    Tenure::builder()
+        .data_dir(dir.join("data"))
+        .tls(files)
+        .issuer(issuer)
+        .cell_domain("cell.example")
+        .listen("https://127.0.0.1:0")
+        .admin_listen("https://127.0.0.1:0")
+        .admin_socket()
+        .start()
+        .await
+        .unwrap()
+}
+
+impl Scene {
+    async fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let authority = Authority::new();
+        let tenure = serve(dir.path(), &authority).await;
+        let admin = admin_at(dir.path().join("data").join(ADMIN_SOCKET)).await;
+        Scene { _dir: dir, tenure, authority, admin }
+    }
+
+    async fn create(&mut self, name: &str) -> api::Tenant {
+        let request = api::CreateTenantRequest { name: name.to_string(), ..Default::default() };
+        self.admin.create_tenant(request).await.unwrap().into_inner().tenant.unwrap()
+    }
+
+    async fn set_state(&mut self, name: &str, state: State) {
+        let request = api::SetTenantStateRequest { name: name.to_string(), state: state.into() };
+        self.admin.set_tenant_state(request).await.unwrap();
+    }
+
+    async fn credentials(&mut self, tenant: &str) -> (Identity, api::IssueCredentialsResponse) {
+        let key = KeyPair::generate().unwrap();
+        let csr_der = CertificateParams::default().serialize_request(&key).unwrap().der().to_vec();
+        let request = api::IssueCredentialsRequest { tenant: tenant.to_string(), csr_der, ..Default::default() };
+        let issued = self.admin.issue_credentials(request).await.unwrap().into_inner();
+        let der = CertificateDer::from_pem_slice(issued.certificate_pem.as_bytes()).unwrap().into_owned();
+        (Identity { certificate: der, pem: issued.certificate_pem.clone(), key }, issued)
+    }
+
+    async fn connect(&self, identity: &Identity) -> std::io::Result<Secured> {
+        connect(self.tenure.addresses()[0], &self.authority, Some(identity), b"h2").await
+    }
+
+    async fn gets_in(&self, identity: &Identity) -> bool {
+        match self.connect(identity).await {
+            Ok(stream) => put(stream, "k").await.is_ok(),
+            Err(_) => false,
+        }
+    }
+}
+
+/// Waits until the server closes the connection.
+async fn closed(mut stream: Secured) {
+    let mut rest = Vec::new();
+    let _ = stream.read_to_end(&mut rest).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn tenants_come_change_and_go() {
+    let mut scene = Scene::new().await;
+    let request = api::CreateTenantRequest {
+        name: "acme".to_string(),
+        limits: Some(api::Limits { leases: Some(5), ..Default::default() }),
+        labels: [("team".to_string(), "a".to_string())].into(),
+    };
+    let made = scene.admin.create_tenant(request.clone()).await.unwrap().into_inner();
+    let tenant = made.tenant.unwrap();
+    assert!(made.created && tenant.created_at_ms > 0 && tenant.state() == State::Active);
+    // A repeated call answers what there is, and changes nothing.
+    let again = api::CreateTenantRequest { limits: None, labels: Default::default(), ..request };
+    let again = scene.admin.create_tenant(again).await.unwrap().into_inner();
+    assert!(!again.created && again.tenant.unwrap() == tenant);
+
+    let update = api::UpdateTenantRequest {
+        name: "acme".to_string(),
+        limits: Some(api::Limits { stored_bytes: Some(1 << 20), ..Default::default() }),
+        reset_limits: vec!["leases".to_string()],
+        labels: [("env".to_string(), "prod".to_string())].into(),
+        remove_labels: vec!["team".to_string()],
+    };
+    for _ in 0..2 {
+        let changed = scene.admin.update_tenant(update.clone()).await.unwrap().into_inner().tenant.unwrap();
+        let limits = changed.limits.unwrap();
+        assert_eq!((limits.stored_bytes, limits.leases), (Some(1 << 20), None));
+        assert_eq!(changed.labels.into_iter().collect::<Vec<_>>(), [("env".to_string(), "prod".to_string())]);
+        assert_eq!(changed.effective_limits.unwrap().stored_bytes, Some(1 << 20));
+    }
+
+    scene.create("globex").await;
+    let list = |page_size, page_token: &str| api::ListTenantsRequest {
+        page_size,
+        page_token: page_token.to_string(),
+        ..Default::default()
+    };
+    let names = |answer: &api::ListTenantsResponse| {
+        answer.tenants.iter().map(|tenant| tenant.name.clone()).collect::<Vec<_>>().join(" ")
+    };
+    let page = scene.admin.list_tenants(list(2, "")).await.unwrap().into_inner();
+    assert_eq!((names(&page), page.next_page_token.as_str()), ("acme default".to_string(), "default"));
+    let page = scene.admin.list_tenants(list(2, &page.next_page_token)).await.unwrap().into_inner();
+    assert_eq!((names(&page), page.next_page_token.as_str()), ("globex".to_string(), ""));
+
+    let client = scene.tenure.client("acme").unwrap();
+    for key in ["/registry/pods/a", "/registry/pods/b", "compact_rev_key"] {
+        client.put(key, "1234").await.unwrap();
+    }
+    let usage = api::GetUsageRequest { name: "acme".to_string() };
+    let usage = scene.admin.get_usage(usage).await.unwrap().into_inner();
+    let rows: Vec<_> = usage.prefixes.iter().map(|row| (row.prefix.as_str(), row.keys, row.bytes)).collect();
+    assert_eq!(rows, [("", 1, 19), ("/registry/pods/", 2, 40)]);
+    assert_eq!(usage.usage.unwrap().keys, 3);
+
+    // Gone at once, and the name makes another tenant.
+    let delete = api::DeleteTenantRequest { name: "acme".to_string(), id: None };
+    assert!(scene.admin.delete_tenant(delete.clone()).await.unwrap().into_inner().deleted);
+    assert!(!scene.admin.delete_tenant(delete).await.unwrap().into_inner().deleted);
+    assert!(client.get("compact_rev_key").await.is_err(), "who still holds it reads nothing");
+    assert!(client.put("k", "v").await.is_err());
+    let other = scene.create("acme").await;
+    assert!(other.id > tenant.id && other.cluster_id != tenant.cluster_id);
+    assert_eq!(other.usage.unwrap().keys, 0);
+    let only_old = api::DeleteTenantRequest { name: "acme".to_string(), id: Some(tenant.id) };
+    assert!(!scene.admin.delete_tenant(only_old).await.unwrap().into_inner().deleted, "another tenant's id");
+    // Space is given back in the background; then nothing is left to say of it.
+    let mut changes = scene.tenure.cell().tenants_changed();
+    while !scene.tenure.cell().deleted_tenants().is_empty() {
+        changes.changed().await.unwrap();
+    }
+    scene.tenure.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn mistakes_are_named() {
+    let mut scene = Scene::new().await;
+    let create = |name: &str| api::CreateTenantRequest { name: name.to_string(), ..Default::default() };
+    let error = scene.admin.create_tenant(create("Acme")).await.unwrap_err();
+    assert_eq!(error.code(), Code::InvalidArgument);
+    assert!(error.message().starts_with("name: invalid tenant name"), "{error}");
+    let labels = [(String::new(), String::new())].into();
+    let error = scene.admin.create_tenant(api::CreateTenantRequest { labels, ..create("a") }).await.unwrap_err();
+    assert!(error.message().starts_with("labels: "), "{error}");
+
+    let missing = api::GetTenantRequest { name: "nobody".to_string() };
+    let error = scene.admin.get_tenant(missing).await.unwrap_err();
+    assert_eq!(
+        (error.code(), error.message()),
+        (Code::NotFound, "there is no tenant \"nobody\": see the list of tenants")
+    );
+    let update = api::UpdateTenantRequest { reset_limits: vec!["speed".to_string()], ..Default::default() };
+    let error = scene.admin.update_tenant(update).await.unwrap_err();
+    assert!(error.message().starts_with("reset_limits: \"speed\": want one of stored_bytes"), "{error}");
+    let state = api::SetTenantStateRequest { name: "default".to_string(), state: State::Deleting.into() };
+    assert_eq!(scene.admin.set_tenant_state(state).await.unwrap_err().code(), Code::InvalidArgument);
+    let delete = api::DeleteTenantRequest { name: "default".to_string(), id: None };
+    assert_eq!(scene.admin.delete_tenant(delete).await.unwrap_err().code(), Code::FailedPrecondition);
+    let issue = api::IssueCredentialsRequest { tenant: "default".to_string(), ..Default::default() };
+    let error = scene.admin.issue_credentials(issue).await.unwrap_err();
+    assert!(error.message().starts_with("csr_der: want a PKCS #10"), "{error}");
+    for (serial, all) in [("", false), ("12", true), ("xyz", false)] {
+        let (tenant, serial) = ("default".to_string(), serial.to_string());
+        let revoke = api::RevokeCredentialsRequest { tenant, serial, all };
+        assert_eq!(scene.admin.revoke_credentials(revoke).await.unwrap_err().code(), Code::InvalidArgument);
+    }
+    scene.tenure.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_may_not_stay_is_sent_away() {
+    let mut scene = Scene::new().await;
+    scene.create("acme").await;
+    scene.create("globex").await;
+    let (acme, _) = scene.credentials("acme").await;
+    let (globex, _) = scene.credentials("globex").await;
+    assert!(scene.gets_in(&acme).await && scene.gets_in(&globex).await);
+    let neighbour = scene.connect(&globex).await.unwrap();
+
+    let open = scene.connect(&acme).await.unwrap();
+    scene.set_state("acme", State::Suspended).await;
+    closed(open).await;
+    assert!(!scene.gets_in(&acme).await);
+    scene.set_state("acme", State::Active).await;
+    assert!(scene.gets_in(&acme).await);
+
+    // One certificate is revoked, another of the same tenant is not.
+    let (second, issued) = scene.credentials("acme").await;
+    let (open, stays) = (scene.connect(&second).await.unwrap(), scene.connect(&acme).await.unwrap());
+    let revoke = |serial: &str, all| api::RevokeCredentialsRequest {
+        tenant: "acme".to_string(),
+        serial: serial.to_string(),
+        all,
+    };
+    scene.admin.revoke_credentials(revoke(&issued.serial, false)).await.unwrap();
+    closed(open).await;
+    assert!(!scene.gets_in(&second).await);
+    put(stays, "k").await.unwrap();
+
+    // All of them: new ones get in, those before do not.
+    let open = scene.connect(&acme).await.unwrap();
+    scene.admin.revoke_credentials(revoke("", true)).await.unwrap();
+    closed(open).await;
+    assert!(!scene.gets_in(&acme).await);
+    let (third, _) = scene.credentials("acme").await;
+    assert!(scene.gets_in(&third).await);
+
+    // Deleted, and the name given to somebody else: certificates of the one before open nothing.
+    let open = scene.connect(&third).await.unwrap();
+    let delete = api::DeleteTenantRequest { name: "acme".to_string(), id: None };
+    scene.admin.delete_tenant(delete).await.unwrap();
+    closed(open).await;
+    scene.create("acme").await;
+    assert!(!scene.gets_in(&third).await);
+    let (fourth, _) = scene.credentials("acme").await;
+    assert!(scene.gets_in(&fourth).await);
+
+    put(neighbour, "k").await.unwrap();
+    scene.tenure.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn only_administrators_administrate() {
+    let mut scene = Scene::new().await;
+    scene.create("acme").await;
+    let (acme, _) = scene.credentials("acme").await;
+    let address = scene.tenure.addresses()[1];
+    let list = |stream| client::unary(stream, "/tenure.admin.v1.Admin/ListTenants", &[]);
+    if let Ok(stream) = connect(address, &scene.authority, Some(&acme), b"h2").await {
+        assert!(list(stream).await.is_err(), "a tenant is no administrator");
+    }
+    if let Ok(stream) = connect(address, &scene.authority, None, b"h2").await {
+        assert!(list(stream).await.is_err(), "nor is nobody");
+    }
+    let admin = scene.authority.sign(&["tenure://admin"]);
+    let stream = connect(address, &scene.authority, Some(&admin), b"h2").await.unwrap();
+    assert!(list(stream).await.unwrap().windows(4).any(|bytes| bytes == b"acme"));
+    // And an administrator is no tenant.
+    assert!(!scene.gets_in(&admin).await);
+    // Nor does the admin API answer on a port of clients.
+    let stream = scene.connect(&acme).await.unwrap();
+    assert!(list(stream).await.is_err());
+    scene.tenure.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_tenant_is_held_to_its_limits() {
+    let mut scene = Scene::new().await;
+    scene.create("acme").await;
+    scene.create("globex").await;
+    let (acme, _) = scene.credentials("acme").await;
+    let (globex, _) = scene.credentials("globex").await;
+    let limits = api::Limits { connections: Some(1), request_bytes: Some(200), ..Default::default() };
+    let update = api::UpdateTenantRequest { name: "acme".to_string(), limits: Some(limits), ..Default::default() };
+    scene.admin.update_tenant(update).await.unwrap();
+    let first = scene.connect(&acme).await.unwrap();
+    put(first, "k").await.unwrap();
+    let top = scene.admin.top(api::TopRequest { limit: 0 }).await.unwrap().into_inner();
+    let row = top.rows.iter().find(|row| row.tenant == "acme").unwrap();
+    assert!(row.requests == 1 && row.received_bytes > 0 && row.sent_bytes > 0, "{row:?}");
+    assert!(scene.gets_in(&globex).await, "a neighbour's limits are its own");
+    scene.tenure.stop().await;
+}

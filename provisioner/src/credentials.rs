@@ -1,0 +1,216 @@
+//! Credentials of a tenant: a key made here, a certificate signed by the cell, and what a kube-apiserver needs to use them.
+//!
+//! The key never leaves this machine: the cell gets a signing request. Files are written whole, the key readable by its owner alone, and
+//! the flags file last, so that whoever finds it finds all of what it names.
+
+use std::path::Path;
+
+use rcgen::{CertificateParams, KeyPair};
+use rustls::pki_types::CertificateDer;
+use rustls::pki_types::pem::PemObject as _;
+use serde_json::{Value, json};
+use tenure_admin_api::v1 as api;
+use tenure_admin_api::v1::admin_client::AdminClient;
+use tonic::transport::Channel;
+
+use crate::files::{self, Mode};
+
+/// The files of a directory of credentials.
+pub const CA_CERT: &str = "ca.crt";
+pub const CLIENT_CERT: &str = "client.crt";
+pub const CLIENT_KEY: &str = "client.key";
+pub const FLAGS: &str = "apiserver-flags";
+
+/// Where a pod mounts them.
+const MOUNT_PATH: &str = "/etc/kubernetes/pki/tenure";
+
+/// What goes wrong, and what to do next.
+#[derive(Debug, thiserror::Error)]
+pub enum CredentialsError {
+    #[error("make a key: {0}")]
+    Key(#[from] rcgen::Error),
+    #[error("issue credentials: {} ({:?})", .0.message(), .0.code())]
+    Refused(#[from] tonic::Status),
+    #[error("write {path}: {error}")]
+    Write { path: String, error: std::io::Error },
+    #[error("{0} is there already: --force replaces it, tenurectl tenant rotate renews it")]
+    Exists(String),
+    #[error("read {path}: {what}")]
+    Read { path: String, what: String },
+    #[error("the cell names no URL for clients: start its members with --advertise-client-urls")]
+    NoEndpoints,
+}
+
+/// Credentials with the key.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Credentials {
+    pub tenant: String,
+    pub ca_pem: String,
+    pub certificate_pem: String,
+    pub key_pem: String,
+    /// Hexadecimal.
+    pub serial: String,
+    pub not_after_ms: i64,
+    pub endpoints: Vec<String>,
+}
+
+/// Makes a key and has the cell sign it.
+///
+/// # Errors
+/// [`CredentialsError::Refused`], [`CredentialsError::NoEndpoints`].
+pub async fn issue(
+    client: &mut AdminClient<Channel>,
+    tenant: &str,
+    user: &str,
+    ttl_seconds: u64,
+) -> Result<Credentials, CredentialsError> {
+    let key = KeyPair::generate()?;
+    let csr_der = CertificateParams::default().serialize_request(&key)?.der().to_vec();
+    let (tenant, user) = (tenant.to_string(), user.to_string());
+    let request = api::IssueCredentialsRequest { tenant: tenant.clone(), csr_der, user, ttl_seconds, admin: false };
+    let issued = client.issue_credentials(request).await?.into_inner();
+    if issued.endpoints.is_empty() {
+        return Err(CredentialsError::NoEndpoints);
+    }
+    Ok(Credentials {
+        tenant,
+        ca_pem: issued.ca_pem,
+        certificate_pem: issued.certificate_pem,
+        key_pem: key.serialize_pem(),
+        serial: issued.serial,
+        not_after_ms: issued.not_after_ms,
+        endpoints: issued.endpoints,
+    })
+}
+
+/// The flags of a kube-apiserver, with the files in this directory.
+pub fn apiserver_flags(endpoints: &[String], dir: &str) -> Vec<String> {
+    vec![
+        format!("--etcd-servers={}", endpoints.join(",")),
+        format!("--etcd-cafile={dir}/{CA_CERT}"),
+        format!("--etcd-certfile={dir}/{CLIENT_CERT}"),
+        format!("--etcd-keyfile={dir}/{CLIENT_KEY}"),
+    ]
+}
+
+impl Credentials {
+    /// Writes `ca.crt`, `client.crt`, `client.key` and `apiserver-flags` to a directory, which is made if it is not there.
+    ///
+    /// # Errors
+    /// [`CredentialsError::Exists`] unless `replace`; [`CredentialsError::Write`].
+    pub fn write(&self, dir: &Path, replace: bool) -> Result<(), CredentialsError> {
+        if !replace && let Some(there) = [CLIENT_CERT, CLIENT_KEY].iter().find(|name| dir.join(name).exists()) {
+            return Err(CredentialsError::Exists(dir.join(there).display().to_string()));
+        }
+        let failed = |path: &Path| {
+            let path = path.display().to_string();
+            move |error| CredentialsError::Write { path, error }
+        };
+        files::make_dir(dir).map_err(failed(dir))?;
+        let absolute = std::path::absolute(dir).map_err(failed(dir))?;
+        let flags = apiserver_flags(&self.endpoints, &absolute.display().to_string()).join(" ") + "\n";
+        for (name, content, mode) in [
+            (CA_CERT, &self.ca_pem, Mode::Public),
+            (CLIENT_KEY, &self.key_pem, Mode::Private),
+            (CLIENT_CERT, &self.certificate_pem, Mode::Public),
+            (FLAGS, &flags, Mode::Public),
+        ] {
+            let path = dir.join(name);
+            files::write(&path, content.as_bytes(), mode).map_err(failed(&path))?;
+        }
+        Ok(())
+    }
+
+    /// A Secret that holds them, and the part of a kube-apiserver's pod that uses it.
+    pub fn kubernetes(&self, namespace: &str, secret: &str) -> [Value; 2] {
+        let secret_object = json!({
+            "apiVersion": "v1",
+            "kind": "Secret",
+            "metadata": {
+                "name": secret,
+                "namespace": namespace,
+                "labels": { "tenure.dev/tenant": self.tenant },
+                "annotations": { "tenure.dev/serial": self.serial },
+            },
+            "type": "Opaque",
+            "stringData": { CA_CERT: self.ca_pem, CLIENT_CERT: self.certificate_pem, CLIENT_KEY: self.key_pem },
+        });
+        let patch = json!({
+            "spec": { "template": { "spec": {
+                "containers": [{
+                    "name": "kube-apiserver",
+                    "args": apiserver_flags(&self.endpoints, MOUNT_PATH),
+                    "volumeMounts": [{ "name": "tenure", "mountPath": MOUNT_PATH, "readOnly": true }],
+                }],
+                "volumes": [{ "name": "tenure", "secret": { "secretName": secret, "defaultMode": 0o400 } }],
+            } } },
+        });
+        [secret_object, patch]
+    }
+}
+
+/// The serial number of the certificate in a directory of credentials, hexadecimal.
+///
+/// # Errors
+/// [`CredentialsError::Read`].
+pub fn serial_in(dir: &Path) -> Result<String, CredentialsError> {
+    let path = dir.join(CLIENT_CERT);
+    let failed = |what: String| CredentialsError::Read { path: path.display().to_string(), what };
+    let der = CertificateDer::from_pem_file(&path).map_err(|error| failed(error.to_string()))?;
+    let (_, certificate) = x509_parser::parse_x509_certificate(&der).map_err(|error| failed(error.to_string()))?;
+    let bytes = certificate.raw_serial().iter().skip_while(|byte| **byte == 0);
+    Ok(bytes.map(|byte| format!("{byte:02x}")).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn credentials() -> Credentials {
+        let key = KeyPair::generate().unwrap();
+        let mut params = CertificateParams::default();
+        params.serial_number = Some(vec![0xab, 0xcd].into());
+        Credentials {
+            tenant: "acme".to_string(),
+            ca_pem: "ca".to_string(),
+            certificate_pem: params.self_signed(&key).unwrap().pem(),
+            key_pem: key.serialize_pem(),
+            serial: "abcd".to_string(),
+            not_after_ms: 0,
+            endpoints: vec!["https://a:2379".to_string(), "https://b:2379".to_string()],
+        }
+    }
+
+    #[test]
+    fn a_directory_holds_all_that_an_apiserver_needs() {
+        let dir = tempfile::tempdir().unwrap();
+        let out = dir.path().join("acme");
+        let first = credentials();
+        first.write(&out, false).unwrap();
+        let flags = std::fs::read_to_string(out.join(FLAGS)).unwrap();
+        let at = out.display();
+        assert_eq!(
+            flags,
+            format!(
+                "--etcd-servers=https://a:2379,https://b:2379 --etcd-cafile={at}/ca.crt \
+                 --etcd-certfile={at}/client.crt --etcd-keyfile={at}/client.key\n"
+            )
+        );
+        assert_eq!(serial_in(&out).unwrap(), "abcd");
+        assert!(matches!(first.write(&out, false), Err(CredentialsError::Exists(_))));
+        let second = credentials();
+        second.write(&out, true).unwrap();
+        assert_eq!(std::fs::read_to_string(out.join(CLIENT_KEY)).unwrap(), second.key_pem);
+    }
+
+    #[test]
+    fn a_pod_mounts_what_its_flags_name() {
+        let [secret, patch] = credentials().kubernetes("hosted-acme", "acme-etcd");
+        assert_eq!(secret["stringData"].as_object().unwrap().len(), 3);
+        let spec = &patch["spec"]["template"]["spec"];
+        assert_eq!(spec["volumes"][0]["secret"]["secretName"], "acme-etcd");
+        let mount = spec["containers"][0]["volumeMounts"][0]["mountPath"].as_str().unwrap();
+        let args = spec["containers"][0]["args"].as_array().unwrap();
+        assert!(args.iter().skip(1).all(|arg| arg.as_str().unwrap().contains(mount)));
+    }
+}

@@ -1,0 +1,708 @@
+//! `tenurectl`: tenants of one cell or several, from the command line.
+//!
+//! Ends with 0, with 1 and one line on the error output that says what to do next, or with 2 for a command line that is none.
+
+mod top;
+
+use std::io::{IsTerminal as _, Write as _};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anyhow::{Context as _, bail};
+use clap::{Args, CommandFactory as _, Parser, Subcommand};
+use futures::future::join_all;
+use serde_json::{Value, json};
+use tenure_admin_api::v1::{self as api, State};
+use tenure_provisioner::cell_init::{self, Member, Start};
+use tenure_provisioner::cells::{Cell, Cells, CellsError, ENDPOINT_DEFAULT, Reached, find, place};
+use tenure_provisioner::connect::TlsFiles;
+use tenure_provisioner::credentials::{self, Credentials};
+use tenure_provisioner::limits::{self, Setting};
+use tenure_provisioner::output::{self, Format, TENANT_HEAD, tenant_row};
+
+/// Tenants of Tenure cells: each is an etcd of its own for one control plane.
+#[derive(Parser)]
+#[command(name = "tenurectl", version, max_term_width = 100)]
+struct Cli {
+    #[command(flatten)]
+    at: At,
+    /// How to print what was asked for.
+    #[arg(short, long, global = true, value_enum, default_value_t)]
+    output: Format,
+    #[command(subcommand)]
+    command: Command,
+}
+
+/// Which cell, and how it is reached.
+#[derive(Args, Clone)]
+struct At {
+    /// One of the cells of `tenurectl cell list`. Default: all of them, the least loaded one for a new tenant.
+    #[arg(long, global = true)]
+    cell: Option<String>,
+    /// A member's admin API, unix:PATH or https://HOST:PORT, instead of a known cell; may be given again for other members.
+    #[arg(long, global = true, env = "TENURECTL_ENDPOINT", value_delimiter = ',')]
+    endpoint: Vec<String>,
+    /// The CA of the cell, PEM.
+    #[arg(long, global = true, env = "TENURECTL_CACERT")]
+    cacert: Option<PathBuf>,
+    /// An administrator's certificate (URI tenure://admin), PEM.
+    #[arg(long, global = true, env = "TENURECTL_CERT")]
+    cert: Option<PathBuf>,
+    /// Its key, PEM.
+    #[arg(long, global = true, env = "TENURECTL_KEY")]
+    key: Option<PathBuf>,
+    /// The file of known cells.
+    #[arg(long, global = true, env = "TENURECTL_CONFIG")]
+    config: Option<PathBuf>,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Cells: make certificates for a new one, say which there are.
+    #[command(subcommand)]
+    Cell(CellCommand),
+    /// Tenants.
+    #[command(subcommand)]
+    Tenant(TenantCommand),
+    /// Who does what, live.
+    Top(top::Options),
+    /// Prints what completes this command in a shell.
+    Completion { shell: clap_complete::Shell },
+}
+
+#[derive(Subcommand)]
+enum CellCommand {
+    /// Makes a CA, certificates for members and for an administrator, and prints how members are started.
+    Init {
+        /// Where the files go.
+        #[arg(long)]
+        out: PathBuf,
+        /// What stands behind a tenant's name in server names, NAME.DOMAIN. Default: nothing, certificates say who a client is.
+        #[arg(long)]
+        domain: Option<String>,
+        /// NAME=HOST[,HOST]…, for each member.
+        #[arg(long = "member", required = true)]
+        members: Vec<String>,
+        /// Signs for further members with the CA that is there.
+        #[arg(long, conflicts_with = "force")]
+        add_members: bool,
+        /// Makes everything anew, also the CA.
+        #[arg(long)]
+        force: bool,
+    },
+    /// Adds a cell to those that are known, if it answers at --endpoint.
+    Add { name: String },
+    /// Forgets a cell; it goes on.
+    Remove { name: String },
+    /// The known cells, and how full they are.
+    List,
+    /// Members and load of one cell.
+    Status,
+}
+
+#[derive(Args, Default)]
+struct LimitArgs {
+    /// Numbers take K, M, G or Ki, Mi, Gi; none: no limit; default: the cell's.
+    #[arg(long, value_name = "BYTES")]
+    stored_bytes: Option<String>,
+    #[arg(long, value_name = "NUMBER")]
+    requests_per_second: Option<String>,
+    #[arg(long, value_name = "BYTES")]
+    request_bytes_per_second: Option<String>,
+    #[arg(long, value_name = "BYTES")]
+    response_bytes_in_flight: Option<String>,
+    #[arg(long, value_name = "NUMBER")]
+    watchers: Option<String>,
+    #[arg(long, value_name = "NUMBER")]
+    streams: Option<String>,
+    #[arg(long, value_name = "NUMBER")]
+    connections: Option<String>,
+    #[arg(long, value_name = "NUMBER")]
+    leases: Option<String>,
+    #[arg(long, value_name = "BYTES")]
+    request_bytes: Option<String>,
+}
+
+impl LimitArgs {
+    fn given(&self) -> [(&'static str, &Option<String>); 9] {
+        [
+            ("stored_bytes", &self.stored_bytes),
+            ("requests_per_second", &self.requests_per_second),
+            ("request_bytes_per_second", &self.request_bytes_per_second),
+            ("response_bytes_in_flight", &self.response_bytes_in_flight),
+            ("watchers", &self.watchers),
+            ("streams", &self.streams),
+            ("connections", &self.connections),
+            ("leases", &self.leases),
+            ("request_bytes", &self.request_bytes),
+        ]
+    }
+
+    /// What is to be set, and what goes back to the default.
+    fn read(&self) -> anyhow::Result<(api::Limits, Vec<String>)> {
+        let (mut set, mut reset) = (api::Limits::default(), Vec::new());
+        for (name, text) in self.given() {
+            let Some(text) = text else { continue };
+            let setting =
+                limits::parse(text).map_err(|error| anyhow::anyhow!("--{}: {error}", name.replace('_', "-")))?;
+            match setting {
+                Setting::To(value) => {
+                    if let Some(of) = limits::place(&mut set, name) {
+                        *of = Some(value);
+                    }
+                }
+                Setting::Default => reset.push(name.to_string()),
+            }
+        }
+        Ok((set, reset))
+    }
+}
+
+/// Where credentials go.
+#[derive(Args)]
+struct Out {
+    /// Directory of ca.crt, client.crt, client.key and apiserver-flags.
+    #[arg(long)]
+    out: Option<PathBuf>,
+    /// Prints a Secret and a patch of a kube-apiserver's Deployment instead.
+    #[arg(long, value_parser = ["kubernetes"])]
+    format: Option<String>,
+    /// Of the Secret.
+    #[arg(long, default_value = "default")]
+    namespace: String,
+    /// Default: TENANT-etcd.
+    #[arg(long)]
+    secret_name: Option<String>,
+    /// The user inside the tenant. Default: the tenant's name.
+    #[arg(long, default_value = "")]
+    user: String,
+    /// How long they are valid.
+    #[arg(long, default_value_t = 365)]
+    days: u64,
+}
+
+#[derive(Subcommand)]
+enum TenantCommand {
+    /// Makes a tenant, or finds the one that is there.
+    Create {
+        name: String,
+        #[command(flatten)]
+        limits: LimitArgs,
+        /// NAME=VALUE; may be given again.
+        #[arg(long = "label")]
+        labels: Vec<String>,
+    },
+    Get {
+        name: String,
+    },
+    /// All tenants of all cells.
+    List {
+        /// NAME=VALUE: only tenants that have it; may be given again.
+        #[arg(long = "label")]
+        labels: Vec<String>,
+        /// Also those whose space is still being given back.
+        #[arg(long)]
+        deleting: bool,
+    },
+    /// Changes limits; without any, prints them.
+    Limits {
+        name: String,
+        #[command(flatten)]
+        limits: LimitArgs,
+    },
+    /// Changes labels.
+    Labels {
+        name: String,
+        /// NAME=VALUE, or NAME- to take one away.
+        #[arg(required = true)]
+        labels: Vec<String>,
+    },
+    /// Closes its connections and lets nobody in; its leases do not end meanwhile.
+    Suspend {
+        name: String,
+    },
+    /// Ends a suspension, or being read-only.
+    Resume {
+        name: String,
+    },
+    /// Refuses what makes it grow.
+    ReadOnly {
+        name: String,
+    },
+    /// Deletes it with all its data.
+    Delete {
+        name: String,
+        /// Does not ask.
+        #[arg(long)]
+        yes: bool,
+    },
+    /// What it holds, by resource.
+    Usage {
+        name: String,
+    },
+    /// A key made here and a certificate for it, with the flags of a kube-apiserver.
+    Credentials {
+        name: String,
+        #[command(flatten)]
+        to: Out,
+        /// Replaces files that are there.
+        #[arg(long)]
+        force: bool,
+    },
+    /// New credentials in place of those in --out.
+    Rotate {
+        name: String,
+        #[command(flatten)]
+        to: Out,
+        /// Revokes the certificate that was there, once the new one is written.
+        #[arg(long)]
+        revoke_old: bool,
+    },
+    /// Refuses certificates and closes their connections.
+    Revoke {
+        name: String,
+        /// One certificate, by its number.
+        #[arg(long, required_unless_present = "all")]
+        serial: Option<String>,
+        /// All that were issued before now.
+        #[arg(long, conflicts_with = "serial")]
+        all: bool,
+    },
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => return fail(&error.into()),
+    };
+    match runtime.block_on(run(cli)) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => fail(&error),
+    }
+}
+
+fn fail(error: &anyhow::Error) -> ExitCode {
+    eprintln!("tenurectl: {}", format!("{error:#}").replace('\n', " "));
+    ExitCode::FAILURE
+}
+
+fn print(text: &str) -> anyhow::Result<()> {
+    std::io::stdout().lock().write_all(text.as_bytes()).context("print")
+}
+
+impl At {
+    fn cells(&self) -> anyhow::Result<Cells> {
+        let path = match &self.config {
+            Some(path) => path.clone(),
+            None => {
+                let home = || std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".config"));
+                let base = std::env::var_os("XDG_CONFIG_HOME").map(PathBuf::from).or_else(home);
+                base.context("no home directory: say where the file of cells is with --config")?
+                    .join("tenure/cells.json")
+            }
+        };
+        Ok(Cells::read(&path)?)
+    }
+
+    fn tls(&self) -> TlsFiles {
+        TlsFiles { cacert: self.cacert.clone(), cert: self.cert.clone(), key: self.key.clone() }
+    }
+
+    /// The cells that a command is about.
+    fn chosen(&self) -> anyhow::Result<Vec<Cell>> {
+        if !self.endpoint.is_empty() {
+            let name = self.cell.clone().unwrap_or_else(|| self.endpoint.join(","));
+            return Ok(vec![Cell { name, endpoints: self.endpoint.clone(), tls: self.tls() }]);
+        }
+        let known = self.cells()?;
+        Ok(match &self.cell {
+            Some(name) => vec![known.named(name)?.clone()],
+            None if known.cells.is_empty() => {
+                let (name, endpoints) = ("local".to_string(), vec![ENDPOINT_DEFAULT.to_string()]);
+                vec![Cell { name, endpoints, tls: TlsFiles::default() }]
+            }
+            None => known.cells,
+        })
+    }
+
+    /// Those of them that answer; a warning for each that does not, an error if none does.
+    async fn reached(&self) -> anyhow::Result<Vec<Reached>> {
+        let chosen = self.chosen()?;
+        let answers = join_all(chosen.iter().map(Cell::reach)).await;
+        let (mut reached, mut last) = (Vec::new(), None);
+        let alone = answers.len() == 1;
+        for answer in answers {
+            match answer {
+                Ok(cell) => reached.push(cell),
+                Err(error) => {
+                    if !alone {
+                        eprintln!("tenurectl: warning: {error}");
+                    }
+                    last = Some(error);
+                }
+            }
+        }
+        match last {
+            Some(error) if reached.is_empty() => Err(error.into()),
+            _ => Ok(reached),
+        }
+    }
+
+    async fn tenant(&self, name: &str) -> anyhow::Result<(Reached, api::Tenant)> {
+        Ok(find(self.reached().await?, name).await?)
+    }
+}
+
+async fn run(cli: Cli) -> anyhow::Result<()> {
+    let Cli { at, output, command } = cli;
+    match command {
+        Command::Cell(command) => cell(&at, output, command).await,
+        Command::Tenant(command) => tenant(&at, output, command).await,
+        Command::Top(options) => top::run(at.reached().await?, &options, output).await,
+        Command::Completion { shell } => {
+            clap_complete::generate(shell, &mut Cli::command(), "tenurectl", &mut std::io::stdout());
+            Ok(())
+        }
+    }
+}
+
+async fn cell(at: &At, format: Format, command: CellCommand) -> anyhow::Result<()> {
+    match command {
+        CellCommand::Init { out, domain, members, add_members, force } => {
+            let start = match (add_members, force) {
+                (true, _) => Start::AddMembers,
+                (false, true) => Start::Force,
+                (false, false) => Start::New,
+            };
+            let members = members.iter().map(|text| Member::parse(text)).collect::<Result<Vec<_>, _>>()?;
+            cell_init::init(&out, domain.as_deref(), &members, start)?;
+            if start != Start::AddMembers {
+                let commands =
+                    members.iter().map(|member| cell_init::command(&out, domain.as_deref(), &members, member));
+                print(&(commands.collect::<Vec<_>>().join("\n") + "\n"))?;
+            }
+            Ok(())
+        }
+        CellCommand::Add { name } => {
+            if at.endpoint.is_empty() {
+                bail!("where is it? --endpoint https://HOST:2382, with --cacert, --cert and --key");
+            }
+            let absolute = |path: &Option<PathBuf>| path.as_deref().map(std::path::absolute).transpose();
+            let tls = TlsFiles { cacert: absolute(&at.cacert)?, cert: absolute(&at.cert)?, key: absolute(&at.key)? };
+            let cell = Cell { name, endpoints: at.endpoint.clone(), tls };
+            cell.reach().await?;
+            Ok(at.cells()?.add(cell)?)
+        }
+        CellCommand::Remove { name } => Ok(at.cells()?.remove(&name)?),
+        CellCommand::List => {
+            let cells = at.cells()?.cells;
+            let answers = join_all(cells.iter().map(Cell::reach)).await;
+            let (mut rows, mut all) = (Vec::new(), Vec::new());
+            for (cell, answer) in cells.iter().zip(answers) {
+                let endpoints = cell.endpoints.join(",");
+                match answer {
+                    Ok(Reached { status, .. }) => {
+                        let tenants = format!("{}/{}", status.tenants, status.tenants_max);
+                        let (stored, free) =
+                            (output::bytes(status.stored_bytes), output::bytes(status.disk_free_bytes));
+                        let members = status.members.len().to_string();
+                        rows.push(vec![cell.name.clone(), endpoints, members, tenants, stored, free, String::new()]);
+                        all.push(cell_data(cell, &status));
+                    }
+                    Err(error) => {
+                        let blank = String::new;
+                        rows.push(vec![
+                            cell.name.clone(),
+                            endpoints,
+                            blank(),
+                            blank(),
+                            blank(),
+                            blank(),
+                            error.to_string(),
+                        ]);
+                        all.push(json!({ "name": cell.name, "endpoints": cell.endpoints, "error": error.to_string() }));
+                    }
+                }
+            }
+            let head = ["NAME", "ENDPOINTS", "MEMBERS", "TENANTS", "STORED", "DISK FREE", "PROBLEM"];
+            print(&match format {
+                Format::Table => output::table(&head, &rows),
+                Format::Json | Format::Yaml => output::data(format, &Value::Array(all)),
+            })
+        }
+        CellCommand::Status => {
+            let mut reached = at.reached().await?;
+            if reached.len() != 1 {
+                bail!("which one? --cell NAME; tenurectl cell list shows them all");
+            }
+            let Reached { cell, status, .. } = reached.remove(0);
+            let row = |member: &api::get_cell_response::Member| {
+                let role = match (member.is_leader, member.is_learner) {
+                    (true, _) => "leader",
+                    (false, true) => "learner",
+                    (false, false) => "follower",
+                };
+                vec![member.name.clone(), format!("{:x}", member.id), role.to_string(), member.client_urls.join(",")]
+            };
+            let rows: Vec<_> = status.members.iter().map(row).collect();
+            print(&match format {
+                Format::Table => output::table(&["MEMBER", "ID", "ROLE", "CLIENT URLS"], &rows),
+                Format::Json | Format::Yaml => output::data(format, &cell_data(&cell, &status)),
+            })
+        }
+    }
+}
+
+fn cell_data(cell: &Cell, status: &api::GetCellResponse) -> Value {
+    let members = status.members.iter().map(|member| {
+        json!({
+            "name": member.name,
+            "id": format!("{:x}", member.id),
+            "is_leader": member.is_leader,
+            "is_learner": member.is_learner,
+            "client_urls": member.client_urls,
+        })
+    });
+    json!({
+        "name": cell.name,
+        "endpoints": cell.endpoints,
+        "cluster_id": format!("{:x}", status.cluster_id),
+        "members": members.collect::<Vec<_>>(),
+        "tenants": status.tenants,
+        "tenants_max": status.tenants_max,
+        "stored_bytes": status.stored_bytes,
+        "disk_free_bytes": status.disk_free_bytes,
+        "version": status.version,
+        "issues_credentials": status.issues_credentials,
+        "default_limits": output::limits(&status.default_limits.unwrap_or_default()),
+    })
+}
+
+/// `NAME=VALUE` pairs.
+fn labels(given: &[String]) -> anyhow::Result<impl Iterator<Item = (String, String)> + use<>> {
+    let pair = |text: &String| {
+        let (name, value) = text.split_once('=').with_context(|| format!("label {text:?}: want NAME=VALUE"))?;
+        Ok::<_, anyhow::Error>((name.to_string(), value.to_string()))
+    };
+    Ok(given.iter().map(pair).collect::<anyhow::Result<Vec<_>>>()?.into_iter())
+}
+
+async fn tenant(at: &At, format: Format, command: TenantCommand) -> anyhow::Result<()> {
+    match command {
+        TenantCommand::Create { name, limits, labels: given } => {
+            let (limits, _) = limits.read()?;
+            let labels = labels(&given)?.collect();
+            let request = api::CreateTenantRequest { name: name.clone(), limits: Some(limits), labels };
+            let mut cell = home_of_new(at, &name).await?;
+            let answer = cell.client.create_tenant(request).await.map_err(|status| cell.cell.call_error(status))?;
+            let api::CreateTenantResponse { tenant, created } = answer.into_inner();
+            if !created {
+                eprintln!("tenurectl: tenant {name:?} was there already, and is as it was");
+            }
+            show(format, &cell.cell, tenant)
+        }
+        TenantCommand::Get { name } => {
+            let (cell, tenant) = at.tenant(&name).await?;
+            show(format, &cell.cell, Some(tenant))
+        }
+        TenantCommand::List { labels: given, deleting } => list(at, format, &given, deleting).await,
+        TenantCommand::Limits { name, limits } => {
+            let (mut cell, mut tenant) = at.tenant(&name).await?;
+            let (set, reset) = limits.read()?;
+            if set != api::Limits::default() || !reset.is_empty() {
+                let request =
+                    api::UpdateTenantRequest { name, limits: Some(set), reset_limits: reset, ..Default::default() };
+                let changed =
+                    cell.client.update_tenant(request).await.map_err(|status| cell.cell.call_error(status))?;
+                tenant = changed.into_inner().tenant.unwrap_or_default();
+            }
+            let effective = output::limits(&tenant.effective_limits.unwrap_or_default());
+            let own = output::limits(&tenant.limits.unwrap_or_default());
+            let row = |name: &&str| {
+                let value = effective.get(name).and_then(Value::as_u64).unwrap_or(0);
+                let text = if value == 0 { "none".to_string() } else { value.to_string() };
+                let source = if own.get(name).is_some() { "tenant" } else { "cell" };
+                vec![name.to_string(), text, source.to_string()]
+            };
+            print(&match format {
+                Format::Table => {
+                    output::table(&["LIMIT", "VALUE", "SET BY"], &limits::NAMES.iter().map(row).collect::<Vec<_>>())
+                }
+                Format::Json | Format::Yaml => {
+                    output::data(format, &json!({ "limits": own, "effective_limits": effective }))
+                }
+            })
+        }
+        TenantCommand::Labels { name, labels: given } => {
+            let (gone, kept): (Vec<String>, Vec<String>) =
+                given.into_iter().partition(|label| label.ends_with('-') && !label.contains('='));
+            let remove_labels = gone.iter().map(|label| label.trim_end_matches('-').to_string()).collect();
+            let labels = labels(&kept)?.collect();
+            let (mut cell, _) = at.tenant(&name).await?;
+            let request = api::UpdateTenantRequest { name, labels, remove_labels, ..Default::default() };
+            let changed = cell.client.update_tenant(request).await.map_err(|status| cell.cell.call_error(status))?;
+            show(format, &cell.cell, changed.into_inner().tenant)
+        }
+        TenantCommand::Suspend { name } => set_state(at, format, name, State::Suspended).await,
+        TenantCommand::Resume { name } => set_state(at, format, name, State::Active).await,
+        TenantCommand::ReadOnly { name } => set_state(at, format, name, State::ReadOnly).await,
+        TenantCommand::Delete { name, yes } => delete(at, name, yes).await,
+        TenantCommand::Usage { name } => usage(at, format, name).await,
+        TenantCommand::Credentials { name, to, force } => {
+            let (cell, _) = at.tenant(&name).await?;
+            let issued = issue(cell, &name, &to).await?;
+            deliver(format, &issued, &to, force)
+        }
+        TenantCommand::Rotate { name, to, revoke_old } => {
+            let dir = to.out.as_deref().context("--out DIR: where are the credentials that are to be renewed?")?;
+            let old = credentials::serial_in(dir)?;
+            let (cell, _) = at.tenant(&name).await?;
+            let issued = issue(cell, &name, &to).await?;
+            deliver(format, &issued, &to, true)?;
+            if revoke_old {
+                return revoke(at, Format::Table, name, old, false).await;
+            }
+            eprintln!(
+                "tenurectl: when nobody uses the old one any more: tenurectl tenant revoke {name} --serial {old}"
+            );
+            Ok(())
+        }
+        TenantCommand::Revoke { name, serial, all } => revoke(at, format, name, serial.unwrap_or_default(), all).await,
+    }
+}
+
+/// The cell that has it, or the least loaded one.
+async fn home_of_new(at: &At, name: &str) -> anyhow::Result<Reached> {
+    let reached = at.reached().await?;
+    if reached.len() == 1 && (at.cell.is_none() || !at.endpoint.is_empty()) {
+        return reached.into_iter().next().context("one");
+    }
+    // Names are one fleet's, so the other cells are asked too.
+    let others = At { cell: None, ..at.clone() };
+    match find(others.reached().await?, name).await {
+        Ok((cell, _)) if at.cell.as_ref().is_none_or(|wanted| *wanted == cell.cell.name) => Ok(cell),
+        Ok((cell, _)) => Err(CellsError::TenantElsewhere { tenant: name.to_string(), cell: cell.cell.name }.into()),
+        Err(CellsError::NoTenant(_)) => Ok(place(reached)?),
+        Err(error) => Err(error.into()),
+    }
+}
+
+fn show(format: Format, cell: &Cell, tenant: Option<api::Tenant>) -> anyhow::Result<()> {
+    let tenant = tenant.context("the cell answered without a tenant")?;
+    print(&match format {
+        Format::Table => output::table(&TENANT_HEAD, &[tenant_row(&cell.name, &tenant)]),
+        Format::Json | Format::Yaml => output::data(format, &output::tenant(&cell.name, &tenant)),
+    })
+}
+
+async fn list(at: &At, format: Format, given: &[String], deleting: bool) -> anyhow::Result<()> {
+    let wanted: std::collections::HashMap<String, String> = labels(given)?.collect();
+    let (mut rows, mut all) = (Vec::new(), Vec::new());
+    for mut cell in at.reached().await? {
+        let mut page_token = String::new();
+        loop {
+            let request = api::ListTenantsRequest { page_size: 0, page_token, labels: wanted.clone(), deleting };
+            let answer = cell.client.list_tenants(request).await.map_err(|status| cell.cell.call_error(status))?;
+            let api::ListTenantsResponse { tenants, next_page_token } = answer.into_inner();
+            for tenant in &tenants {
+                rows.push(tenant_row(&cell.cell.name, tenant));
+                all.push(output::tenant(&cell.cell.name, tenant));
+            }
+            if next_page_token.is_empty() {
+                break;
+            }
+            page_token = next_page_token;
+        }
+    }
+    print(&match format {
+        Format::Table => output::table(&TENANT_HEAD, &rows),
+        Format::Json | Format::Yaml => output::data(format, &Value::Array(all)),
+    })
+}
+
+async fn set_state(at: &At, format: Format, name: String, state: State) -> anyhow::Result<()> {
+    let (mut cell, _) = at.tenant(&name).await?;
+    let request = api::SetTenantStateRequest { name, state: state.into() };
+    let changed = cell.client.set_tenant_state(request).await.map_err(|status| cell.cell.call_error(status))?;
+    show(format, &cell.cell, changed.into_inner().tenant)
+}
+
+async fn delete(at: &At, name: String, yes: bool) -> anyhow::Result<()> {
+    let (mut cell, tenant) = at.tenant(&name).await?;
+    if !yes {
+        if !std::io::stdin().is_terminal() {
+            bail!("tenant {name:?} would be deleted with all its data: say --yes");
+        }
+        let keys = tenant.usage.map_or(0, |usage| usage.keys);
+        eprint!("Delete tenant {name:?} of cell {:?} with {keys} keys? Type its name: ", cell.cell.name);
+        let mut answer = String::new();
+        std::io::stdin().read_line(&mut answer).context("read the answer")?;
+        if answer.trim() != name {
+            bail!("nothing was deleted");
+        }
+    }
+    let request = api::DeleteTenantRequest { name, id: Some(tenant.id) };
+    cell.client.delete_tenant(request).await.map_err(|status| cell.cell.call_error(status))?;
+    Ok(())
+}
+
+async fn usage(at: &At, format: Format, name: String) -> anyhow::Result<()> {
+    let (mut cell, _) = at.tenant(&name).await?;
+    let answer = cell.client.get_usage(api::GetUsageRequest { name }).await;
+    let mut prefixes = answer.map_err(|status| cell.cell.call_error(status))?.into_inner().prefixes;
+    prefixes.sort_by_key(|row| std::cmp::Reverse(row.bytes));
+    let row = |row: &api::get_usage_response::Prefix| {
+        vec![row.prefix.clone(), row.keys.to_string(), output::bytes(row.bytes)]
+    };
+    print(&match format {
+        Format::Table => output::table(&["PREFIX", "KEYS", "BYTES"], &prefixes.iter().map(row).collect::<Vec<_>>()),
+        Format::Json | Format::Yaml => {
+            let rows = prefixes.iter().map(|row| json!({ "prefix": row.prefix, "keys": row.keys, "bytes": row.bytes }));
+            output::data(format, &rows.collect())
+        }
+    })
+}
+
+async fn issue(mut cell: Reached, name: &str, to: &Out) -> anyhow::Result<Credentials> {
+    if to.out.is_none() && to.format.is_none() {
+        bail!("where to? --out DIR, or --format kubernetes");
+    }
+    Ok(credentials::issue(&mut cell.client, name, &to.user, to.days.saturating_mul(24 * 3600)).await?)
+}
+
+fn deliver(format: Format, issued: &Credentials, to: &Out, replace: bool) -> anyhow::Result<()> {
+    if let Some(dir) = &to.out {
+        issued.write(dir, replace)?;
+        told(issued, dir);
+    }
+    if to.format.is_some() {
+        let secret = to.secret_name.clone().unwrap_or_else(|| format!("{}-etcd", issued.tenant));
+        let [secret, patch] = issued.kubernetes(&to.namespace, &secret);
+        print(&match format {
+            Format::Json => output::data(format, &json!({ "secret": secret, "patch": patch })),
+            Format::Table | Format::Yaml => {
+                let (secret, patch) = (output::data(Format::Yaml, &secret), output::data(Format::Yaml, &patch));
+                format!(
+                    "{secret}---\n# kubectl patch deployment kube-apiserver --patch-file: put this into a file\n{patch}"
+                )
+            }
+        })?;
+    }
+    Ok(())
+}
+
+fn told(issued: &Credentials, dir: &Path) {
+    let (dir, until) = (dir.display(), output::moment(issued.not_after_ms));
+    eprintln!(
+        "tenurectl: certificate {} in {dir}, valid until {until}: kube-apiserver $(cat {dir}/apiserver-flags) …",
+        issued.serial
+    );
+}
+
+async fn revoke(at: &At, format: Format, name: String, serial: String, all: bool) -> anyhow::Result<()> {
+    let (mut cell, _) = at.tenant(&name).await?;
+    let request = api::RevokeCredentialsRequest { tenant: name, serial, all };
+    let answer = cell.client.revoke_credentials(request).await.map_err(|status| cell.cell.call_error(status))?;
+    show(format, &cell.cell, answer.into_inner().tenant)
+}
