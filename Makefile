@@ -35,15 +35,15 @@ test-rust: needs
 test-go: test-etcd test-apiserver
 
 test-etcd: programs tools
-	cd tests/etcd && go vet ./... && go test -count=1 -v ./client ./etcdctl ./history
-	cd tests/etcd && go test -count=1 -v -parallel 2 -run 'Test(Auto|Member|Move|Quorum)' ./cluster
+	cd tests/etcd && go vet ./... && go test -count=1 -v -timeout 30m ./client ./etcdctl ./history
+	cd tests/etcd && go test -count=1 -v -timeout 30m -parallel 2 -run 'Test(Auto|Member|Move|Quorum)' ./cluster
 
 # Cells of real processes under faults, with recorded histories that are checked; longer than the others, TENURE_FAULT_ROUNDS says how much.
 test-faults: programs tools
 	cd tests/etcd && go vet ./... && go test -count=1 -v -timeout 60m -parallel 1 ./cluster
 
 test-apiserver: programs tools
-	cd tests/apiserver && go vet ./... && go test -count=1 -v ./...
+	cd tests/apiserver && go vet ./... && go test -count=1 -v -timeout 30m ./...
 
 # And what the fault tests put between a member and its system.
 tools: etcd

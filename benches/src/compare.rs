@@ -18,7 +18,7 @@ use crate::client::Workload;
 use crate::fields::{integer, submessages};
 use crate::load::{self, Load, Measured, Stage, Target};
 use crate::server::{Kind, Server, Setup};
-use crate::{chart, cluster, process, report, tls};
+use crate::{chart, cluster, noisy, process, report, tls};
 
 /// Kube txns a second whose tail is measured: a busy cell, far from its end.
 const TAIL_RATE: f64 = 2_000.0;
@@ -108,6 +108,7 @@ pub fn compare(plan: &Plan, audience: &dyn Audience) -> anyhow::Result<Value> {
     let members = if plan.catch_up_writes > 0 { comparison.members()? } else { Vec::new() };
     let large = if plan.large_keys > 0 { comparison.large()? } else { Vec::new() };
     let tail = if plan.tail_revisions > 0 { comparison.tail()? } else { Vec::new() };
+    let noisy = if plan.tenants > 1 && comparison.wanted("noisy") { noisy::run(plan, audience)? } else { Vec::new() };
     let idle = if plan.idle_tenants > 0 { comparison.idle()? } else { Value::Null };
     let medians = comparison.medians();
     let report = json!({
@@ -118,6 +119,7 @@ pub fn compare(plan: &Plan, audience: &dyn Audience) -> anyhow::Result<Value> {
         "three_members": members,
         "large": large,
         "tail": tail,
+        "noisy_neighbour": noisy,
         "idle_tenants": idle,
         "runs": comparison.cases.iter().map(|(case, servers)| json!({ "case": case, "servers": servers })).collect::<Vec<_>>(),
     });
@@ -127,7 +129,7 @@ pub fn compare(plan: &Plan, audience: &dyn Audience) -> anyhow::Result<Value> {
     Ok(report)
 }
 
-fn base(plan: &Plan, workload: Workload) -> Load {
+pub(crate) fn base(plan: &Plan, workload: Workload) -> Load {
     Load {
         workload,
         clients: 100,

@@ -413,6 +413,14 @@ where
         }
         return;
     }
+    if terms.serves == Serves::Metrics {
+        // Whoever watches the member is no client of a tenant: it is not sent away with one.
+        match identify(terms, &shown) {
+            Ok(identity) => served(terms, services, stream, identity, watcher, alive).await,
+            Err(reason) => tracing::warn!(%reason, "refuse a connection"),
+        }
+        return;
+    }
     match identify(terms, &shown).and_then(|identity| Guest::admit(services, identity, shown.certificate)) {
         Ok(guest) => {
             // Subscribed before it was admitted: no change is missed.

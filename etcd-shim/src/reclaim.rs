@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 use tenure_storage::limits::RECLAIM_ROWS_MAX;
-use tenure_storage::{Command, Reply, TenantId};
+use tenure_storage::{Command, Refusal, Reply, TenantId};
 use tokio::sync::Notify;
 
 use crate::cell_error::CellError;
@@ -75,6 +75,8 @@ impl Reclaimer {
                 self.add(tenant);
                 Step::Done
             }
+            // It was deleted, with everything that was left.
+            Err(CellError::Refused(Refusal::TenantNotFound)) => Step::Done,
             Err(error) => {
                 tracing::debug!(%tenant, %error, "reclaim compacted rows");
                 self.add(tenant);
@@ -125,6 +127,10 @@ mod tests {
         assert_eq!(reclaimer.step(&mut last, &fails).await, Step::Failed);
         let works = async |_: TenantId, _: Command| Ok(Reply::Reclaim { more: false });
         assert_eq!(reclaimer.step(&mut last, &works).await, Step::Done);
+        // One that was deleted meanwhile has nothing left.
+        reclaimer.add(TenantId(2));
+        let gone = async |_: TenantId, _: Command| Err(CellError::from(Refusal::TenantNotFound));
+        assert_eq!(reclaimer.step(&mut last, &gone).await, Step::Done);
         assert_eq!(reclaimer.step(&mut last, &works).await, Step::Idle);
     }
 }

@@ -54,6 +54,13 @@ type controlPlane struct {
 // startControlPlane starts a kube-apiserver on the tenant's endpoints and returns when it is ready. It is killed after the test.
 func startControlPlane(t *testing.T, name, tenant string, endpoints ...string) *controlPlane {
 	t.Helper()
+	flags := []string{"--etcd-servers=" + strings.Join(endpoints, ",")}
+	return startControlPlaneWith(t, name, tenant, flags, etcdClient(t, endpoints...))
+}
+
+// startControlPlaneWith does so with these flags about etcd.
+func startControlPlaneWith(t *testing.T, name, tenant string, flags []string, etcd *clientv3.Client) *controlPlane {
+	t.Helper()
 	dir := t.TempDir()
 	private, public := serviceAccountKeys(t, dir)
 	tokens := filepath.Join(dir, "tokens.csv")
@@ -66,8 +73,8 @@ func startControlPlane(t *testing.T, name, tenant string, endpoints ...string) *
 		name:   name,
 		tenant: tenant,
 		log:    filepath.Join(dir, "kube-apiserver.log"),
-		args: []string{
-			"--etcd-servers=" + strings.Join(endpoints, ","),
+		etcd:   etcd,
+		args: append([]string{
 			"--etcd-compaction-interval=10s",
 			"--bind-address=127.0.0.1",
 			"--secure-port=" + port,
@@ -77,7 +84,7 @@ func startControlPlane(t *testing.T, name, tenant string, endpoints ...string) *
 			"--service-account-key-file=" + public,
 			"--service-account-signing-key-file=" + private,
 			"--service-cluster-ip-range=10.0.0.0/24",
-		},
+		}, flags...),
 		config: &rest.Config{
 			Host:            "https://" + address,
 			BearerToken:     token,
@@ -96,7 +103,6 @@ func startControlPlane(t *testing.T, name, tenant string, endpoints ...string) *
 	if cp.crds, err = apiextensions.NewForConfig(cp.config); err != nil {
 		t.Fatal(err)
 	}
-	cp.etcd = etcdClient(t, endpoints...)
 	t.Cleanup(func() {
 		cp.stop(syscall.SIGKILL)
 		if t.Failed() {

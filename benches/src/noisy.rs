@@ -1,0 +1,143 @@
+//! Fifty quiet tenants and one that is not: what its floods do to their latency.
+//!
+//! The quiet ones make kube txns at a steady rate, all together far from what the server can do, and their p99 is taken alone and
+//! under each kind of noise. etcd has prefixes instead of tenants. The generator of the noise takes its share of the same
+//! processors, so figures are ratios of one run, side by side. Tenured is measured twice: as it is, and with limits on the noisy
+//! tenant, as an operator would set them.
+
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use serde_json::{Value, json};
+use tenure_admin_api::v1 as api;
+use tenure_provisioner::connect::{TlsFiles, connect};
+
+use crate::client::Workload;
+use crate::compare::{Audience, Plan, base};
+use crate::load::{self, Load, Measured, Stage, Target};
+use crate::report;
+use crate::server::{Kind, Server, Setup, tenant_name};
+
+/// Tenants that behave, and their kube txns a second, all together.
+const QUIET_TENANTS: usize = 50;
+const QUIET_RATE: f64 = 500.0;
+
+/// What an operator would hold a tenant to that is too loud for its cell.
+const LIMIT_REQUESTS_PER_SECOND: u64 = 1_000;
+const LIMIT_REQUEST_BYTES_PER_SECOND: u64 = 8 << 20;
+
+/// Keys of 1 KiB that the noisy tenant lists: 10 MB an answer.
+const LISTED_KEYS: u64 = 10_000;
+
+const NOISY_WATCHERS: u64 = 10_000;
+
+/// A kind of noise; together they are all of it.
+fn noises(plan: &Plan) -> Vec<(&'static str, Load)> {
+    let of = |workload| Load { prefix: "/noisy/".to_string(), ..base(plan, workload) };
+    vec![
+        ("puts", of(Workload::Put)),
+        ("lists", Load { clients: 4, connections: 4, keys: LISTED_KEYS, value_bytes: 1024, ..of(Workload::List) }),
+        (
+            "watchers",
+            Load { clients: 4, connections: 20, rate: Some(50.0), watchers: NOISY_WATCHERS, ..of(Workload::Watch) },
+        ),
+        ("leases", of(Workload::LeaseGrant)),
+        ("connections", Load { clients: 500, connections: 500, keys: 100, ..of(Workload::Get) }),
+    ]
+}
+
+/// Measures; one entry a server.
+///
+/// # Errors
+/// If a server cannot be started or driven.
+pub fn run(plan: &Plan, audience: &dyn Audience) -> anyhow::Result<Vec<Value>> {
+    audience.line(&format!("\nnoisy neighbour: p99 of {QUIET_TENANTS} quiet tenants, {QUIET_RATE} kube txns a second"));
+    let mut figures = Vec::new();
+    for (name, kind, limited) in
+        [("tenured", Kind::Tenured, false), ("tenured, limited", Kind::Tenured, true), ("etcd", Kind::Etcd, false)]
+    {
+        let program = if kind == Kind::Etcd { &plan.etcd } else { &plan.tenured };
+        let data_dir = plan.dir.join("data").join(format!("noisy-{}-{limited}", kind.name()));
+        let setup = Setup { kind, program: program.clone(), data_dir, tenants: QUIET_TENANTS + 1, tls_dir: None };
+        let server = Server::start(setup.clone())?;
+        if limited {
+            load::block_on(limit(&setup.data_dir, &tenant_name(QUIET_TENANTS)))?;
+        }
+        figures.push(of_server(plan, audience, name, &server)?);
+    }
+    Ok(figures)
+}
+
+/// Holds the noisy tenant to what it may.
+async fn limit(data_dir: &Path, tenant: &str) -> anyhow::Result<()> {
+    let socket = std::path::absolute(data_dir.join("admin.sock"))?;
+    let mut admin = connect(&format!("unix:{}", socket.display()), &TlsFiles::default()).await?;
+    let limits = api::Limits {
+        requests_per_second: Some(LIMIT_REQUESTS_PER_SECOND),
+        request_bytes_per_second: Some(LIMIT_REQUEST_BYTES_PER_SECOND),
+        ..Default::default()
+    };
+    let request = api::UpdateTenantRequest { name: tenant.to_string(), limits: Some(limits), ..Default::default() };
+    admin.update_tenant(request).await.context("limit the noisy tenant")?;
+    Ok(())
+}
+
+fn of_server(plan: &Plan, audience: &dyn Audience, name: &str, server: &Server) -> anyhow::Result<Value> {
+    let addresses = server.addresses();
+    let target = |addresses: Vec<String>| Target {
+        name: name.to_string(),
+        addresses,
+        tls: Vec::new(),
+        members: Vec::new(),
+        pids: vec![server.pid()],
+    };
+    // Behind one address all are prefixes of one store.
+    let last = addresses.last().context("an address")?.clone();
+    let (quiet_target, noisy_target) = (target(addresses), target(vec![last]));
+    let told = |stage: Stage, part: f64| audience.progress(&format!("{name} noisy"), stage, part);
+    let quiet = Load {
+        clients: 200,
+        connections: 1,
+        keys: 10,
+        tenants: QUIET_TENANTS,
+        zipf: 0.0,
+        rate: Some(QUIET_RATE),
+        duration: 2 * plan.duration,
+        ..base(plan, Workload::KubeTxn)
+    };
+    let noises = noises(plan);
+    for (_, noise) in noises.iter().filter(|(_, noise)| noise.workload.needs_keys()) {
+        load::block_on(load::fill(&noisy_target, noise, &told))?;
+    }
+    let p99 = |measured: &Measured| measured.latency_us.value_at_quantile(0.99);
+    let alone = load::block_on(load::run(&quiet_target, &quiet, &told))?;
+    let mut lines = vec![format!("alone {} µs", p99(&alone))];
+    let mut under = Vec::new();
+    let together: Vec<&Load> = noises.iter().map(|(_, noise)| noise).collect();
+    let each = noises.iter().map(|(kind, noise)| (*kind, vec![noise]));
+    for (kind, loads) in each.chain([("together", together)]) {
+        let lasting = quiet.warm_up + quiet.duration + Duration::from_millis(500);
+        let noise: Vec<_> = loads
+            .into_iter()
+            .map(|noise| {
+                let (target, noise) = (noisy_target.clone(), Load { duration: lasting, ..noise.clone() });
+                // What the noisy one is refused, or cut off from, is its own trouble.
+                std::thread::spawn(move || drop(load::block_on(load::run_filled(&target, &noise, &|_, _| {}))))
+            })
+            .collect();
+        let measured = load::block_on(load::run(&quiet_target, &quiet, &told))?;
+        for noise in noise {
+            noise.join().map_err(|_| anyhow::anyhow!("the noise panicked"))?;
+        }
+        let ratio = p99(&measured) as f64 / p99(&alone).max(1) as f64;
+        lines.push(format!("{kind} {} µs (× {ratio:.1})", p99(&measured)));
+        under.push(json!({
+            "noise": kind,
+            "p99_ratio": ratio,
+            "quiet": report::json(Workload::KubeTxn, name, &measured),
+        }));
+    }
+    audience.line(&format!("{name:<17} {}", lines.join(", ")));
+    Ok(json!({ "server": name, "alone": report::json(Workload::KubeTxn, name, &alone), "under": under }))
+}

@@ -1,0 +1,147 @@
+//! What is given to operators names metrics that exist.
+//!
+//! Why: an alert on a metric that was renamed never fires, and nobody misses it. So every name in an expression of the alert rules and
+//! of the dashboard is looked for in what a running server says.
+
+#![allow(clippy::unwrap_used)]
+
+use std::collections::BTreeSet;
+use std::path::Path;
+
+use saphyr::{LoadableYamlNode as _, Yaml};
+use serde_json::Value;
+use tenure_tests::client::Connection;
+use tenure_tests::cluster::Cluster;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+
+/// Words of Prometheus' query language that stand where a metric could.
+const WORDS: [&str; 16] = [
+    "and",
+    "or",
+    "unless",
+    "by",
+    "without",
+    "on",
+    "ignoring",
+    "group_left",
+    "group_right",
+    "bool",
+    "offset",
+    "inf",
+    "nan",
+    "le",
+    "start",
+    "end",
+];
+
+/// Metrics of an expression: words that are no function, no label and no keyword.
+fn metrics_of(expression: &str) -> BTreeSet<String> {
+    let mut found = BTreeSet::new();
+    let (mut in_labels, mut in_list, mut rest) = (false, false, expression);
+    while let Some(first) = rest.chars().next() {
+        let is_word = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | ':');
+        if first == '"' {
+            let end = rest[1..].find('"').map_or(rest.len(), |at| at + 2);
+            rest = &rest[end..];
+        } else if first.is_ascii_digit() {
+            // A number, or a duration.
+            rest = rest.trim_start_matches(|c: char| is_word(c) || c == '.');
+        } else if is_word(first) {
+            let end = rest.find(|c| !is_word(c)).unwrap_or(rest.len());
+            let word = &rest[..end];
+            rest = &rest[end..];
+            let is_function = rest.trim_start().starts_with('(');
+            if ["by", "without", "on", "ignoring", "group_left", "group_right"].contains(&word) {
+                in_list = is_function;
+            } else if !in_labels && !in_list && !is_function && !WORDS.contains(&word) {
+                found.insert(word.to_string());
+            }
+        } else {
+            match first {
+                '{' | '[' => in_labels = true,
+                '}' | ']' => in_labels = false,
+                ')' => in_list = false,
+                _ => {}
+            }
+            rest = &rest[first.len_utf8()..];
+        }
+    }
+    found
+}
+
+fn deploy(path: &str) -> String {
+    std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy").join(path)).unwrap()
+}
+
+fn alert_expressions() -> Vec<String> {
+    let text = deploy("prometheus/alerts.yaml");
+    let documents = Yaml::load_from_str(&text).unwrap();
+    let groups = documents[0]["groups"].as_vec().unwrap();
+    let rules = groups.iter().flat_map(|group| group["rules"].as_vec().unwrap());
+    rules
+        .map(|rule| {
+            let name = rule["alert"].as_str().unwrap();
+            for annotation in ["summary", "description"] {
+                assert!(rule["annotations"][annotation].as_str().is_some_and(|text| !text.is_empty()), "{name}");
+            }
+            rule["expr"].as_str().unwrap().to_string()
+        })
+        .collect()
+}
+
+fn dashboard_expressions() -> Vec<String> {
+    fn collect(value: &Value, found: &mut Vec<String>) {
+        match value {
+            Value::Object(map) => {
+                found.extend(map.get("expr").and_then(Value::as_str).map(str::to_string));
+                // label_values(METRIC, LABEL)
+                let query =
+                    map.get("definition").and_then(Value::as_str).and_then(|text| text.strip_prefix("label_values("));
+                found.extend(query.and_then(|text| text.split(',').next()).map(str::to_string));
+                map.values().for_each(|value| collect(value, found));
+            }
+            Value::Array(list) => list.iter().for_each(|value| collect(value, found)),
+            Value::Null | Value::Bool(_) | Value::Number(_) | Value::String(_) => {}
+        }
+    }
+    let mut found = Vec::new();
+    collect(&serde_json::from_str(&deploy("grafana/tenure.json")).unwrap(), &mut found);
+    found
+}
+
+/// Every name that a scrape has a value for.
+async fn scraped(address: std::net::SocketAddr) -> BTreeSet<String> {
+    let mut stream = tokio::net::TcpStream::connect(address).await.unwrap();
+    stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n").await.unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).await.unwrap();
+    let (_, body) = answer.split_once("\r\n\r\n").unwrap();
+    let lines = body.lines().filter(|line| !line.starts_with('#'));
+    lines.filter_map(|line| line.split(['{', ' ']).next()).map(str::to_string).collect()
+}
+
+#[test]
+fn names_are_found_in_expressions() {
+    let expression = r#"histogram_quantile(0.99, sum by (le, To) (rate(a_bucket{job=~"x",To!="b_total"}[5m]))) > 1e9 and c:d on (x) / (e > 0.5)"#;
+    assert_eq!(metrics_of(expression).into_iter().collect::<Vec<_>>(), ["a_bucket", "c:d", "e"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_metric_that_operators_are_given_exists() {
+    let dir = tempfile::tempdir().unwrap();
+    // Of several members, so that there are figures of peers.
+    let cluster = Cluster::start(3, dir.path(), &[]);
+    let address = cluster.members[0].client;
+    let connection = Connection::open(address).await;
+    let (_, status) = connection.bytes_of("/etcdserverpb.Maintenance/Status", &[]).await;
+    assert_eq!(status.code(), tonic::Code::Ok);
+    let known = scraped(address).await;
+    let expressions: Vec<String> = alert_expressions().into_iter().chain(dashboard_expressions()).collect();
+    assert!(expressions.len() > 30, "{expressions:?}");
+    let is_known = |name: &String| name == "up" || known.contains(name);
+    for expression in &expressions {
+        let missing: Vec<String> = metrics_of(expression).into_iter().filter(|name| !is_known(name)).collect();
+        assert!(missing.is_empty(), "{missing:?} of {expression:?} is no metric");
+    }
+    assert!(!is_known(&"tenure_tenant_stored_byte".to_string()), "what is misspelt is not known");
+}
