@@ -199,9 +199,9 @@ impl Inner {
     fn describe(&self, tenant: &Tenant) -> api::Tenant {
         let profile = tenant.profile();
         let quota_bytes = u64::try_from(tenant.quota_bytes()).unwrap_or(0);
-        let effective = |limit| match limit {
-            Limit::StoredBytes => Some(quota_bytes),
-            other => Some(profile.limits.get(other).unwrap_or_else(|| default_limit(other))),
+        let effective = |limit| {
+            let own = || profile.limits.get(limit).unwrap_or_else(|| default_limit(limit));
+            Some(if limit == Limit::StoredBytes { quota_bytes } else { own() })
         };
         api::Tenant {
             name: tenant.name().to_string(),
@@ -361,7 +361,7 @@ impl Inner {
                         }
                     };
                     let bytes = (key.len() + value.len()) as u64;
-                    let prefix = &key[..prefix_len(&key)];
+                    let prefix = &key[..prefix_len(key)];
                     if !prefixes.contains_key(prefix) && prefixes.len() < PREFIXES_MAX {
                         prefixes.insert(Bytes::copy_from_slice(prefix), (0, 0));
                     }
@@ -517,10 +517,7 @@ impl Inner {
         let names = self.cell.tenant_names();
         let sizes = names.iter().filter_map(|name| Some(self.cell.tenant(name)?.reader().db_size_bytes()));
         let quota_bytes = u64::try_from(self.cell.store().quota_bytes()).unwrap_or(0);
-        let default = |limit| match limit {
-            Limit::StoredBytes => Some(quota_bytes),
-            other => Some(default_limit(other)),
-        };
+        let default = |limit| Some(if limit == Limit::StoredBytes { quota_bytes } else { default_limit(limit) });
         api::GetCellResponse {
             cluster_id: self.cell.cluster_id(),
             members: members.collect(),

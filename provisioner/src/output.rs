@@ -65,7 +65,12 @@ fn yaml(out: &mut String, value: &Value, depth: usize) {
                 nested(out, item, depth + 1);
             }
         }
-        scalar => out.push_str(&format!("{indent}{scalar}\n")),
+        scalar @ (Value::Null
+        | Value::Bool(_)
+        | Value::Number(_)
+        | Value::String(_)
+        | Value::Array(_)
+        | Value::Object(_)) => out.push_str(&format!("{indent}{scalar}\n")),
     }
 }
 

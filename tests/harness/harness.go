@@ -15,6 +15,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -27,7 +28,7 @@ import (
 const readyLine = "ready to serve client requests"
 
 // startTimeout bounds a start that hangs; it judges nothing.
-const startTimeout = 2 * time.Minute
+const startTimeout = 3 * time.Minute
 
 // Server is one server process and what is needed to start it again.
 type Server struct {
@@ -47,6 +48,8 @@ type Server struct {
 	cmd *exec.Cmd
 	// ready is closed at the ready line of the running process, or at its end.
 	ready chan struct{}
+	// relaunch is Launch, or what a member has instead.
+	relaunch func()
 }
 
 // Tool returns the path of a binary that the Makefile built, by its file name.
@@ -114,6 +117,7 @@ func newServer(t testing.TB, name, path string) *Server {
 		scheme:    "http",
 		log:       &tailWriter{},
 	}
+	s.relaunch = s.Launch
 	t.Cleanup(func() {
 		s.Kill()
 		if t.Failed() {
@@ -159,17 +163,27 @@ func (s *Server) Launch() {
 	go s.log.copy(output, s.ready)
 }
 
-// AwaitReady waits for the ready line of a process that was launched.
+// addressTaken is what a process says that ends because somebody has its address.
+const addressTaken = "address already in use"
+
+// AwaitReady waits for the ready line of a process that was launched. If somebody has its address for a moment, it is launched
+// again: clients know it by this address.
 func (s *Server) AwaitReady() {
 	s.t.Helper()
-	select {
-	case <-s.ready:
-	case <-time.After(startTimeout):
-		s.t.Fatalf("%s did not become ready; its last lines:\n%s", s.name, s.log.tail())
-	}
-	if !s.log.sawReady() {
+	for deadline := time.Now().Add(startTimeout); ; time.Sleep(100 * time.Millisecond) {
+		select {
+		case <-s.ready:
+		case <-time.After(time.Until(deadline)):
+			s.t.Fatalf("%s did not become ready", s.name)
+		}
+		if s.log.sawReady() {
+			return
+		}
 		_ = s.cmd.Wait()
-		s.t.Fatalf("%s ended at start: %v; its last lines:\n%s", s.name, s.cmd.ProcessState, s.log.tail())
+		if !s.log.says(addressTaken) || time.Now().After(deadline) {
+			s.t.Fatalf("%s ended at start: %v", s.name, s.cmd.ProcessState)
+		}
+		s.relaunch()
 	}
 }
 
@@ -202,8 +216,7 @@ func (s *Server) Terminate() *os.ProcessState {
 // Pid of the running process.
 func (s *Server) Pid() int { return s.cmd.Process.Pid }
 
-// nextPort counts through ports below those that the system gives to outgoing connections, which would take one between its
-// choice here and the server's start. Test programs that run side by side begin at different places.
+// nextPort counts the ports that were looked at; none is looked at twice before all were.
 var nextPort atomic.Uint32
 
 func freeURL(t testing.TB) string {
@@ -211,7 +224,7 @@ func freeURL(t testing.TB) string {
 	return "http://" + FreeAddress(t)
 }
 
-// FreeAddress finds a loopback address, host and port, that nothing listens on now.
+// FreeAddress finds a loopback address, host and port, that nothing listens on, and keeps it for the test until its end.
 func FreeAddress(t testing.TB) string {
 	t.Helper()
 	listener := listen(t)
@@ -219,29 +232,54 @@ func FreeAddress(t testing.TB) string {
 	return listener.Addr().String()
 }
 
+// listen takes a port of those below what the system gives to outgoing connections, which could take one while nobody listens.
+// Until the test's end the same port of another address of this machine is held: for as long, other tests find it taken, those
+// in Rust (tests/src/cluster.rs) too. Test programs that run side by side begin at different places.
 func listen(t testing.TB) net.Listener {
 	t.Helper()
 	const lowest, ports = 10_000, 20_000
 	for range ports {
 		port := lowest + (uint32(os.Getpid())*1499+nextPort.Add(1))%ports
-		listener, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", port))
-		if err == nil {
-			return listener
+		claim, err := net.Listen("tcp", fmt.Sprintf("127.0.0.2:%d", port))
+		if err != nil {
+			continue
 		}
+		listener, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", port))
+		if err != nil {
+			_ = claim.Close()
+			continue
+		}
+		t.Cleanup(func() { _ = claim.Close() })
+		return listener
 	}
 	t.Fatal("no free port")
 	return nil
 }
 
-// tailWriter keeps the last lines of a process's output for the report of a failure.
+// tailWriter keeps the last lines of a process's output for the report of a failure. Lines of raft are kept apart, so that
+// a member without a leader, which says much, hides nothing else.
 type tailWriter struct {
 	mu    sync.Mutex
-	lines []string
+	count int
+	other []numbered
+	raft  []numbered
 	ready bool
 }
 
-// tailLines is how many lines a failed test shows.
-const tailLines = 15
+type numbered struct {
+	number int
+	text   string
+}
+
+// How many lines a failed test shows of each kind, and how much of a line.
+const (
+	tailLines     = 40
+	raftTailLines = 20
+	tailLineBytes = 500
+)
+
+// ofRaft is in the lines in which raft tells what it does, of tenured and of etcd.
+var ofRaft = []string{`"caller":"raft:`, `"logger":"raft"`}
 
 // copy reads lines until the process closes its output; ready is closed at the ready line or at the end.
 func (w *tailWriter) copy(output io.ReadCloser, ready chan<- struct{}) {
@@ -255,8 +293,7 @@ func (w *tailWriter) copy(output io.ReadCloser, ready chan<- struct{}) {
 		line, err := lines.ReadString('\n')
 		w.mu.Lock()
 		if line != "" {
-			w.lines = append(w.lines, strings.TrimRight(line, "\n"))
-			w.lines = w.lines[max(0, len(w.lines)-tailLines):]
+			w.keep(strings.TrimRight(line, "\n"))
 		}
 		if strings.Contains(line, readyLine) {
 			w.ready = true
@@ -276,8 +313,39 @@ func (w *tailWriter) sawReady() bool {
 	return w.ready
 }
 
-func (w *tailWriter) tail() string {
+// keep adds a line. Its caller holds the lock.
+func (w *tailWriter) keep(line string) {
+	w.count++
+	lines, most := &w.other, tailLines
+	if slices.ContainsFunc(ofRaft, func(mark string) bool { return strings.Contains(line, mark) }) {
+		lines, most = &w.raft, raftTailLines
+	}
+	*lines = append(*lines, numbered{w.count, cut(line, tailLineBytes)})
+	*lines = (*lines)[max(0, len(*lines)-most):]
+}
+
+// cut takes the end of a line that is too long.
+func cut(line string, bytes int) string {
+	if len(line) <= bytes {
+		return line
+	}
+	return fmt.Sprintf("%s… (%d bytes)", strings.ToValidUTF8(line[:bytes], ""), len(line))
+}
+
+// lines in their order.
+func (w *tailWriter) lines() []string {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	return strings.Join(w.lines, "\n")
+	all := slices.Concat(w.other, w.raft)
+	slices.SortFunc(all, func(a, b numbered) int { return a.number - b.number })
+	var texts []string
+	for _, line := range all {
+		texts = append(texts, line.text)
+	}
+	return texts
 }
+
+func (w *tailWriter) tail() string { return strings.Join(w.lines(), "\n") }
+
+// says tells whether one of the last lines contains a text.
+func (w *tailWriter) says(text string) bool { return strings.Contains(w.tail(), text) }

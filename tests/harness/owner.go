@@ -5,33 +5,41 @@ import (
 	"bytes"
 	"encoding/binary"
 	"fmt"
+	"maps"
 	"net"
 	"os"
+	"slices"
 	"strings"
+	"time"
 )
 
 // owner finds the member that opened a connection. All of them dial from the same address, so the kernel is asked: its
 // table of connections gives the socket behind the other end, and the process that holds this socket is the member's.
 // That takes no privileges, and nothing that the members would have to know.
 func (n *network) owner(conn *net.TCPConn) *Member {
+	// The table is read in pieces while it changes, so a row may be missed, on a busy machine more than once.
+	for range 10 {
+		if m := n.ownerNow(conn); m != nil {
+			return m
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	return nil
+}
+
+func (n *network) ownerNow(conn *net.TCPConn) *Member {
 	n.processes.RLock()
 	defer n.processes.RUnlock()
-	// The table is read in pieces while it changes, so a row may be missed.
-	for range 3 {
-		inode := socket(conn)
-		if inode == "" {
-			continue
-		}
-		n.mu.Lock()
-		members := make([]*Member, 0, len(n.members))
-		for m := range n.members {
-			members = append(members, m)
-		}
-		n.mu.Unlock()
-		for _, m := range members {
-			if holds(m.pid.Load(), inode) {
-				return m
-			}
+	inode := socket(conn)
+	if inode == "" {
+		return nil
+	}
+	n.mu.Lock()
+	members := slices.Collect(maps.Keys(n.members))
+	n.mu.Unlock()
+	for _, m := range members {
+		if holds(m.pid.Load(), inode) {
+			return m
 		}
 	}
 	return nil

@@ -48,12 +48,13 @@ fn both(value: u64) -> Option<api::Limits> {
 /// Makes, changes and deletes tenants of its own until it is stopped, each time through the next member.
 async fn operate(number: usize, members: Vec<std::path::PathBuf>, stop: Arc<AtomicBool>) -> Known {
     let mut known = Known::new();
-    for turn in 0_u64.. {
+    for turn in 0_usize.. {
+        let value = turn as u64;
         if stop.load(Ordering::Relaxed) {
             break;
         }
         let name = format!("t{number}-{}", turn / 3);
-        let mut admin = connect(&members[(turn as usize + number) % members.len()]);
+        let mut admin = connect(&members[(turn + number) % members.len()]);
         // Each tenant is made, changed, and every second one deleted.
         let (wanted, answer) = match turn % 3 {
             0 => {
@@ -61,8 +62,9 @@ async fn operate(number: usize, members: Vec<std::path::PathBuf>, stop: Arc<Atom
                 (Some(1), admin.create_tenant(request).await.map(drop))
             }
             1 => {
-                let request = api::UpdateTenantRequest { name: name.clone(), limits: both(turn), ..Default::default() };
-                (Some(turn), admin.update_tenant(request).await.map(drop))
+                let request =
+                    api::UpdateTenantRequest { name: name.clone(), limits: both(value), ..Default::default() };
+                (Some(value), admin.update_tenant(request).await.map(drop))
             }
             _ if (turn / 3) % 2 == 0 => {
                 let request = api::DeleteTenantRequest { name: name.clone(), id: None };

@@ -158,14 +158,17 @@ pub(super) struct Promotions {
 
 impl Promotions {
     fn refused(&self, error: &CellError) {
-        let count = match error {
-            CellError::Refused(Refusal::MemberNotFound) => &self.unknown,
-            CellError::Refused(Refusal::MemberNotLearner) => &self.not_learner,
-            CellError::Membership(MembershipError::LearnerNotReady) => &self.not_ready,
-            CellError::Membership(MembershipError::NotEnoughStarted) => &self.too_few_started,
-            _ => return,
-        };
-        count.fetch_add(1, Ordering::Relaxed);
+        let is = |refused: Refusal| matches!(error, CellError::Refused(other) if *other == refused);
+        let breaks = |rule: MembershipError| matches!(error, CellError::Membership(other) if *other == rule);
+        let counts = [
+            (&self.unknown, is(Refusal::MemberNotFound)),
+            (&self.not_learner, is(Refusal::MemberNotLearner)),
+            (&self.not_ready, breaks(MembershipError::LearnerNotReady)),
+            (&self.too_few_started, breaks(MembershipError::NotEnoughStarted)),
+        ];
+        for (count, is_it) in counts {
+            count.fetch_add(u64::from(is_it), Ordering::Relaxed);
+        }
     }
 
     /// By reason, as a label of the metric.

@@ -155,10 +155,8 @@ impl Cell {
 impl Inner {
     async fn change_tenant(&self, tenant: TenantId, command: TenantCommand) -> Result<(TenantId, bool), CellError> {
         let Outcome { result, .. } = self.propose(tenant, Command::Tenant(command)).await?;
-        match result? {
-            Reply::Tenant { id, created } => Ok((id, created)),
-            _ => Err(CellError::Refused(Refusal::TenantNotFound)),
-        }
+        let Reply::Tenant { id, created } = result? else { unreachable!("the reply to a change of a tenant") };
+        Ok((id, created))
     }
 }
 

@@ -51,7 +51,7 @@ impl KvService {
 
     /// The answer of a txn is made whole, in one go, so one that may be large waits for room before it is asked for.
     async fn reserve_for_txn(&self, tenant: &Tenant, txn: &tenure_storage::TxnRequest) -> Result<Reservation, Status> {
-        let mut reservation = self.context.in_flight.of(&tenant);
+        let mut reservation = self.context.in_flight.of(tenant);
         if may_answer_much(txn) && !reservation.try_reach(TXN_REPLY_BYTES_MAX) {
             reservation.wait_for_room(TXN_REPLY_BYTES_MAX / 2).await?;
         }

@@ -4,7 +4,11 @@ use std::collections::BTreeMap;
 
 use super::*;
 use crate::transport::Network;
-use crate::{ChangeError, MembersChange, ReadError};
+use crate::{ChangeError, MembersChange, ProposeError};
+
+/// Long enough that a busy machine seldom deposes a leader. It may at any time, and no test takes for granted that it does not.
+const ELECTION_TIMEOUT_TICKS: usize = 100;
+const TICK_MS: u64 = 10;
 
 struct Member {
     handle: Handle<usize>,
@@ -39,11 +43,11 @@ impl Cluster {
 
     fn boot_with(&mut self, id: u64, initial_voters: Vec<u64>) {
         let dir = self.dir.path().join(id.to_string());
-        // Long enough that a busy machine does not depose a leader.
         let config = Config {
             initial_voters,
-            tick_ms: 10,
-            election_timeout_ticks: 30,
+            tick_ms: TICK_MS,
+            election_timeout_ticks: ELECTION_TIMEOUT_TICKS,
+            read_timeout_ticks: 50,
             // Little is kept, so that a member falls behind soon.
             log_bytes_flush: 64 << 10,
             log_catchup_entries: 4,
@@ -64,37 +68,68 @@ impl Cluster {
         &self.members[&id].handle
     }
 
-    /// Waits until one of `ids` leads a term after `term`.
-    async fn leader_among(&self, ids: &[u64], term: u64) -> u64 {
-        let waits = ids.iter().map(|id| {
+    /// Waits until one of `ids` leads a term after `term`: the member, and the term that it leads.
+    async fn leader_among(&self, ids: &[u64], term: u64) -> (u64, u64) {
+        let mut waits = tokio::task::JoinSet::new();
+        for id in ids {
             let mut leadership = self.handle(*id).leadership();
             let id = *id;
-            tokio::spawn(
-                async move { leadership.wait_for(|now| now.is_leader && now.term > term).await.map(|_| id).ok() },
-            )
-        });
-        let mut waits = waits.collect::<Vec<_>>();
-        let id = patiently(async {
-            std::future::poll_fn(|context| {
-                for wait in &mut waits {
-                    if let std::task::Poll::Ready(Ok(Some(id))) = std::pin::Pin::new(wait).poll(context) {
-                        return std::task::Poll::Ready(id);
-                    }
-                }
-                std::task::Poll::Pending
-            })
-            .await
-        })
-        .await;
-        waits.iter().for_each(|wait| wait.abort());
-        id
+            waits.spawn(async move {
+                let led = leadership.wait_for(|now| now.is_leader && now.term > term).await.map(|now| now.term);
+                (id, led.expect("the member lives"))
+            });
+        }
+        patiently(waits.join_next()).await.expect("there are members").unwrap()
     }
 
     /// Proposes at one of `ids`, whoever leads. Gives the member that leads now.
     async fn write(&self, ids: &[u64], command: &Bytes) -> u64 {
         let at = ids[command.len() % ids.len()];
         patiently(self.handle(at).propose(1, command.clone())).await.expect("nothing is full or stopping");
-        self.leader_among(ids, 0).await
+        self.leader_among(ids, 0).await.0
+    }
+
+    /// Makes this member the leader. Raft gives a transfer up after an election timeout, and may elect another afterwards.
+    async fn hand_over_to(&self, to: u64) {
+        let all: Vec<u64> = self.members.keys().copied().collect();
+        let attempt = Duration::from_millis(TICK_MS * ELECTION_TIMEOUT_TICKS as u64);
+        patiently(async {
+            loop {
+                let (leader, _) = self.leader_among(&all, 0).await;
+                if leader == to {
+                    return;
+                }
+                self.handle(leader).transfer_leadership(to);
+                let mut leadership = self.handle(to).leadership();
+                // In vain or not: who leads is looked at again.
+                let _ = tokio::time::timeout(attempt, leadership.wait_for(|now| now.is_leader)).await;
+            }
+        })
+        .await;
+    }
+
+    /// What the member `at`, as the leader, answers to a change of members, once it is not busy with an earlier one.
+    async fn ask_for_change(&self, at: u64, change: MembersChange, command: &'static [u8]) -> Result<(), ChangeError> {
+        patiently(async {
+            loop {
+                self.hand_over_to(at).await;
+                let handle = self.handle(at);
+                match handle.change_members(change, handle.conf_index(), Bytes::from_static(command)).await {
+                    Err(ChangeError::UnderWay | ChangeError::NotLeader { .. }) => {}
+                    Err(ChangeError::Propose(ProposeError::OtherTerm)) => {}
+                    // Whether it was made is known once what was proposed before is applied, or lost for good.
+                    Err(ChangeError::Propose(ProposeError::Dropped)) => {
+                        read_point(handle).await;
+                        if self.probes[&at].commands().iter().any(|made| made == command) {
+                            return Ok(());
+                        }
+                    }
+                    answer => return answer.map(drop),
+                }
+                tokio::task::yield_now().await;
+            }
+        })
+        .await
     }
 }
 
@@ -102,23 +137,30 @@ impl Cluster {
 // when it is back, that another led meanwhile.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_command_for_one_term_is_proposed_in_it_or_never() {
-    use crate::ProposeError;
-
     let cluster = Cluster::start().await;
-    let leader = cluster.leader_among(&[1, 2, 3], 0).await;
-    let term = cluster.handle(leader).status().term;
     let in_term = async |id: u64, term, command: &'static [u8]| {
         patiently(cluster.handle(id).propose_in_term(term, 1, Bytes::from_static(command))).await
     };
-    assert_eq!(in_term(leader, term, b"in time").await, Ok(1));
-    assert_eq!(in_term(leader, term + 1, b"early").await, Err(ProposeError::OtherTerm));
+    let (leader, term) = loop {
+        let (leader, term) = cluster.leader_among(&[1, 2, 3], 0).await;
+        match in_term(leader, term, b"in time").await {
+            // Another was elected just then.
+            Err(ProposeError::OtherTerm) => {}
+            answer => {
+                assert_eq!(answer, Ok(1));
+                break (leader, term);
+            }
+        }
+    };
+    // Too far ahead for an election in between to reach.
+    assert_eq!(in_term(leader, term + 1_000, b"early").await, Err(ProposeError::OtherTerm));
     assert_eq!(in_term(leader % 3 + 1, term, b"elsewhere").await, Err(ProposeError::OtherTerm));
 
     cluster.network.cut(leader);
     let others: Vec<u64> = (1..=3).filter(|id| *id != leader).collect();
     let handle = cluster.handle(leader).clone();
     let late = tokio::spawn(async move { handle.propose_in_term(term, 1, Bytes::from_static(b"late")).await });
-    let next = cluster.leader_among(&others, term).await;
+    let (next, _) = cluster.leader_among(&others, term).await;
     cluster.network.heal(leader);
     assert_eq!(patiently(late).await.unwrap(), Err(ProposeError::OtherTerm));
     patiently(cluster.handle(next).propose(1, Bytes::from_static(b"after"))).await.unwrap();
@@ -130,29 +172,28 @@ async fn a_command_for_one_term_is_proposed_in_it_or_never() {
 async fn elects_replicates_loses_its_leader_and_catches_up() {
     let mut cluster = Cluster::start().await;
     let all = [1, 2, 3];
-    let mut leader = 0;
     for command in numbered(0..20) {
-        leader = cluster.write(&all, &command).await;
+        cluster.write(&all, &command).await;
     }
     // A read point on any member sees every acknowledged write.
     for id in all {
-        patiently(cluster.handle(id).read_barrier()).await.unwrap();
+        read_point(cluster.handle(id)).await;
         assert_eq!(cluster.probes[&id].commands(), numbered(0..20), "member {id}");
         assert_eq!(cluster.handle(id).read_point_now(), None, "a group of three needs rounds");
     }
+    let (leader, term) = cluster.leader_among(&all, 0).await;
     assert_eq!(cluster.handle(leader).status().voters, 3);
 
-    let term = cluster.handle(leader).status().term;
     cluster.kill(leader);
     let rest: Vec<u64> = all.into_iter().filter(|id| *id != leader).collect();
-    let next = cluster.leader_among(&rest, term).await;
+    let (next, _) = cluster.leader_among(&rest, term).await;
     assert_ne!(next, leader);
     for command in numbered(20..40) {
         cluster.write(&rest, &command).await;
     }
 
     cluster.boot(leader);
-    patiently(cluster.handle(leader).read_barrier()).await.unwrap();
+    read_point(cluster.handle(leader)).await;
     assert_eq!(cluster.probes[&leader].commands(), numbered(0..40));
 }
 
@@ -162,8 +203,8 @@ async fn elects_replicates_loses_its_leader_and_catches_up() {
 async fn a_command_survives_the_loss_of_its_leader() {
     let cluster = Cluster::start().await;
     let all = [1, 2, 3];
-    let old = cluster.write(&all, &numbered(0..1)[0]).await;
-    let term = cluster.handle(old).status().term;
+    cluster.write(&all, &numbered(0..1)[0]).await;
+    let (old, term) = cluster.leader_among(&all, 0).await;
 
     cluster.network.cut(old);
     let stranded = tokio::spawn({
@@ -184,7 +225,7 @@ async fn a_command_survives_the_loss_of_its_leader() {
     let mut expected = numbered(0..10);
     expected.push(Bytes::from_static(b"stranded"));
     for id in all {
-        patiently(async { while cluster.handle(id).read_barrier().await.is_err() {} }).await;
+        read_point(cluster.handle(id)).await;
         assert_eq!(cluster.probes[&id].commands(), expected, "member {id}");
     }
 }
@@ -202,37 +243,24 @@ async fn members_too_far_behind_get_a_snapshot() {
     for command in numbered(1..50) {
         cluster.write(&rest, &Bytes::from([&command[..], &[b'x'; 4000]].concat())).await;
     }
+    // Whoever led may have lost that, and be behind.
+    read_point(cluster.handle(leader)).await;
     let before = cluster.probes[&leader].commands();
     cluster.boot(slow);
-    patiently(cluster.handle(slow).read_barrier()).await.unwrap();
+    read_point(cluster.handle(slow)).await;
     assert_eq!(cluster.probes[&slow].commands(), before);
-    let leader = cluster.leader_among(&all, 0).await;
+    let (leader, _) = cluster.leader_among(&all, 0).await;
     cluster.boot_joiner(4);
-    let add = cluster.handle(leader).change_members(
-        MembersChange::AddLearner(4),
-        cluster.handle(leader).conf_index(),
-        Bytes::from_static(b"add 4"),
-    );
-    patiently(add).await.unwrap();
-    patiently(async { while cluster.handle(4).read_barrier().await.is_err() {} }).await;
+    cluster.ask_for_change(leader, MembersChange::AddLearner(4), b"add 4").await.unwrap();
+    read_point(cluster.handle(4)).await;
     assert!(cluster.handle(4).status().is_learner);
-    loop {
-        let promote = cluster.handle(leader).change_members(
-            MembersChange::AddVoter(4),
-            cluster.handle(leader).conf_index(),
-            Bytes::from_static(b"vote 4"),
-        );
-        match patiently(promote).await {
-            Err(ChangeError::UnderWay) => tokio::task::yield_now().await,
-            other => break assert!(other.is_ok(), "{other:?}"),
-        }
-    }
+    cluster.ask_for_change(leader, MembersChange::AddVoter(4), b"vote 4").await.unwrap();
     cluster.write(&[1, 2, 3, 4], &Bytes::from_static(b"after")).await;
-    patiently(cluster.handle(4).read_barrier()).await.unwrap();
+    read_point(cluster.handle(4)).await;
     let commands = cluster.probes[&4].commands();
     assert_eq!(commands.len(), 53);
     assert_eq!(commands[commands.len() - 3..], [&b"add 4"[..], b"vote 4", b"after"]);
-    patiently(async { while cluster.handle(4).voters()[..] != [1, 2, 3, 4] {} }).await;
+    until(|| cluster.handle(4).voters()[..] == [1, 2, 3, 4]).await;
 }
 
 // The command that goes with a change of members records it, and makes none. So one that is lost with its leader must not be
@@ -240,8 +268,7 @@ async fn members_too_far_behind_get_a_snapshot() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_lost_change_of_members_does_not_come_back_without_raft() {
     let cluster = Cluster::start().await;
-    let leader = cluster.leader_among(&[1, 2, 3], 0).await;
-    let term = cluster.handle(leader).status().term;
+    let (leader, term) = cluster.leader_among(&[1, 2, 3], 0).await;
     cluster.network.cut(leader);
     let handle = cluster.handle(leader).clone();
     let lost = tokio::spawn(async move {
@@ -256,7 +283,7 @@ async fn a_lost_change_of_members_does_not_come_back_without_raft() {
     assert!(patiently(lost).await.unwrap().is_err());
     cluster.write(&[1, 2, 3], &Bytes::from_static(b"after")).await;
     for id in 1..=3 {
-        patiently(cluster.handle(id).read_barrier()).await.unwrap();
+        read_point(cluster.handle(id)).await;
         assert_eq!(cluster.probes[&id].commands(), [&b"theirs"[..], b"after"]);
         assert_eq!(cluster.handle(id).voters()[..], [1, 2, 3]);
     }
@@ -269,39 +296,37 @@ async fn members_leave_and_leaders_hand_over() {
     let all = [1, 2, 3];
     let leader = cluster.write(&all, &numbered(0..1)[0]).await;
     let next = all.into_iter().find(|id| *id != leader).unwrap();
-    cluster.handle(leader).transfer_leadership(next);
-    let mut leadership = cluster.handle(next).leadership();
-    patiently(leadership.wait_for(|now| now.is_leader)).await.unwrap();
+    cluster.hand_over_to(next).await;
 
     // It hands over first, or raft would lead on without a place of its own.
-    let itself = cluster.handle(next).change_members(
-        MembersChange::Remove(next),
-        cluster.handle(next).conf_index(),
-        Bytes::from_static(b"remove myself"),
-    );
-    assert_eq!(patiently(itself).await, Err(ChangeError::Invalid));
+    let itself = cluster.ask_for_change(next, MembersChange::Remove(next), b"remove myself").await;
+    assert_eq!(itself, Err(ChangeError::Invalid));
 
     let leaver = all.into_iter().find(|id| *id != next).unwrap();
-    let wrong = cluster.handle(leaver).change_members(
-        MembersChange::Remove(leaver),
-        cluster.handle(leaver).conf_index(),
-        Bytes::from_static(b"remove"),
-    );
-    assert_eq!(patiently(wrong).await, Err(ChangeError::NotLeader { leader: Some(next) }));
-    let remove = cluster.handle(next).change_members(
-        MembersChange::Remove(leaver),
-        cluster.handle(next).conf_index(),
-        Bytes::from_static(b"remove"),
-    );
-    patiently(remove).await.unwrap();
+    let elsewhere = async {
+        let handle = cluster.handle(leaver);
+        loop {
+            cluster.hand_over_to(next).await;
+            let remove = Bytes::from_static(b"remove");
+            match handle.change_members(MembersChange::Remove(leaver), handle.conf_index(), remove).await {
+                Err(ChangeError::NotLeader { leader: Some(leader) }) if leader == next => return,
+                // It does not know yet who leads, or somebody else was elected meanwhile, perhaps itself.
+                Err(ChangeError::NotLeader { .. } | ChangeError::Invalid | ChangeError::UnderWay) => {}
+                answer => panic!("a member that does not lead tells who does: {answer:?}"),
+            }
+            tokio::task::yield_now().await;
+        }
+    };
+    patiently(elsewhere).await;
+    cluster.ask_for_change(next, MembersChange::Remove(leaver), b"remove").await.unwrap();
     let rest: Vec<u64> = all.into_iter().filter(|id| *id != leaver).collect();
-    patiently(async { while cluster.handle(next).voters()[..] != rest[..] {} }).await;
+    until(|| cluster.handle(next).voters()[..] == rest[..]).await;
     cluster.kill(leaver);
     for command in numbered(1..5) {
         cluster.write(&rest, &command).await;
     }
     // It need not have led to the end.
-    patiently(cluster.handle(next).read_barrier()).await.unwrap();
+    read_point(cluster.handle(next)).await;
     assert_eq!(cluster.probes[&next].commands().len(), 6);
 }
 
@@ -312,7 +337,7 @@ async fn acknowledged_writes_survive_changes_of_leadership() {
     let all = [1, 2, 3];
     let mut acknowledged = Vec::new();
     for round in 0..4 {
-        let leader = cluster.leader_among(&all, 0).await;
+        let (leader, _) = cluster.leader_among(&all, 0).await;
         let writers: Vec<_> = numbered(round * 100..(round + 1) * 100)
             .into_iter()
             .map(|command| {
@@ -335,7 +360,7 @@ async fn acknowledged_writes_survive_changes_of_leadership() {
     let last = cluster.write(&all, &Bytes::from_static(b"last")).await;
     assert!(all.contains(&last));
     for id in all {
-        patiently(async { while cluster.handle(id).read_barrier().await.is_err() {} }).await;
+        read_point(cluster.handle(id)).await;
         logs.push(cluster.probes[&id].commands());
     }
     assert_eq!(logs[0], logs[1]);

@@ -60,7 +60,8 @@ async fn faults_after(command: &'static [u8], spoil: fn(&FailingLog)) -> Vec<Mem
     let faults = Shared::<Vec<MemberFault>>::default();
     let collected = Arc::clone(&faults);
     let handler = move |fault: &MemberFault| collected.lock().push(fault.clone());
-    let config = Config { fault_handler: Some(Arc::new(handler)), ..config(1, Path::new("unused")) };
+    let dir = tempfile::tempdir().unwrap();
+    let config = Config { fault_handler: Some(Arc::new(handler)), ..config(1, dir.path()) };
     let log = Arc::new(FailingLog::default());
     let probe = Probe::default();
     let (handle, guard) = start_on(config, probe.boot(), log.clone(), NoPeers).unwrap();

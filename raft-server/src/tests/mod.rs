@@ -6,8 +6,9 @@ mod cluster;
 mod faults;
 mod recovery;
 mod single;
+mod snapshots;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -15,10 +16,12 @@ use bytes::Bytes;
 use parking_lot::Mutex;
 use tenure_storage::Fault;
 
-use crate::{CommittedEntry, Config, Handle, JoinGuard, MemberFault, NoPeers, Snapshotter, StateMachine, start};
+use crate::{
+    CommittedEntry, Config, Handle, JoinGuard, MemberFault, NoPeers, ReadError, Snapshotter, StateMachine, start,
+};
 
-/// A member that hangs fails its test after this.
-const PATIENCE: Duration = Duration::from_secs(60);
+/// A member that hangs fails its test after this. It judges nothing else: a machine that is shared may stall for seconds anywhere.
+const PATIENCE: Duration = Duration::from_secs(180);
 
 /// What a [`Recorder`] holds: every command, in order.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -151,13 +154,22 @@ impl Snapshotter for RecordWriter {
     }
 }
 
-/// Small times, and a crash at stop: what was not flushed is gone.
+/// Where the member's log is, below its directory.
+fn log_dir(dir: &Path) -> PathBuf {
+    dir.join("log")
+}
+
+/// Small times, and a crash at stop: what was not flushed is gone. All that the member keeps is below `dir`. Its reads wait for as
+/// long as the tests do.
 fn config(id: u64, dir: &Path) -> Config {
+    let tick_ms = 5;
     Config {
-        tick_ms: 5,
+        tick_ms,
+        read_timeout_ticks: PATIENCE.as_millis() as usize / tick_ms as usize,
+        snapshot_dir: dir.join("snapshots"),
         flush_on_stop: false,
         fault_handler: Some(Arc::new(|fault: &MemberFault| panic!("unexpected fault: {fault:?}"))),
-        ..Config::new(id, dir)
+        ..Config::new(id, log_dir(dir))
     }
 }
 
@@ -174,6 +186,30 @@ async fn wait_for_leadership<R: Send + 'static>(handle: &Handle<R>) {
 
 async fn patiently<T>(future: impl Future<Output = T>) -> T {
     tokio::time::timeout(PATIENCE, future).await.expect("in time")
+}
+
+/// Waits until it is so.
+async fn until(mut is_so: impl FnMut() -> bool) {
+    patiently(async {
+        while !is_so() {
+            tokio::task::yield_now().await;
+        }
+    })
+    .await;
+}
+
+/// A read point of this member, in a group that may elect another leader at any time.
+async fn read_point<R: Send + 'static>(handle: &Handle<R>) -> u64 {
+    patiently(async {
+        loop {
+            match handle.read_barrier().await {
+                Ok(index) => break index,
+                Err(ReadError::Timeout | ReadError::QueueFull) => tokio::task::yield_now().await,
+                Err(ReadError::Stopped) => panic!("member {} has stopped", handle.id()),
+            }
+        }
+    })
+    .await
 }
 
 fn numbered(numbers: std::ops::Range<usize>) -> Vec<Bytes> {

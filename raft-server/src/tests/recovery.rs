@@ -1,13 +1,30 @@
 //! What is left after a crash: every acknowledged command, once, in order.
 
-use super::*;
-use crate::{EngineLog, LogStore, MemoryLog, StartError, start_on};
+use std::collections::BTreeSet;
+use std::ffi::OsString;
 
-/// What a kill -9 at this moment leaves of the log: its files as they are, without the clean end that a stop writes.
-fn copy_files(from: &Path, to: &Path) {
-    for file in std::fs::read_dir(from).unwrap() {
-        let file = file.unwrap();
-        std::fs::copy(file.path(), to.join(file.file_name())).unwrap();
+use super::*;
+use crate::{EngineLog, LogStore, MemoryLog, ProposeError, StartError, start_on};
+
+fn names_in(dir: &Path) -> BTreeSet<OsString> {
+    std::fs::read_dir(dir).unwrap().map(|file| file.unwrap().file_name()).collect()
+}
+
+/// What a kill -9 at this moment leaves of the log: its files as they are, without the clean end that a stop writes. They are
+/// copied one after the other, which is one moment's image if none came, went or was renamed meanwhile: then all but the newest
+/// stand still, and of that one a beginning is copied.
+fn copy_log(from: &Path, to: &Path) {
+    let (from, to) = (log_dir(from), log_dir(to));
+    loop {
+        std::fs::create_dir(&to).unwrap();
+        let names = names_in(&from);
+        let copied = names.iter().try_for_each(|name| std::fs::copy(from.join(name), to.join(name)).map(drop));
+        match copied {
+            Ok(()) if names_in(&from) == names => return,
+            Ok(()) => {}
+            Err(error) => assert_eq!(error.kind(), std::io::ErrorKind::NotFound, "{error}"),
+        }
+        std::fs::remove_dir_all(&to).unwrap();
     }
 }
 
@@ -58,7 +75,7 @@ async fn a_kill_at_any_moment_loses_nothing_acknowledged() {
             let disk_guard = probe.disk.lock();
             *image.disk.lock() = disk_guard.clone();
             let copy = tempfile::tempdir().unwrap();
-            copy_files(dir.path(), copy.path());
+            copy_log(dir.path(), copy.path());
             (before, copy)
         };
         let (revived, _guard) = start_single(small_files(copy.path()), &image).await;
@@ -82,10 +99,11 @@ async fn the_log_is_truncated_to_what_is_flushed_and_no_further() {
     }
     let flushes = *probe.flushes.lock();
     assert!((3..=30).contains(&flushes), "{flushes} flushes for 600 KiB");
-    let durable = handle.status().durable_index;
     guard.stop();
+    // Only now nothing moves any more.
+    let durable = handle.status().durable_index;
 
-    let log = EngineLog::open(dir.path(), config.log_bytes_flush).unwrap();
+    let log = EngineLog::open(&log_dir(dir.path()), config.log_bytes_flush).unwrap();
     let recovered = log.recover().unwrap();
     assert!(recovered.truncated.index > 100, "truncated to {}", recovered.truncated.index);
     assert!(recovered.truncated.index <= durable, "no further than durable");
@@ -112,7 +130,8 @@ async fn a_forced_member_goes_on_alone_with_all_it_has() {
     use raft::eraftpb::{ConfChangeSingle, ConfChangeType, ConfChangeV2, Entry, EntryType, HardState};
 
     let log = Arc::new(MemoryLog::default());
-    let three = Config { initial_voters: vec![1, 2, 3], ..config(1, Path::new("unused")) };
+    let dir = tempfile::tempdir().unwrap();
+    let three = Config { initial_voters: vec![1, 2, 3], ..config(1, dir.path()) };
     let probe = Probe::default();
     drop(start_on(three.clone(), probe.boot(), log.clone(), Network::default().endpoint(1)).unwrap());
     let committed = LogWrite::of_commands(Position { index: 2, term: 2 }, &numbered(0..2));
@@ -134,9 +153,10 @@ async fn a_forced_member_goes_on_alone_with_all_it_has() {
     assert_eq!((probe.commands(), handle.voters().to_vec()), (numbered(0..4), vec![1]));
     guard.stop();
     // Once is enough.
-    let (handle, _guard) = start_on(config(1, Path::new("unused")), probe.boot(), log, NoPeers).unwrap();
+    let (handle, guard) = start_on(config(1, dir.path()), probe.boot(), log, NoPeers).unwrap();
     wait_for_leadership(&handle).await;
     assert_eq!(handle.voters().to_vec(), [1]);
+    guard.stop();
 
     let joining = Config { initial_voters: vec![], ..forced };
     let refused = start_on(joining, Probe::default().boot(), Arc::new(MemoryLog::default()), NoPeers);
@@ -156,6 +176,52 @@ async fn a_state_ahead_of_its_log_is_refused() {
     let empty = tempfile::tempdir().unwrap();
     let refused = start(config(1, empty.path()), probe.boot(), NoPeers);
     assert!(matches!(refused, Err(StartError::LogBehindState { .. })), "{:?}", refused.err());
+}
+
+/// Changes one bit of the byte at the end of `text`, which is in the log once.
+fn change_byte_after(text: &[u8], dir: &Path) {
+    let mut changed = 0;
+    for name in names_in(&log_dir(dir)) {
+        let file = log_dir(dir).join(name);
+        let mut content = std::fs::read(&file).unwrap();
+        if let Some(at) = content.windows(text.len()).position(|window| window == text) {
+            content[at + text.len() - 1] ^= 1;
+            std::fs::write(&file, content).unwrap();
+            changed += 1;
+        }
+    }
+    assert_eq!(changed, 1, "{}", text.escape_ascii());
+}
+
+// A disk that gives back another byte than it was given is found out by the entry's check, before anything of the entry is
+// applied: a member that went on would have another state than the others, and tell nobody.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_changed_byte_in_an_entry_stops_the_member_at_its_start() {
+    let dir = tempfile::tempdir().unwrap();
+    let (handle, guard) = start_single(config(1, dir.path()), &Probe::default()).await;
+    for command in numbered(10..30) {
+        patiently(handle.propose(1, command)).await.unwrap();
+    }
+    guard.stop();
+    for damaged in [10, 17, 28] {
+        let copy = tempfile::tempdir().unwrap();
+        copy_log(dir.path(), copy.path());
+        change_byte_after(&numbered(damaged..damaged + 1)[0], copy.path());
+        let faults = Shared::<Vec<MemberFault>>::default();
+        let collected = Arc::clone(&faults);
+        let handler = move |fault: &MemberFault| collected.lock().push(fault.clone());
+        let config = Config { fault_handler: Some(Arc::new(handler)), ..config(1, copy.path()) };
+        let probe = Probe::default();
+        let (handle, guard) = start(config, probe.boot(), NoPeers).unwrap();
+        until(|| !faults.lock().is_empty()).await;
+        guard.wait();
+        let faults = faults.lock().clone();
+        assert_eq!(faults.len(), 1, "{faults:?}");
+        assert!(faults[0].cause.contains("raft log: ") && faults[0].cause.contains("hecksum"), "{faults:?}");
+        let applied = probe.commands();
+        assert!(numbered(10..damaged).starts_with(&applied), "nothing from the damaged entry on: {applied:?}");
+        assert_eq!(patiently(handle.propose(1, Bytes::new())).await, Err(ProposeError::Stopped));
+    }
 }
 
 // A clean stop leaves nothing to replay.
@@ -198,10 +264,11 @@ async fn entries_outside_the_cache_are_read_from_disk() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_memory_log_serves_a_member_too() {
+    let dir = tempfile::tempdir().unwrap();
     let log = Arc::new(MemoryLog::default());
     let probe = Probe::default();
     for life in 0..3 {
-        let config = config(1, Path::new("unused"));
+        let config = config(1, dir.path());
         let (handle, _guard) = start_on(config, probe.boot(), log.clone(), NoPeers).unwrap();
         wait_for_leadership(&handle).await;
         for command in numbered(life * 10..(life + 1) * 10) {

@@ -35,7 +35,7 @@ func leaseGrant(t *testing.T, m *member, _ string) {
 	ttl, err := m.TimeToLive(testContext(t), granted.ID)
 	must(t, err)
 	equal(t, "granted", ttl.GrantedTTL, 600)
-	if ttl.TTL < 590 || ttl.TTL > 600 {
+	if ttl.TTL < 540 || ttl.TTL > 600 {
 		t.Errorf("%d s remain", ttl.TTL)
 	}
 	leases, err := m.Leases(testContext(t))
@@ -75,13 +75,14 @@ func leaseRevoke(t *testing.T, m *member, prefix string) {
 
 func leaseExpires(t *testing.T, m *member, prefix string) {
 	w := m.watch(t, prefix, clientv3.WithPrefix())
+	const seconds = 5
 	before := time.Now()
-	lease := m.grant(t, 2)
+	lease := m.grant(t, seconds)
 	m.put(t, prefix+"a", "1", clientv3.WithLease(lease))
 	events := w.events(t, 2)
 	// Late is allowed, early is not.
-	if lived := time.Since(before); lived < 2*time.Second {
-		t.Errorf("a lease of 2 s ended after %v", lived)
+	if lived := time.Since(before); lived < seconds*time.Second {
+		t.Errorf("a lease of %d s ended after %v", seconds, lived)
 	}
 	equal(t, "event", string(events[0].Kv.Value), "1")
 	equal(t, "event", events[1].Type, clientv3.EventTypeDelete)
@@ -94,7 +95,8 @@ func leaseExpires(t *testing.T, m *member, prefix string) {
 func leaseKeptAlive(t *testing.T, m *member, prefix string) {
 	ctx, cancel := context.WithCancel(testContext(t))
 	defer cancel()
-	lease := m.grant(t, 3)
+	const seconds = 9
+	lease := m.grant(t, seconds)
 	m.put(t, prefix+"a", "1", clientv3.WithLease(lease))
 	beats, err := m.KeepAlive(ctx, lease)
 	must(t, err)
@@ -103,7 +105,7 @@ func leaseKeptAlive(t *testing.T, m *member, prefix string) {
 		if !open {
 			t.Fatal("keep-alives ended")
 		}
-		equal(t, "ttl", beat.TTL, 3)
+		equal(t, "ttl", beat.TTL, seconds)
 	}
 	equal(t, "key", m.get(t, prefix+"a").Count, 1)
 	_, err = m.Revoke(testContext(t), lease)
@@ -172,7 +174,7 @@ func leaseReattach(t *testing.T, m *member, prefix string) {
 // Leases, their keys and a time to live that is at least what was left survive kill -9.
 func TestLeaseSurvivesRestart(t *testing.T) {
 	onBoth(t, nil, func(t *testing.T, m *member) {
-		long, short, revoked := m.grant(t, 600), m.grant(t, 2), m.grant(t, 600)
+		long, short, revoked := m.grant(t, 600), m.grant(t, 10), m.grant(t, 600)
 		m.put(t, "long", "1", clientv3.WithLease(long))
 		m.put(t, "revoked", "1", clientv3.WithLease(revoked))
 		_, err := m.Revoke(testContext(t), revoked)

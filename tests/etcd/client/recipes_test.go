@@ -143,7 +143,7 @@ func recipeSTM(t *testing.T, m *member, prefix string) {
 }
 
 func recipeSession(t *testing.T, m *member, prefix string) {
-	session := newSession(t, m, concurrency.WithTTL(5))
+	session := newSession(t, m, concurrency.WithTTL(15))
 	m.put(t, prefix+"a", "1", clientv3.WithLease(session.Lease()))
 	_, err := m.Revoke(testContext(t), session.Lease())
 	must(t, err)

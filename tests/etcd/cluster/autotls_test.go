@@ -17,7 +17,7 @@ import (
 // does is not served, nor one without TLS, and one that does not check is, by each member, also after a restart.
 func TestAutoTLS(t *testing.T) {
 	onBoth(t, func(t *testing.T, kind harness.Kind) {
-		c := harness.StartCluster(t, kind, 3, nil, "--auto-tls", "--peer-auto-tls")
+		c := harness.StartCluster(t, kind, 3, nil, append([]string{"--auto-tls", "--peer-auto-tls"}, calm...)...)
 		trusting := &tls.Config{InsecureSkipVerify: true}
 		client := func(endpoint string) *clientv3.Client {
 			client, err := clientv3.New(clientv3.Config{Endpoints: []string{endpoint}, TLS: trusting, Logger: zap.NewNop()})
@@ -25,13 +25,11 @@ func TestAutoTLS(t *testing.T) {
 			t.Cleanup(func() { _ = client.Close() })
 			return client
 		}
-		_, err := client(c.Members[0].Endpoint()).Put(testContext(t), "key", "value")
-		must(t, err)
+		put(t, client(c.Members[0].Endpoint()), "key", "value")
 		c.Members[1].Kill()
 		c.Members[1].Start()
 		for _, m := range c.Members {
-			resp, err := client(m.Endpoint()).Get(testContext(t), "key")
-			must(t, err)
+			resp := get(t, client(m.Endpoint()), "key")
 			equal(t, "value at "+m.Name, string(resp.Kvs[0].Value), "value")
 		}
 

@@ -1,7 +1,7 @@
 package cluster
 
 import (
-	"errors"
+	"context"
 	"fmt"
 	"io"
 	"math/rand/v2"
@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
+	clientv3 "go.etcd.io/etcd/client/v3"
 
 	"tenure.dev/tests/harness"
 )
@@ -206,7 +207,7 @@ func killAll(f *faulty) {
 
 // pauseLeader stops it for longer than leases live: when it goes on, it must not take them for expired.
 func pauseLeader(f *faulty) {
-	const pause = 10 * time.Second
+	const pause = (keptTTL + 2) * time.Second
 	leader, others := f.leader()
 	leader.Pause()
 	time.Sleep(pause)
@@ -446,15 +447,14 @@ func (f *faulty) refuses(m *harness.Member) {
 	client := newClient(f.t, m.Endpoint())
 	defer client.Close()
 	ctx := testContext(f.t)
-	if _, err := client.Put(ctx, "/elsewhere", "value"); !errors.Is(err, rpctypes.ErrNoSpace) {
-		f.t.Errorf("%s is full and answers a put with %v", m.Name, err)
-	}
-	if _, err := client.Get(ctx, "/elsewhere"); err != nil {
-		f.t.Errorf("%s is full and answers a get with %v", m.Name, err)
-	}
-	if _, err := client.Delete(ctx, "/elsewhere"); err != nil {
-		f.t.Errorf("%s is full and answers a delete with %v", m.Name, err)
-	}
+	refusedAtLast(f.t, m.Name+" is full and is asked for a put", rpctypes.ErrNoSpace.Error(), func(ctx context.Context) error {
+		_, err := client.Put(ctx, "/elsewhere", "value")
+		return err
+	})
+	get(f.t, client, "/elsewhere")
+	answered(f.t, m.Name+" is full and is asked for a delete", func(ctx context.Context) (*clientv3.DeleteResponse, error) {
+		return client.Delete(ctx, "/elsewhere")
+	})
 	alarms, err := client.AlarmList(ctx)
 	if err != nil || len(alarms.Alarms) != 0 {
 		f.t.Errorf("a full disk is no alarm of a tenant: %v, %v", alarms, err)

@@ -83,8 +83,9 @@ func startLoad(t testing.TB, c *harness.Cluster, tenant string, seed uint64, opt
 	l.ctx, l.stop = context.WithCancel(context.Background())
 	t.Cleanup(l.stop)
 	for i, client := range l.perMember {
-		status, err := client.Status(testContext(t), client.Endpoints()[0])
-		must(t, err)
+		status := answered(t, "status", func(ctx context.Context) (*clientv3.StatusResponse, error) {
+			return client.Status(ctx, client.Endpoints()[0])
+		})
 		l.members[status.Header.MemberId] = c.Members[i]
 	}
 	l.startWatchers()

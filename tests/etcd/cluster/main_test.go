@@ -11,25 +11,43 @@ package cluster
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"strconv"
 	"testing"
 	"time"
 
+	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.uber.org/zap"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/backoff"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 
 	"tenure.dev/tests/harness"
 )
 
 // hang bounds a wait that should long be over; it judges nothing.
-const hang = 2 * time.Minute
+const hang = 3 * time.Minute
+
+const (
+	// statusTimeout is for a question that a member answers by itself.
+	statusTimeout = 5 * time.Second
+	// attemptTimeout is for what may be asked again: more than etcd waits for a leader. For a change of members it has no limit, and
+	// one that raft drops, because the one before is not applied yet, is never answered.
+	attemptTimeout = 20 * time.Second
+)
 
 // tenants beside default, of a tenured.
 var tenants = []string{"acme"}
+
+// calm lets a member be silent for some seconds before another one is elected, as those of a busy machine are: for tests in which
+// an election that they did not ask for says nothing. One that they do ask for may then take ten seconds.
+var calm = []string{"--heartbeat-interval=500", "--election-timeout=5000"}
+
+func TestMain(m *testing.M) { harness.Main(m) }
 
 // onBoth runs a test on etcd and on tenured.
 func onBoth(t *testing.T, test func(t *testing.T, kind harness.Kind)) {
@@ -98,12 +116,12 @@ func testContext(t testing.TB) context.Context {
 	return ctx
 }
 
-// statusOf asks a member for its status; what it does not answer in a second it does not know.
+// statusOf asks a member for its status; what it does not answer soon it does not know.
 func statusOf(t testing.TB, m *harness.Member) (*clientv3.StatusResponse, error) {
 	t.Helper()
 	client := newClient(t, m.Endpoint())
 	defer client.Close()
-	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), statusTimeout)
 	defer cancel()
 	return client.Status(ctx, m.Endpoint())
 }
@@ -111,23 +129,31 @@ func statusOf(t testing.TB, m *harness.Member) (*clientv3.StatusResponse, error)
 // leaderAmong waits until all of these members know the same leader, which is one of them, and returns it.
 func leaderAmong(t testing.TB, members []*harness.Member) *harness.Member {
 	t.Helper()
+	leader, _ := leadership(t, members)
+	return leader
+}
+
+// leadership is leaderAmong with the term in which it leads.
+func leadership(t testing.TB, members []*harness.Member) (*harness.Member, uint64) {
+	t.Helper()
 	var leader *harness.Member
+	var term uint64
 	await(t, "a leader that all know", func() bool {
 		leader = nil
-		known := map[uint64]bool{}
+		known := map[[2]uint64]bool{}
 		for _, m := range members {
 			status, err := statusOf(t, m)
 			if err != nil || status.Leader == 0 {
 				return false
 			}
-			known[status.Leader] = true
+			known[[2]uint64{status.Leader, status.RaftTerm}] = true
 			if status.Leader == status.Header.MemberId {
-				leader = m
+				leader, term = m, status.RaftTerm
 			}
 		}
 		return leader != nil && len(known) == 1
 	})
-	return leader
+	return leader, term
 }
 
 // without is members except some.
@@ -148,12 +174,96 @@ next:
 // await asks until it is so.
 func await(t testing.TB, what string, is func() bool) {
 	t.Helper()
-	for deadline := time.Now().Add(hang); time.Now().Before(deadline); time.Sleep(20 * time.Millisecond) {
+	awaitNoError(t, what, func() error {
 		if is() {
+			return nil
+		}
+		return errors.New("it is not so")
+	})
+}
+
+// awaitNoError asks until nothing is against it.
+func awaitNoError(t testing.TB, what string, ask func() error) {
+	t.Helper()
+	var err error
+	for deadline := time.Now().Add(hang); time.Now().Before(deadline); time.Sleep(20 * time.Millisecond) {
+		if err = ask(); err == nil {
 			return
 		}
 	}
-	t.Fatalf("waited in vain for %s", what)
+	t.Fatalf("waited in vain for %s: %v", what, err)
+}
+
+// mayPass says whether an error is of a cluster that has no leader or got another one, of a connection, or of a deadline: the same
+// call may have an answer later. Whether it was carried out, it does not say.
+func mayPass(err error) bool {
+	var ofEtcd rpctypes.EtcdError
+	code := status.Code(err)
+	if errors.As(err, &ofEtcd) {
+		code = ofEtcd.Code()
+	}
+	return code == codes.Unavailable || code == codes.DeadlineExceeded || errors.Is(err, context.DeadlineExceeded)
+}
+
+// attempt makes a call that may be made again.
+func attempt(call func(context.Context) error) error {
+	ctx, cancel := context.WithTimeout(context.Background(), attemptTimeout)
+	defer cancel()
+	return call(ctx)
+}
+
+// settled repeats a call until its answer is not one that may pass. It may then have been done before: doubtful says so.
+func settled[Answer any](t testing.TB, what string, call func(context.Context) (Answer, error)) (answer Answer, doubtful bool, err error) {
+	t.Helper()
+	awaitNoError(t, what, func() error {
+		err = attempt(func(ctx context.Context) (err error) {
+			answer, err = call(ctx)
+			return err
+		})
+		if !mayPass(err) {
+			return nil
+		}
+		// These two refuse.
+		if text := fmt.Sprint(err); text != unhealthy && text != noLeader {
+			doubtful = true
+		}
+		return err
+	})
+	return answer, doubtful, err
+}
+
+// answered is settled for what may be done twice and must not be refused.
+func answered[Answer any](t testing.TB, what string, call func(context.Context) (Answer, error)) Answer {
+	t.Helper()
+	answer, _, err := settled(t, what, call)
+	if err != nil {
+		t.Fatalf("%s: %v", what, err)
+	}
+	return answer
+}
+
+// refusedAtLast checks the last answer to a call: the refusal that is wanted, which may be one that passes, or the first that
+// does not pass.
+func refusedAtLast(t testing.TB, what, want string, call func(context.Context) error) {
+	t.Helper()
+	var err error
+	awaitNoError(t, what, func() error {
+		if err = attempt(call); fmt.Sprint(err) == want || !mayPass(err) {
+			return nil
+		}
+		return err
+	})
+	refused(t, what, err, want)
+}
+
+func put(t testing.TB, client *clientv3.Client, key, value string) *clientv3.PutResponse {
+	t.Helper()
+	return answered(t, "put of "+key, func(ctx context.Context) (*clientv3.PutResponse, error) { return client.Put(ctx, key, value) })
+}
+
+func get(t testing.TB, client *clientv3.Client, key string, opts ...clientv3.OpOption) *clientv3.GetResponse {
+	t.Helper()
+	return answered(t, "get of "+key, func(ctx context.Context) (*clientv3.GetResponse, error) { return client.Get(ctx, key, opts...) })
 }
 
 func must(t testing.TB, err error) {

@@ -40,17 +40,13 @@ func quorumLost(t *testing.T, kind harness.Kind, led bool) {
 		left = without(c.Members, left)[0]
 	}
 	client := newClient(t, left.Endpoint())
-	put, err := client.Put(testContext(t), "key", "value")
-	must(t, err)
-	grant, err := client.Grant(testContext(t), 600)
-	must(t, err)
+	first := put(t, client, "key", "value").Header.Revision
+	grant := answered(t, "grant", func(ctx context.Context) (*clientv3.LeaseGrantResponse, error) { return client.Grant(ctx, 600) })
 
 	watching, cancel := context.WithCancel(context.Background())
 	defer cancel()
-	open := client.Watch(watching, "key", clientv3.WithRev(put.Header.Revision))
-	leading := client.Watch(clientv3.WithRequireLeader(watching), "key", clientv3.WithRev(put.Header.Revision))
-	equal(t, "event of the first watch", string((<-open).Events[0].Kv.Value), "value")
-	equal(t, "event of the second watch", string((<-leading).Events[0].Kv.Value), "value")
+	open := watchFrom(t, watching, client, first)
+	leading := watchFrom(t, clientv3.WithRequireLeader(watching), client, first)
 
 	others := without(c.Members, left)
 	id := idOf(t, left)
@@ -69,12 +65,12 @@ func quorumLost(t *testing.T, kind harness.Kind, led bool) {
 		t.Errorf("get of a client: %v", err)
 	}
 	ended := <-leading
-	equal(t, "error of the watch that requires a leader", fmt.Sprint(ended.Err()), "etcdserver: no leader")
+	equal(t, "error of the watch that requires a leader", fmt.Sprint(ended.Err()), noLeader)
 	if resp, more := <-leading; more {
 		t.Errorf("the watch goes on after its end: %v", resp)
 	}
 	again := <-client.Watch(clientv3.WithRequireLeader(watching), "key")
-	equal(t, "error of a new watch that requires a leader", fmt.Sprint(again.Err()), "etcdserver: no leader")
+	equal(t, "error of a new watch that requires a leader", fmt.Sprint(again.Err()), noLeader)
 	select {
 	case resp := <-open:
 		t.Errorf("the watch that requires no leader: %v", resp)
@@ -88,9 +84,27 @@ func quorumLost(t *testing.T, kind harness.Kind, led bool) {
 		m.AwaitReady()
 	}
 	leaderAmong(t, c.Members)
-	_, err = newClient(t, others[0].Endpoint()).Put(testContext(t), "key", "after")
-	must(t, err)
+	put(t, newClient(t, others[0].Endpoint()), "key", "after")
 	goesOn(t, open)
+}
+
+// watchFrom opens a watch that has brought the value of a revision. While there is no leader, one that requires one ends.
+func watchFrom(t *testing.T, ctx context.Context, client *clientv3.Client, revision int64) clientv3.WatchChan {
+	t.Helper()
+	var watch clientv3.WatchChan
+	awaitNoError(t, "a watch with its first event", func() error {
+		watch = client.Watch(ctx, "key", clientv3.WithRev(revision))
+		resp := <-watch
+		if mayPass(resp.Err()) {
+			return resp.Err()
+		}
+		if must(t, resp.Err()); len(resp.Events) == 0 {
+			return fmt.Errorf("no event: %v", resp)
+		}
+		equal(t, "event of a watch", string(resp.Events[0].Kv.Value), "value")
+		return nil
+	})
+	return watch
 }
 
 // goesOn checks that a watch brings what is written last. What was asked for meanwhile may have been done before: that
@@ -141,9 +155,9 @@ func leaderless(t *testing.T, m *harness.Member, id uint64, lease clientv3.Lease
 	defer cancel()
 	const (
 		timedOut  = "rpc error: code = Unavailable desc = etcdserver: request timed out"
-		noLeader  = "rpc error: code = Unavailable desc = etcdserver: no leader"
+		noLeader  = "rpc error: code = Unavailable desc = " + noLeader
 		noQuorum  = "rpc error: code = Unavailable desc = " + unhealthy
-		notLeader = "rpc error: code = FailedPrecondition desc = etcdserver: not leader"
+		notLeader = "rpc error: code = FailedPrecondition desc = " + notLeader
 		deadline  = "rpc error: code = DeadlineExceeded desc = context deadline exceeded"
 		answered  = "<nil>"
 	)
@@ -206,9 +220,9 @@ func leaderless(t *testing.T, m *harness.Member, id uint64, lease clientv3.Lease
 	var all sync.WaitGroup
 	for _, call := range calls {
 		all.Go(func() {
-			s := time.Now()
-			refused(t, call.what, call.call(), call.want)
-			t.Log(call.what, time.Since(s))
+			began := time.Now()
+			err := call.call()
+			refused(t, fmt.Sprintf("%s, answered after %v", call.what, time.Since(began)), err, call.want)
 		})
 	}
 	all.Go(func() {

@@ -12,7 +12,7 @@ var recipeScenarios = []scenario{
 		"get '' --prefix -w json",
 	), []step{
 		{args: "lock name", talk: []turn{{lines: 2}, {run: "get other -w json"}}},
-		{args: "lock name --ttl=5", talk: []turn{{lines: 2}}},
+		{args: "lock name --ttl=20", talk: []turn{{lines: 2}}},
 		{args: "lock name -w simple", talk: []turn{{lines: 2}, {run: "del name/ --prefix"}}},
 	}, commands("get '' --prefix -w json"))},
 	{name: "elect", masks: []mask{hide(`name/[0-9a-f]+`, "name/LEASE")}, steps: join([]step{

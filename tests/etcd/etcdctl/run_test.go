@@ -28,8 +28,29 @@ import (
 	"tenure.dev/tests/harness"
 )
 
-// hang bounds a command or a condition that should long be over; it judges nothing.
-const hang = time.Minute
+// hang bounds a command or a condition that should long be over; it judges nothing. It is longer than commandTimeout.
+const hang = 3 * time.Minute
+
+// commandTimeout is how long etcdctl waits for an answer: 5 s, its own, is little for a busy machine.
+const commandTimeout = "60s"
+
+func TestMain(m *testing.M) { harness.Main(m) }
+
+// environment of etcdctl: nothing of the caller's, as an ETCDCTL_ variable in it would change what is tested.
+func environment() []string {
+	return []string{
+		"PATH=" + os.Getenv("PATH"),
+		"ETCDCTL_COMMAND_TIMEOUT=" + commandTimeout, "ETCDCTL_DIAL_TIMEOUT=" + commandTimeout,
+	}
+}
+
+func endpoints(urls ...string) string { return "ETCDCTL_ENDPOINTS=" + strings.Join(urls, ",") }
+
+// endsWithTheTests makes a command not outlive them.
+func endsWithTheTests(cmd *exec.Cmd) *exec.Cmd {
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	return cmd
+}
 
 // scenario is a story on fresh servers.
 type scenario struct {
@@ -286,9 +307,8 @@ func (s *session) etcdctl(args string) *exec.Cmd {
 		args = strings.ReplaceAll(args, fmt.Sprintf("$LEASE%d", i+1), lease)
 	}
 	args = strings.ReplaceAll(args, "$ENDPOINT", s.endpoint)
-	cmd := exec.Command(s.program, words(args)...)
-	// Nothing of the caller's environment: an ETCDCTL_ variable in it would change what is tested.
-	cmd.Env = []string{"PATH=" + os.Getenv("PATH"), "ETCDCTL_ENDPOINTS=" + s.endpoint}
+	cmd := endsWithTheTests(exec.Command(s.program, words(args)...))
+	cmd.Env = append(environment(), endpoints(s.endpoint))
 	return cmd
 }
 

@@ -42,7 +42,7 @@ pub(super) async fn read_range(
     request: RangeRequest,
     counting: Counting,
 ) -> Result<Read, CellError> {
-    let reservation = in_flight.of(&tenant);
+    let reservation = in_flight.of(tenant);
     let mut attempt = match &request.range {
         KeyRange::Single(_) => try_read(tenant.reader(), &request, counting, reservation)?,
         KeyRange::HalfOpen { .. } | KeyRange::From(_) => {
