@@ -50,9 +50,11 @@ fn metrics_of(expression: &str) -> BTreeSet<String> {
             let end = rest.find(|c| !is_word(c)).unwrap_or(rest.len());
             let word = &rest[..end];
             rest = &rest[end..];
-            let is_function = rest.trim_start().starts_with('(');
+            // An aggregation may have its labels in front of what it aggregates.
+            let next = rest.trim_start();
+            let is_function = ["(", "by ", "by(", "without ", "without("].iter().any(|what| next.starts_with(what));
             if ["by", "without", "on", "ignoring", "group_left", "group_right"].contains(&word) {
-                in_list = is_function;
+                in_list = next.starts_with('(');
             } else if !in_labels && !in_list && !is_function && !WORDS.contains(&word) {
                 found.insert(word.to_string());
             }
