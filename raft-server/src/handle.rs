@@ -250,7 +250,8 @@ impl<R: Send + 'static> Handle<R> {
 
     /// Changes who is in the group, on the leader, together with the command that records it, if the newest change in force is
     /// still the one at index `seen` ([`Handle::conf_index`]): that whoever decides on this one has looked at. Resolves as
-    /// [`Handle::propose`] does; the change is in force before that.
+    /// [`Handle::propose`] does, and not before the change is in force alone: on the way the quorum of the members before it is
+    /// needed as well, and who was just told that a member is gone may stop another one.
     ///
     /// # Errors
     /// See [`ChangeError`].
@@ -258,12 +259,10 @@ impl<R: Send + 'static> Handle<R> {
         let (reply, receiver) = oneshot::channel();
         let event = Event::Change { change, seen, command, reply };
         self.shared.events.try_send(event).map_err(|_| ChangeError::Propose(ProposeError::QueueFull))?;
-        receiver
-            .await
-            .unwrap_or(Err(ChangeError::Propose(ProposeError::Stopped)))?
-            .await
-            .unwrap_or(Err(ProposeError::Dropped))
-            .map_err(ChangeError::from)
+        let changing = receiver.await.unwrap_or(Err(ChangeError::Propose(ProposeError::Stopped)))?;
+        let outcome = changing.outcome.await.unwrap_or(Err(ProposeError::Dropped))?;
+        changing.alone.await.map_err(|_| ProposeError::Dropped)?;
+        Ok(outcome)
     }
 
     /// Asks the leader, if this is it, to hand over: to that member, or to the one that is furthest if it is 0. Whether it came

@@ -170,6 +170,7 @@ pub(crate) fn assemble<S: StateMachine>(
         outbox: Default::default(),
         unsaved: LogWrite::default(),
         conf: Conf::default(),
+        leaving_joint: None,
         read_floor: None,
         again: false,
         sending: Sending::default(),

@@ -23,6 +23,9 @@ use tonic::{Code, Status};
 /// Part of every key and value of `acme`'s, and of nothing else.
 const SECRET: &str = "acme-secret";
 
+/// Keys of `acme`'s; `globex` writes the first two names itself.
+const KEYS: usize = 20;
+
 /// A lease of `acme`'s.
 const LEASE: i64 = 7_777;
 
@@ -232,8 +235,20 @@ fn leak(text: String) -> &'static str {
 const STREAMS: [&str; 3] =
     ["etcdserverpb.Watch/Watch", "etcdserverpb.Lease/LeaseKeepAlive", "grpc.health.v1.Health/Watch"];
 
+/// Whether there is something of `acme`'s in it: a value, or a key of those that `globex` never wrote itself.
 fn contains_secret(answer: &[u8]) -> bool {
-    answer.windows(SECRET.len()).any(|part| part == SECRET.as_bytes())
+    let has = |text: &str| answer.windows(text.len()).any(|part| part == text.as_bytes());
+    has(&format!("{SECRET} "))
+        || has(&format!("{SECRET}/1")) && (10..KEYS).any(|number| has(&format!("{SECRET}/{number}")))
+}
+
+/// How many keys an answer to a range or a delete tells of.
+fn told(method: &str, message: &[u8]) -> i64 {
+    match method {
+        "etcdserverpb.KV/Range" => RangeResponse::decode(message).map_or(0, |answer| answer.count),
+        "etcdserverpb.KV/DeleteRange" => pb::DeleteRangeResponse::decode(message).map_or(0, |answer| answer.deleted),
+        _ => 0,
+    }
 }
 
 async fn unary<A: prost::Message + Default>(of: &Connection, method: &str, request: &impl prost::Message) -> A {
@@ -266,17 +281,25 @@ async fn no_method_reaches_another_tenant() {
     let granted: pb::LeaseGrantResponse =
         unary(&acme, "Lease/LeaseGrant", &pb::LeaseGrantRequest { ttl: 9_000, id: LEASE }).await;
     let own_header = granted.header.unwrap();
-    for number in 0..20 {
+    for number in 0..KEYS {
         put(&acme, key(number), &format!("{SECRET} {number}"), if number % 2 == 0 { LEASE } else { 0 }).await.unwrap();
     }
     let before = state_of(&acme).await;
+    // The check can fail.
+    let everything = range(bytes(EVERYTHING), EVERYTHING).encode_to_vec();
+    let (own, _) = acme.bytes_of("/etcdserverpb.KV/Range", &everything).await;
+    assert!(contains_secret(&own) && told("etcdserverpb.KV/Range", &own[5..]) == 20);
 
     let mut tried: BTreeSet<String> = STREAMS.iter().map(ToString::to_string).collect();
     for (method, messages) in attempts(before.0, own_header.member_id) {
         tried.insert(method.to_string());
         for message in messages {
             let (answer, status) = globex.bytes_of(&format!("/{method}"), &message).await;
-            assert!(!contains_secret(&answer) || echoes(method), "{method} of {message:?} answers {answer:?}");
+            assert!(!contains_secret(&answer), "{method} of {message:?} answers {answer:?}");
+            assert!(
+                told(method, answer.get(5..).unwrap_or_default()) <= 2,
+                "{method} of {message:?} counts a neighbour's keys"
+            );
             assert!(!contains_secret(status.message().as_bytes()), "{method}: {status:?}");
             let cell_wide = ["MemberAdd", "MemberRemove", "MemberUpdate", "MemberPromote", "MoveLeader"];
             if cell_wide.iter().any(|name| method.ends_with(name)) {
@@ -290,11 +313,6 @@ async fn no_method_reaches_another_tenant() {
     streams(&acme, &globex).await;
     http(&server, own_header.cluster_id).await;
     exhaustion(&acme, &globex).await;
-}
-
-/// Whether a method gives its caller back what that has written itself, under `acme`'s names.
-fn echoes(method: &str) -> bool {
-    ["KV/Range", "KV/RangeStream", "KV/Put", "KV/DeleteRange", "KV/Txn"].iter().any(|name| method.ends_with(name))
 }
 
 /// A watch of everything, from the beginning, with what was there before; and keep-alives of a lease that is not one's own.
@@ -313,15 +331,14 @@ async fn streams(acme: &Connection, globex: &Connection) {
         let request = pb::watch_request::RequestUnion::CreateRequest(create);
         watch.requests.send(&pb::WatchRequest { request_union: Some(request) }).await.unwrap();
     }
-    put(acme, key(0), SECRET, 0).await.unwrap();
+    put(acme, key(0), &format!("{SECRET} event"), 0).await.unwrap();
     // Events come in the order in which they happened: this one is behind the other.
     put(globex, bytes("fence"), "own", 0).await.unwrap();
     let mut seen = Vec::new();
     while !seen.windows(5).any(|part| part == b"fence") {
         let answer: tenure_etcd_shim::wire::WatchResponse = watch.answers.message().await.unwrap();
         seen = answer.encode_to_vec();
-        // What it wrote itself under these names was deleted again; the value tells whose it is.
-        assert!(!seen.windows(SECRET.len() + 1).any(|part| part == format!("\x2a{SECRET}").as_bytes()));
+        assert!(!contains_secret(&seen), "{seen:?}");
     }
 
     let mut alive = globex.call("/etcdserverpb.Lease/LeaseKeepAlive").await.unwrap();
@@ -368,5 +385,5 @@ async fn exhaustion(acme: &Connection, globex: &Connection) {
     assert_eq!(alarms, 0, "an alarm is one tenant's");
     let count = pb::RangeRequest { count_only: true, ..range(bytes(EVERYTHING), EVERYTHING) };
     let counted: RangeResponse = unary(acme, "KV/Range", &count).await;
-    assert_eq!(counted.count, 20);
+    assert_eq!(counted.count, 20, "all of its keys");
 }

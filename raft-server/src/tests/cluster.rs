@@ -330,6 +330,19 @@ async fn members_leave_and_leaders_hand_over() {
     assert_eq!(cluster.probes[&next].commands().len(), 6);
 }
 
+// Who was told that a member is gone counts the rest: of three that are left, one may stop at once. It could not while raft still
+// asked the members before the change too, of whom the one that is gone never answers: the group would be stuck for good.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_member_whose_removal_is_acknowledged_is_not_waited_for() {
+    let mut cluster = Cluster::start().await;
+    let (leader, _) = cluster.leader_among(&[1, 2, 3], 0).await;
+    cluster.ask_for_change(leader, MembersChange::AddVoter(4), b"add 4, which never starts").await.unwrap();
+    cluster.ask_for_change(leader, MembersChange::Remove(4), b"remove 4").await.unwrap();
+    cluster.kill(if leader == 1 { 2 } else { 1 });
+    let rest: Vec<u64> = cluster.members.keys().copied().collect();
+    cluster.write(&rest, &Bytes::from_static(b"of two of three")).await;
+}
+
 // Writes from many clients while leaders come and go: what was acknowledged is there, in one order everywhere.
 #[tokio::test(flavor = "multi_thread")]
 async fn acknowledged_writes_survive_changes_of_leadership() {
