@@ -259,10 +259,21 @@ impl<R: Send + 'static> Handle<R> {
         let (reply, receiver) = oneshot::channel();
         let event = Event::Change { change, seen, command, reply };
         self.shared.events.try_send(event).map_err(|_| ChangeError::Propose(ProposeError::QueueFull))?;
-        let changing = receiver.await.unwrap_or(Err(ChangeError::Propose(ProposeError::Stopped)))?;
-        let outcome = changing.outcome.await.unwrap_or(Err(ProposeError::Dropped))?;
-        changing.alone.await.map_err(|_| ProposeError::Dropped)?;
+        let proposed = receiver.await.unwrap_or(Err(ChangeError::Propose(ProposeError::Stopped)))?;
+        let outcome = proposed.await.unwrap_or(Err(ProposeError::Dropped))?;
+        // The change is in force since before it was applied: it is this one that is left.
+        self.joint_left().await?;
         Ok(outcome)
+    }
+
+    /// Resolves when the configuration that is in force here is not a joint one: nobody who was removed, as far as this member
+    /// has applied, is needed for a quorum any more. That takes a quorum of both, so the caller bounds the wait.
+    ///
+    /// # Errors
+    /// [`ProposeError::Dropped`] if the member stops first.
+    pub async fn joint_left(&self) -> Result<(), ProposeError> {
+        let mut joint = self.shared.joint.clone();
+        joint.wait_for(|joint| !joint).await.map(drop).map_err(|_| ProposeError::Dropped)
     }
 
     /// Asks the leader, if this is it, to hand over: to that member, or to the one that is furthest if it is 0. Whether it came

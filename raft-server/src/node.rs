@@ -25,7 +25,7 @@ use crossbeam_channel::{Receiver, RecvTimeoutError};
 use raft::eraftpb::{ConfChangeSingle, ConfChangeTransition, ConfChangeType, ConfChangeV2, MessageType};
 use raft::{RawNode, SnapshotStatus, StateRole};
 use tenure_storage::Fault;
-use tokio::sync::oneshot;
+use tokio::sync::{oneshot, watch};
 
 use crate::apply::{self, ApplySignal};
 use crate::config::Config;
@@ -50,14 +50,7 @@ pub enum MembersChange {
 }
 
 /// Who waits for a change of members: whether it was proposed, then what became of it.
-pub(crate) type ChangeReply<R> = oneshot::Sender<Result<Changing<R>, ChangeError>>;
-
-/// A change of members that was proposed.
-pub(crate) struct Changing<R> {
-    pub(crate) outcome: oneshot::Receiver<Result<R, ProposeError>>,
-    /// The members before it count no more: raft has left the joint configuration.
-    pub(crate) alone: oneshot::Receiver<()>,
-}
+pub(crate) type ChangeReply<R> = oneshot::Sender<Result<oneshot::Receiver<Result<R, ProposeError>>, ChangeError>>;
 
 /// Everything that can make this member act. Adding work means adding a variant here.
 pub(crate) enum Event<R> {
@@ -128,8 +121,8 @@ pub(crate) struct Node<R> {
     /// What raft wants saved but needs no sync for: goes with the next write.
     pub(crate) unsaved: LogWrite,
     pub(crate) conf: Conf,
-    /// Who waits for the first configuration after this index that is not joint.
-    pub(crate) leaving_joint: Option<(u64, oneshot::Sender<()>)>,
+    /// Whether it is a joint one. Ends with the node, so that nobody waits for one that stopped.
+    pub(crate) joint: watch::Sender<bool>,
     /// The term in which we may read freely, and from which applied index on.
     pub(crate) read_floor: Option<Position>,
     /// A write was done on this thread: there may be more to do without any event's saying so.
@@ -528,9 +521,7 @@ impl<R: Send + 'static> Node<R> {
         // In another term it would be a command like any other, without raft's change.
         let only_in = Some(self.raw.raft.term);
         self.register(vec![Proposal { lane: 0, command, waiter: Waiter::Local(sender), only_in }]);
-        let (left, alone) = oneshot::channel();
-        self.leaving_joint = Some((seen, left));
-        let _ = reply.send(Ok(Changing { outcome: receiver, alone }));
+        let _ = reply.send(Ok(receiver));
     }
 
     /// A leader that took over in the middle of a change completes it; raft itself does only for its own.

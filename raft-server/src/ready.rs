@@ -237,11 +237,7 @@ impl<R: Send + 'static> Node<R> {
         // Another voter may acknowledge writes from now on.
         self.shared.status.reads_freely.store(false, Ordering::Release);
         *self.shared.members.write() = Arc::from(voters);
-        if conf.state.voters_outgoing.is_empty()
-            && let Some((_, left)) = self.leaving_joint.take_if(|(before, _)| conf.index > *before)
-        {
-            let _ = left.send(());
-        }
+        self.joint.send_replace(!conf.state.voters_outgoing.is_empty());
         self.conf = conf;
     }
 }

@@ -288,7 +288,7 @@ async fn no_method_reaches_another_tenant() {
     // The check can fail.
     let everything = range(bytes(EVERYTHING), EVERYTHING).encode_to_vec();
     let (own, _) = acme.bytes_of("/etcdserverpb.KV/Range", &everything).await;
-    assert!(contains_secret(&own) && told("etcdserverpb.KV/Range", &own[5..]) == 20);
+    assert!(contains_secret(&own) && told("etcdserverpb.KV/Range", &own[5..]) == KEYS as i64);
 
     let mut tried: BTreeSet<String> = STREAMS.iter().map(ToString::to_string).collect();
     for (method, messages) in attempts(before.0, own_header.member_id) {
@@ -385,5 +385,5 @@ async fn exhaustion(acme: &Connection, globex: &Connection) {
     assert_eq!(alarms, 0, "an alarm is one tenant's");
     let count = pb::RangeRequest { count_only: true, ..range(bytes(EVERYTHING), EVERYTHING) };
     let counted: RangeResponse = unary(acme, "KV/Range", &count).await;
-    assert_eq!(counted.count, 20, "all of its keys");
+    assert_eq!(counted.count, KEYS as i64, "all of its keys");
 }

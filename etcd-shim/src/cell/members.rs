@@ -275,6 +275,8 @@ impl Inner {
             loop {
                 let seen = self.raft.conf_index();
                 self.read_barrier().await?;
+                // Who asks again whether a member is gone hears so when it is not needed any more either.
+                self.raft.joint_left().await?;
                 let (raft_change, command, id) = self.check_change(&self.store.membership(), change.clone())?;
                 let command = Envelope { tenant: TenantId(0), member_id: own, command: Command::Members(command) };
                 match self.raft.change_members(raft_change, seen, command.encode()).await {

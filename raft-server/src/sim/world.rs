@@ -13,13 +13,13 @@ use tokio::sync::oneshot;
 use super::check::{Violation, Write, check};
 use super::member::{Disk, Life};
 use super::watcher::Watcher;
-use crate::node::{Changing, Event, MembersChange};
+use crate::node::{Event, MembersChange};
 use crate::snapshot::SnapshotOffer;
 use crate::transport::PeerMessage;
 use crate::{ChangeError, Config, ProposeError, ReadError};
 
 /// That a change of members was proposed, and what became of it.
-type ChangeProposed = Result<Changing<Outcome>, ChangeError>;
+type ChangeProposed = Result<oneshot::Receiver<Result<Outcome, ProposeError>>, ChangeError>;
 
 const TENANT: TenantId = TenantId(1);
 

@@ -120,6 +120,7 @@ impl Cluster {
                     // Whether it was made is known once what was proposed before is applied, or lost for good.
                     Err(ChangeError::Propose(ProposeError::Dropped)) => {
                         read_point(handle).await;
+                        handle.joint_left().await.expect("the member lives");
                         if self.probes[&at].commands().iter().any(|made| made == command) {
                             return Ok(());
                         }
