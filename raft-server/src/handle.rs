@@ -250,8 +250,8 @@ impl<R: Send + 'static> Handle<R> {
 
     /// Changes who is in the group, on the leader, together with the command that records it, if the newest change in force is
     /// still the one at index `seen` ([`Handle::conf_index`]): that whoever decides on this one has looked at. Resolves as
-    /// [`Handle::propose`] does, and not before the change is in force alone: on the way the quorum of the members before it is
-    /// needed as well, and who was just told that a member is gone may stop another one.
+    /// [`Handle::propose`] does; the change is in force before that, jointly with the members before it until
+    /// [`Handle::joint_left`].
     ///
     /// # Errors
     /// See [`ChangeError`].
@@ -260,14 +260,13 @@ impl<R: Send + 'static> Handle<R> {
         let event = Event::Change { change, seen, command, reply };
         self.shared.events.try_send(event).map_err(|_| ChangeError::Propose(ProposeError::QueueFull))?;
         let proposed = receiver.await.unwrap_or(Err(ChangeError::Propose(ProposeError::Stopped)))?;
-        let outcome = proposed.await.unwrap_or(Err(ProposeError::Dropped))?;
-        // The change is in force since before it was applied: it is this one that is left.
-        self.joint_left().await?;
-        Ok(outcome)
+        Ok(proposed.await.unwrap_or(Err(ProposeError::Dropped))?)
     }
 
-    /// Resolves when the configuration that is in force here is not a joint one: nobody who was removed, as far as this member
-    /// has applied, is needed for a quorum any more. That takes a quorum of both, so the caller bounds the wait.
+    /// Resolves when the configuration that is in force here is not a joint one: then the members before the newest change that
+    /// this member has applied are needed for a quorum no more. Whoever is told that a member is gone, or votes, may stop another
+    /// one at once, so they should hear it after this. That takes a quorum of both: a voter that is new and does not run yet may
+    /// be needed for it, and the caller bounds the wait.
     ///
     /// # Errors
     /// [`ProposeError::Dropped`] if the member stops first.

@@ -98,6 +98,30 @@ async fn a_lost_majority_is_recovered_by_force() {
     assert_eq!(members(lost).await, ["m0", "m1"]);
 }
 
+// The members before a removal are needed until raft has left the joint configuration: who hears of it earlier and stops another
+// member leaves the cell without a quorum for good.
+#[tokio::test(flavor = "multi_thread")]
+async fn of_those_that_a_removal_leaves_one_may_stop_at_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut cluster = Cluster::start(3, dir.path(), &[]);
+    put(&cluster.members[0], "k", "before").await;
+    let connection = Connection::open(cluster.members[0].client).await;
+    let request = pb::MemberAddRequest { peer_ur_ls: vec!["http://127.0.0.1:1".into()], is_learner: false };
+    // Members that have just started do not count as healthy yet.
+    let added: pb::MemberAddResponse = loop {
+        match connection.unary("/etcdserverpb.Cluster/MemberAdd", &request).await {
+            Ok(added) => break added,
+            Err(status) => assert_eq!(status.message(), "etcdserver: unhealthy cluster"),
+        }
+        tokio::task::yield_now().await;
+    };
+    let removal = pb::MemberRemoveRequest { id: added.member.expect("the new member").id };
+    let _: pb::MemberRemoveResponse = connection.unary("/etcdserverpb.Cluster/MemberRemove", &removal).await.unwrap();
+    cluster.members[2].kill();
+    put(&cluster.members[0], "k", "after").await;
+    assert_eq!(get(&cluster.members[1], "k").await.as_deref(), Some("after"));
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_another_cells_is_refused_in_one_line() {
     let dir = tempfile::tempdir().unwrap();

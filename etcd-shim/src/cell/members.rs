@@ -269,18 +269,27 @@ impl Inner {
             }
             return Ok(PeerAnswer { not_leader: true, ..PeerAnswer::default() });
         }
+        // A member that is added does not run yet: a quorum without it is one of the members before as well. With a single one
+        // before, nobody leaves the joint configuration until it does run. Of other changes the client hears afterwards.
+        let is_addition = change.kind() == Kind::Add;
         // Raft leaves the joint configuration of the change before by itself; that takes a moment, and what was decided on what was
         // there before it is decided anew.
         let changed = async {
             loop {
                 let seen = self.raft.conf_index();
                 self.read_barrier().await?;
-                // Who asks again whether a member is gone hears so when it is not needed any more either.
-                self.raft.joint_left().await?;
+                if !is_addition {
+                    // Who asks again whether it was done hears so when the members before count no more, too.
+                    self.raft.joint_left().await?;
+                }
                 let (raft_change, command, id) = self.check_change(&self.store.membership(), change.clone())?;
                 let command = Envelope { tenant: TenantId(0), member_id: own, command: Command::Members(command) };
                 match self.raft.change_members(raft_change, seen, command.encode()).await {
                     Err(ChangeError::UnderWay) => sleep(ASK_AGAIN).await,
+                    Ok(outcome) if !is_addition => {
+                        self.raft.joint_left().await?;
+                        return Ok((id, Ok(outcome)));
+                    }
                     other => return Ok::<_, CellError>((id, other)),
                 }
             }

@@ -125,7 +125,11 @@ impl Cluster {
                             return Ok(());
                         }
                     }
-                    answer => return answer.map(drop),
+                    Ok(_) => {
+                        handle.joint_left().await.expect("the member lives");
+                        return Ok(());
+                    }
+                    Err(error) => return Err(error),
                 }
                 tokio::task::yield_now().await;
             }
