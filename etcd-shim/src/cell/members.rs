@@ -14,7 +14,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use prost::Message as _;
 use tenure_raft_server::transport::peers::{CallFuture, Calls};
-use tenure_raft_server::{ChangeError, MembersChange};
+use tenure_raft_server::{ChangeError, MembersChange, Progress};
 use tenure_storage::{Command, Envelope, LeaseId, Member, MembersCommand, Membership, Refusal, TenantId};
 use tokio::time::{sleep, timeout};
 use tonic::Status;
@@ -378,10 +378,7 @@ impl Inner {
 
     fn check_promotion(&self, membership: &Membership, id: u64) -> Result<(), CellError> {
         let member = membership.member(id).ok_or(Refusal::MemberNotFound)?;
-        let progress = self.raft.progress();
-        let matched = |id: u64| progress.iter().find(|of| of.id == id).map_or(0, |of| of.matched_index);
-        let leader = matched(self.identity().member_id);
-        if matched(id).saturating_mul(100) < leader.saturating_mul(PROMOTABLE_PERCENT) {
+        if !is_in_sync(&self.raft.progress(), self.identity().member_id, id) {
             return Err(MembershipError::LearnerNotReady.into());
         }
         if !member.is_learner {
@@ -411,6 +408,15 @@ impl Inner {
         });
         CellMembers { cluster_id: self.identity().cluster_id, members: members.collect() }
     }
+}
+
+/// Whether a member is near enough to the leader to vote. Nobody is while the leader has not counted: it does so once a tick, so
+/// one that was just elected knows of no member's progress, its own included.
+fn is_in_sync(progress: &[Progress], leader: u64, id: u64) -> bool {
+    let matched = |id: u64| progress.iter().find(|of| of.id == id).map(|of| of.matched_index);
+    matched(leader)
+        .zip(matched(id))
+        .is_some_and(|(leader, member)| member.saturating_mul(100) >= leader.saturating_mul(PROMOTABLE_PERCENT))
 }
 
 /// etcd's formula: from the URLs and the second. An id that was used makes the next second's.
@@ -501,6 +507,17 @@ async fn change_for(cell: &Arc<Inner>, change: MemberChange) -> PeerAnswer {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    // A learner that never ran got its vote in the first tick after an election: nothing was not less than nothing.
+    #[test]
+    fn nobody_is_in_sync_before_the_leader_has_counted() {
+        let of = |id, matched_index| Progress { id, matched_index, is_active: true, is_learner: id == 2 };
+        assert!(!is_in_sync(&[], 1, 2));
+        assert!(!is_in_sync(&[of(1, 100)], 1, 2), "added since");
+        assert!(!is_in_sync(&[of(2, 100)], 1, 2));
+        assert!(!is_in_sync(&[of(1, 100), of(2, 89)], 1, 2));
+        assert!(is_in_sync(&[of(1, 100), of(2, 90)], 1, 2));
+    }
 
     #[test]
     fn voters_are_added_while_a_quorum_has_started() {
