@@ -139,9 +139,15 @@ impl Outgoing {
         std::mem::take(&mut self.state.lock().wanted)
     }
 
-    /// Offers this one from now on, or none.
+    /// Offers this one from now on, or none. What was wanted while it was made is forgotten: raft asks again, and wants another only if
+    /// this one does not suit. (Else one that takes longer to make than raft takes to ask would be replaced at once by a second, under the
+    /// hands of whoever fetches it.)
     pub(crate) fn set(&self, snapshot: Option<OutgoingSnapshot>) {
-        let before = std::mem::replace(&mut self.state.lock().ready, snapshot.map(Arc::new));
+        let before = {
+            let mut state = self.state.lock();
+            state.wanted = false;
+            std::mem::replace(&mut state.ready, snapshot.map(Arc::new))
+        };
         // Removing files takes time: not under the lock.
         drop(before);
     }
@@ -153,5 +159,30 @@ impl Outgoing {
     /// The one of that name.
     pub(crate) fn named(&self, at: Position) -> Option<Arc<OutgoingSnapshot>> {
         self.state.lock().ready.as_ref().filter(|ready| ready.at == at).cloned()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn outgoing(index: u64, dir: &Path) -> OutgoingSnapshot {
+        let mut conf = Conf { index, ..Conf::default() };
+        conf.state.learners.push(9);
+        OutgoingSnapshot { at: Position { index, term: 1 }, conf, path: dir.join(format!("out-{index}")) }
+    }
+
+    // Raft asks at each heartbeat, and a copy of a large state takes longer than that.
+    #[test]
+    fn one_that_is_asked_for_while_it_is_made_is_made_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let snapshots = Outgoing::default();
+        assert!(snapshots.get(5, 9).is_none() && snapshots.take_wanted(), "it is being made");
+        assert!(snapshots.get(5, 9).is_none());
+        snapshots.set(Some(outgoing(7, dir.path())));
+        assert!(!snapshots.take_wanted(), "there is one");
+        assert_eq!(snapshots.get(5, 9).unwrap().get_metadata().index, 7);
+        assert!(snapshots.get(8, 9).is_none() && snapshots.take_wanted(), "that one is too old");
+        assert!(snapshots.get(5, 8).is_none() && snapshots.take_wanted(), "and knows nothing of this member");
     }
 }
