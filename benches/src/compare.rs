@@ -18,7 +18,7 @@ use crate::client::Workload;
 use crate::fields::{integer, submessages};
 use crate::load::{self, Load, Measured, Stage, Target};
 use crate::server::{Kind, Server, Setup};
-use crate::{chart, cluster, noisy, process, report, tls};
+use crate::{chart, cluster, noisy, process, report, scale, tls};
 
 /// Kube txns a second whose tail is measured: a busy cell, far from its end.
 const TAIL_RATE: f64 = 2_000.0;
@@ -110,6 +110,8 @@ pub fn compare(plan: &Plan, audience: &dyn Audience) -> anyhow::Result<Value> {
     let tail = if plan.tail_revisions > 0 { comparison.tail()? } else { Vec::new() };
     let noisy = if plan.tenants > 1 && comparison.wanted("noisy") { noisy::run(plan, audience)? } else { Vec::new() };
     let idle = if plan.idle_tenants > 0 { comparison.idle()? } else { Value::Null };
+    let is_scaled = plan.idle_tenants > 0 && plan.large_keys > 0 && comparison.wanted("scale");
+    let scale = if is_scaled { scale::run(plan, audience)? } else { Value::Null };
     let medians = comparison.medians();
     let report = json!({
         "fdatasync_us": fdatasync_us,
@@ -121,6 +123,7 @@ pub fn compare(plan: &Plan, audience: &dyn Audience) -> anyhow::Result<Value> {
         "tail": tail,
         "noisy_neighbour": noisy,
         "idle_tenants": idle,
+        "scale": scale,
         "runs": comparison.cases.iter().map(|(case, servers)| json!({ "case": case, "servers": servers })).collect::<Vec<_>>(),
     });
     std::fs::write(plan.dir.join("report.json"), serde_json::to_string_pretty(&report)?)?;
@@ -586,11 +589,16 @@ fn median(runs: &[Value]) -> Value {
     })
 }
 
-fn disk_bytes(path: &Path) -> anyhow::Result<u64> {
+/// Bytes of all files below a directory. One that goes away meanwhile counts nothing.
+pub(crate) fn disk_bytes(path: &Path) -> anyhow::Result<u64> {
     let mut bytes = 0;
     for entry in std::fs::read_dir(path)? {
         let entry = entry?;
-        bytes += if entry.file_type()?.is_dir() { disk_bytes(&entry.path())? } else { entry.metadata()?.len() };
+        bytes += match entry.file_type() {
+            Ok(kind) if kind.is_dir() => disk_bytes(&entry.path())?,
+            Ok(_) => entry.metadata().map_or(0, |metadata| metadata.len()),
+            Err(_) => 0,
+        };
     }
     Ok(bytes)
 }

@@ -19,5 +19,6 @@ pub mod load;
 pub mod noisy;
 pub mod process;
 pub mod report;
+pub mod scale;
 pub mod server;
 pub mod tls;

@@ -715,6 +715,63 @@ pub async fn call(target: &Target, path: &'static str, request: &impl prost::Mes
     }
 }
 
+/// Connections with a watch each, held open until the server closes them.
+pub struct Held(Vec<Pin<Box<dyn Socket>>>);
+
+impl Held {
+    /// Opens them, for the first tenant of the target; each watch was confirmed on return.
+    ///
+    /// # Errors
+    /// If the server does not let one in.
+    pub async fn open(target: &Target, number: usize) -> anyhow::Result<Held> {
+        let address = target.addresses.first().context("an address")?;
+        let scheme = if target.tls.is_empty() { "http" } else { "https" };
+        let range = WatchCreateRequest { key: "held".into(), ..WatchCreateRequest::default() };
+        let create = WatchRequest { request_union: Some(RequestUnion::CreateRequest(range)) };
+        let mut held = Vec::new();
+        for _ in 0..number {
+            let mut socket = connect(address, target.tls.first().cloned()).await?;
+            let mut http2 = Http2::new(scheme, address);
+            http2.open("/etcdserverpb.Watch/Watch", 0, &create, false);
+            let (mut input, mut confirmed) = (BytesMut::new(), false);
+            while !confirmed {
+                let output = http2.output().split();
+                socket.write_all(&output).await?;
+                socket.flush().await?;
+                if socket.read_buf(&mut input).await? == 0 {
+                    bail!("the server closed the connection");
+                }
+                let mut ended = false;
+                http2.receive(&mut input, |incoming| match incoming {
+                    Incoming::Message { .. } => confirmed = true,
+                    Incoming::End { .. } => ended = true,
+                })?;
+                if ended {
+                    bail!("the server ended the watch");
+                }
+            }
+            held.push(socket);
+        }
+        Ok(Held(held))
+    }
+
+    /// Waits until the server has closed all of them.
+    pub async fn closed(self) {
+        let mut closing: futures::stream::FuturesUnordered<_> = self
+            .0
+            .into_iter()
+            .map(|mut socket| async move {
+                let mut rest = BytesMut::new();
+                // However it ends, it has ended.
+                while socket.read_buf(&mut rest).await.is_ok_and(|read| read > 0) {
+                    rest.clear();
+                }
+            })
+            .collect();
+        while futures::StreamExt::next(&mut closing).await.is_some() {}
+    }
+}
+
 trait Socket: AsyncRead + AsyncWrite {}
 impl<S: AsyncRead + AsyncWrite> Socket for S {}
 

@@ -1,8 +1,8 @@
 //! Fifty quiet tenants and one that is not: what its floods do to their latency.
 //!
 //! The quiet ones make kube txns at a steady rate, all together far from what the server can do, and their p99 is taken alone and
-//! under each kind of noise. etcd has prefixes instead of tenants. The generator of the noise takes its share of the same
-//! processors, so figures are ratios of one run, side by side. Tenured is measured twice: as it is, and with limits on the noisy
+//! under each kind of noise. etcd has prefixes instead of tenants. The generator of the noise gets what the others leave of the
+//! processors ([`process::only_when_idle`]). Figures are ratios of one run, side by side. Tenured is measured twice: as it is, and with limits on the noisy
 //! tenant, as an operator would set them.
 
 use std::path::Path;
@@ -16,8 +16,8 @@ use tenure_provisioner::connect::{TlsFiles, connect};
 use crate::client::Workload;
 use crate::compare::{Audience, Plan, base};
 use crate::load::{self, Load, Measured, Stage, Target};
-use crate::report;
 use crate::server::{Kind, Server, Setup, tenant_name};
+use crate::{process, report};
 
 /// Tenants that behave, and their kube txns a second, all together.
 const QUIET_TENANTS: usize = 50;
@@ -31,6 +31,9 @@ const LIMIT_REQUEST_BYTES_PER_SECOND: u64 = 8 << 20;
 const LISTED_KEYS: u64 = 10_000;
 
 const NOISY_WATCHERS: u64 = 10_000;
+
+/// The noise begins so long before what is measured: ten thousand watches take a while to open.
+const NOISE_BEFORE: Duration = Duration::from_secs(1);
 
 /// A kind of noise; together they are all of it.
 fn noises(plan: &Plan) -> Vec<(&'static str, Load)> {
@@ -61,10 +64,8 @@ pub fn run(plan: &Plan, audience: &dyn Audience) -> anyhow::Result<Vec<Value>> {
         let data_dir = plan.dir.join("data").join(format!("noisy-{}-{limited}", kind.name()));
         let setup = Setup { kind, program: program.clone(), data_dir, tenants: QUIET_TENANTS + 1, tls_dir: None };
         let server = Server::start(setup.clone())?;
-        if limited {
-            load::block_on(limit(&setup.data_dir, &tenant_name(QUIET_TENANTS)))?;
-        }
-        figures.push(of_server(plan, audience, name, &server)?);
+        let limit_at = limited.then_some(setup.data_dir.as_path());
+        figures.push(of_server(plan, audience, name, &server, limit_at)?);
     }
     Ok(figures)
 }
@@ -83,7 +84,14 @@ async fn limit(data_dir: &Path, tenant: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn of_server(plan: &Plan, audience: &dyn Audience, name: &str, server: &Server) -> anyhow::Result<Value> {
+/// `limit_at`: the data directory of the server whose noisy tenant is to be limited.
+fn of_server(
+    plan: &Plan,
+    audience: &dyn Audience,
+    name: &str,
+    server: &Server,
+    limit_at: Option<&Path>,
+) -> anyhow::Result<Value> {
     let addresses = server.addresses();
     let target = |addresses: Vec<String>| Target {
         name: name.to_string(),
@@ -110,6 +118,9 @@ fn of_server(plan: &Plan, audience: &dyn Audience, name: &str, server: &Server) 
     for (_, noise) in noises.iter().filter(|(_, noise)| noise.workload.needs_keys()) {
         load::block_on(load::fill(&noisy_target, noise, &told))?;
     }
+    if let Some(data_dir) = limit_at {
+        load::block_on(limit(data_dir, &tenant_name(QUIET_TENANTS)))?;
+    }
     let p99 = |measured: &Measured| measured.latency_us.value_at_quantile(0.99);
     let alone = load::block_on(load::run(&quiet_target, &quiet, &told))?;
     let mut lines = vec![format!("alone {} µs", p99(&alone))];
@@ -117,15 +128,24 @@ fn of_server(plan: &Plan, audience: &dyn Audience, name: &str, server: &Server) 
     let together: Vec<&Load> = noises.iter().map(|(_, noise)| noise).collect();
     let each = noises.iter().map(|(kind, noise)| (*kind, vec![noise]));
     for (kind, loads) in each.chain([("together", together)]) {
-        let lasting = quiet.warm_up + quiet.duration + Duration::from_millis(500);
+        let lasting = NOISE_BEFORE + quiet.warm_up + quiet.duration;
         let noise: Vec<_> = loads
             .into_iter()
             .map(|noise| {
                 let (target, noise) = (noisy_target.clone(), Load { duration: lasting, ..noise.clone() });
-                // What the noisy one is refused, or cut off from, is its own trouble.
-                std::thread::spawn(move || drop(load::block_on(load::run_filled(&target, &noise, &|_, _| {}))))
+                std::thread::spawn(move || {
+                    if let Err(error) = process::only_when_idle() {
+                        eprintln!("the noise competes with what is measured: {error}");
+                    }
+                    // What the noisy one is refused, or cut off from, is its own trouble; and whatever it still waits for then.
+                    let made = async {
+                        let _ = tokio::time::timeout(lasting, load::run_filled(&target, &noise, &|_, _| {})).await;
+                    };
+                    load::block_on(made);
+                })
             })
             .collect();
+        std::thread::sleep(NOISE_BEFORE);
         let measured = load::block_on(load::run(&quiet_target, &quiet, &told))?;
         for noise in noise {
             noise.join().map_err(|_| anyhow::anyhow!("the noise panicked"))?;

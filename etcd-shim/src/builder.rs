@@ -384,6 +384,7 @@ impl Builder {
             admin: AdminServer::new(admin),
             arriving: InFlight::new(Budget::default()),
             rpc_metrics,
+            turns: Arc::default(),
             access: Arc::new(self.access.clone()),
             limits: self.connections,
         };

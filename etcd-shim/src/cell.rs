@@ -42,6 +42,7 @@ use tokio::time::{Instant, timeout_at};
 
 use crate::cell_error::CellError;
 use crate::data_dir::{DataDir, DataDirError, Identity};
+use crate::delivery::Deliveries;
 use crate::disk::{self, Disk};
 use crate::ids;
 use crate::lessor::{self, Lessor};
@@ -265,10 +266,17 @@ struct Defragment {
 /// What raft-server drives.
 struct Applier(StateMachine<RocksEngine>);
 
+/// Work that apply leaves to tasks.
+#[derive(Default)]
+struct Background {
+    reclaimer: Reclaimer,
+    deliveries: Deliveries,
+}
+
 /// What storage tells while it applies.
 struct Watcher {
     lessor: Arc<Lessor>,
-    reclaimer: Arc<Reclaimer>,
+    background: Arc<Background>,
     peers: Peers,
     changes: Arc<tenants::Changes>,
     /// Set when the state is open: what comes before that is read from it then.
@@ -286,7 +294,11 @@ impl Observer for Watcher {
     }
 
     fn reclaim_pending(&self, tenant: TenantId) {
-        self.reclaimer.add(tenant);
+        self.background.reclaimer.add(tenant);
+    }
+
+    fn delivery_pending(&self, tenant: TenantId) {
+        self.background.deliveries.add(tenant);
     }
 
     fn tenant_changed(&self, tenant: TenantId, change: TenantChange) {
@@ -385,20 +397,27 @@ impl Cell {
         let runtime = tokio::runtime::Handle::current();
         // Reads the disk.
         let opened = tokio::task::spawn_blocking(move || Inner::open(&for_open, beginning, &runtime)).await;
-        let (cell, reclaimer, bootstrap) = opened.map_err(|_| OpenError::SetUp(CellError::Stopped))??;
-        cell.start_tasks(reclaimer);
+        let (cell, background, bootstrap) = opened.map_err(|_| OpenError::SetUp(CellError::Stopped))??;
+        cell.start_tasks(&background);
         Ok(Opening { cell, config, bootstrap })
     }
 
-    fn start_tasks(&self, reclaimer: Arc<Reclaimer>) {
+    fn start_tasks(&self, background: &Arc<Background>) {
         let mut tasks = self.0.tasks.lock();
         tasks.spawn(follow_leadership(Arc::downgrade(&self.0), self.0.leadership.clone()));
         tasks.spawn(revoke_expired(Arc::downgrade(&self.0)));
         tasks.spawn(watch_disk(Arc::downgrade(&self.0)));
         tasks.spawn(tenants::clear(Arc::downgrade(&self.0), Arc::clone(&self.0.changes)));
-        let cell = Arc::downgrade(&self.0);
+        let (cell, of_cell) = (Arc::downgrade(&self.0), Arc::clone(background));
         tasks.spawn(async move {
-            reclaimer
+            let deliver =
+                |tenant, watchers_max| cell.upgrade().is_some_and(|cell| cell.store.deliver(tenant, watchers_max));
+            of_cell.deliveries.run(deliver).await;
+        });
+        let (cell, of_cell) = (Arc::downgrade(&self.0), Arc::clone(background));
+        tasks.spawn(async move {
+            of_cell
+                .reclaimer
                 .run(async move |tenant, command| match cell.upgrade() {
                     Some(cell) => cell.propose(tenant, command).await?.result.map_err(CellError::from),
                     None => Err(CellError::Stopped),
@@ -685,7 +704,7 @@ impl Inner {
         config: &CellConfig,
         beginning: Beginning,
         runtime: &tokio::runtime::Handle,
-    ) -> Result<(Cell, Arc<Reclaimer>, Vec<(u64, Vec<String>)>), OpenError> {
+    ) -> Result<(Cell, Arc<Background>, Vec<(u64, Vec<String>)>), OpenError> {
         let Beginning { identity, voters, members } = beginning;
         let data_dir = DataDir::open(&config.data_dir, identity, &config.cluster_token)?;
         let disk = Disk::new(data_dir.path(), config.disk_reserve_bytes).map_err(OpenError::Disk)?;
@@ -694,13 +713,13 @@ impl Inner {
         let peers = Peers::new(config.peers(PeerIdentity { member_id, cluster_id }), runtime.clone());
         peers.set_members(&members);
         let lessor = Arc::new(Lessor::new(config.election_timeout));
-        let reclaimer = Arc::new(Reclaimer::default());
+        let background = Arc::new(Background::default());
         let failure = Failure(Arc::new(watch::Sender::new(None)));
         let changes = Arc::new(tenants::Changes::default());
         let observer = Arc::new(Watcher {
             lessor: Arc::clone(&lessor),
             changes: Arc::clone(&changes),
-            reclaimer: Arc::clone(&reclaimer),
+            background: Arc::clone(&background),
             peers: peers.clone(),
             store: std::sync::OnceLock::new(),
             failure: failure.clone(),
@@ -739,7 +758,7 @@ impl Inner {
         };
         let inner = Arc::new(inner);
         peers.answer_calls(Arc::new(members::Answers(Arc::downgrade(&inner))));
-        Ok((Cell(inner), reclaimer, members))
+        Ok((Cell(inner), background, members))
     }
 
     fn identity(&self) -> Identity {

@@ -49,13 +49,6 @@ impl Running {
         refusal.into_http()
     }
 
-    /// A thread was at work for this request.
-    fn spent(&self, since: std::time::Instant) {
-        if let Some(call) = &self.call {
-            call.traffic().used().spent(since.elapsed());
-        }
-    }
-
     fn end(&mut self, code: Code) {
         if let Some(call) = &mut self.call {
             call.end(code);
@@ -84,13 +77,7 @@ where
     let content_type = request.headers().get(header::CONTENT_TYPE).cloned();
     let deadline =
         request.headers().get(GRPC_TIMEOUT).and_then(timeout).and_then(|timeout| Instant::now().checked_add(timeout));
-    let mut answer = router.call(request);
-    let answer = std::future::poll_fn(|context| {
-        let began = std::time::Instant::now();
-        let polled = answer.as_mut().poll(context);
-        running.spent(began);
-        polled
-    });
+    let answer = router.call(request);
     let response = match deadline {
         None => answer.await,
         Some(deadline) => match tokio::time::timeout_at(deadline, answer).await {

@@ -36,8 +36,9 @@ use crate::request_body::CountedBody;
 use crate::rpc_metrics::RpcMetrics;
 use crate::server::Router;
 use crate::tenant::{ConnectionIdentity, NoTenant, PeerCertificate, check_admin, resolve, tenant_of_server_name};
-use crate::throttle::OpenCount;
+use crate::throttle::{OpenCount, TenantUse};
 use crate::tls::{Tls, peer_certificate};
+use crate::turns::{Turns, fairly};
 
 /// Most connections open at one listener. At the bound further ones wait in the operating system's backlog.
 const CONNECTIONS_MAX: usize = 20_000;
@@ -238,6 +239,7 @@ pub struct Services {
     /// Bytes of requests that are not complete yet.
     pub arriving: InFlight,
     pub rpc_metrics: RpcMetrics,
+    pub turns: Arc<Turns>,
     pub access: Arc<HttpAccess>,
     pub limits: ConnectionLimits,
 }
@@ -259,7 +261,7 @@ pub async fn serve(listener: Listener, services: Services, mut stop: watch::Rece
     let graceful = GracefulShutdown::new();
     let (cut, cutting) = watch::channel(false);
     let (sender, mut ended) = mpsc::channel(1);
-    let alive = Alive { _sender: sender };
+    let alive = Alive { _sender: sender, share: None };
     let Listener { socket, terms } = listener;
     let shared = Arc::new((terms, services));
     loop {
@@ -306,6 +308,8 @@ pub async fn serve(listener: Listener, services: Services, mut stop: watch::Rece
 #[derive(Clone)]
 struct Alive {
     _sender: mpsc::Sender<std::convert::Infallible>,
+    /// Of a tenant's connection: how its tasks take turns with those of others.
+    share: Option<(Arc<Turns>, Arc<TenantUse>)>,
 }
 
 /// Runs the requests of an HTTP/2 connection.
@@ -316,10 +320,20 @@ where
 {
     fn execute(&self, request: F) {
         let alive = self.clone();
-        tokio::spawn(async move {
-            request.await;
-            drop(alive);
-        });
+        match alive.share.clone() {
+            Some((turns, used)) => {
+                tokio::spawn(async move {
+                    fairly(turns, used, request).await;
+                    drop(alive);
+                });
+            }
+            None => {
+                tokio::spawn(async move {
+                    request.await;
+                    drop(alive);
+                });
+            }
+        }
     }
 }
 
@@ -425,8 +439,17 @@ where
         Ok(guest) => {
             // Subscribed before it was admitted: no change is missed.
             let expelled = guest.expelled(services);
+            let share = guest.used.clone().map(|used| (Arc::clone(&services.turns), used));
+            let alive = Alive { share: share.clone(), ..alive };
+            let served = served(terms, services, stream, guest.identity.clone(), watcher, alive);
+            let served = async {
+                match share {
+                    Some((turns, used)) => fairly(turns, used, served).await,
+                    None => served.await,
+                }
+            };
             tokio::select! {
-                () = served(terms, services, stream, guest.identity.clone(), watcher, alive) => {}
+                () = served => {}
                 reason = expelled => tracing::info!(tenant = guest.identity.tenant(), %reason, "close a connection"),
             }
         }
@@ -462,6 +485,8 @@ struct Guest {
     /// `None`: there was no such tenant; its requests are refused one by one.
     tenant: Option<TenantId>,
     changes: watch::Receiver<u64>,
+    /// What the tenant uses of this member.
+    used: Option<Arc<TenantUse>>,
     _counted: Option<OpenCount>,
 }
 
@@ -473,16 +498,17 @@ impl Guest {
     ) -> Result<Self, NoTenant> {
         let changes = services.cell.tenants_changed();
         let tenant = services.cell.tenant(identity.tenant());
-        let counted = match &tenant {
+        let (used, counted) = match &tenant {
             Some(tenant) => {
                 check_welcome(tenant, certificate.as_ref())?;
                 let used = services.rpc_metrics.used(tenant.id());
-                Some(used.connect(&tenant.profile()).ok_or(NoTenant::TooManyConnections)?)
+                let counted = used.connect(&tenant.profile()).ok_or(NoTenant::TooManyConnections)?;
+                (Some(used), Some(counted))
             }
-            None => None,
+            None => (None, None),
         };
         let tenant = tenant.map(|tenant| tenant.id());
-        Ok(Guest { identity, certificate, tenant, changes, _counted: counted })
+        Ok(Guest { identity, certificate, tenant, changes, used, _counted: counted })
     }
 
     /// Ends when the connection has to be closed, with the reason.

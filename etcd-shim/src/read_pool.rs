@@ -4,7 +4,10 @@
 //! serve connections it would hold up everybody's small requests, and without a bound one tenant's lists would be all
 //! that the machine does. So such reads run here, on a fixed number of threads, and the pool is fair between tenants:
 //!
-//! - threads take the tenants in turn, one read of each, not the reads in order of arrival;
+//! - the next read is one of the tenant that has had the least thread time, not the one that came first. What a read costs is known
+//!   when it has ended, so it is charged then (start-time fair queueing, Goyal, Vin and Cheng 1996): each tenant has a *tag*, the time
+//!   that it was served for, and one that comes back starts where the others are. It is charged time, not bytes: a count of a
+//!   million keys answers in ten bytes;
 //! - one tenant may have as many reads running as leave half of the threads to the others;
 //! - one tenant may have [`TENANT_QUEUED_MAX`] reads waiting, all together [`QUEUED_MAX`]. At either bound the next
 //!   read is refused with [`CellError::TooManyRequests`]. A tenant's bound is far below the common one, so it takes many tenants at
@@ -12,22 +15,27 @@
 //!
 //! A read whose caller has gone away is dropped unread if it has not begun; one that runs, runs to its end.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::thread::JoinHandle;
+use std::time::Instant;
 
 use parking_lot::{Condvar, Mutex};
 use tenure_storage::TenantId;
 use tokio::sync::oneshot;
 
 use crate::cell_error::CellError;
+use crate::priority::step_back;
 
 /// Reads of one tenant that wait for a thread. The next one is refused.
 pub const TENANT_QUEUED_MAX: usize = 1_000;
 
 /// Reads of all tenants that wait for a thread. The next one is refused.
 pub const QUEUED_MAX: usize = 20_000;
+
+/// Charged for each read besides its time: what it costs to hand it over.
+const READ_OVERHEAD_NS: u64 = 20_000;
 
 const _: () = assert!(TENANT_QUEUED_MAX * 10 <= QUEUED_MAX, "one tenant does not fill the queue of all");
 
@@ -46,21 +54,45 @@ struct Shared {
 
 #[derive(Default)]
 struct Queue {
-    /// Tenants with something waiting or running.
+    /// Tenants with something waiting or running, and those in debt.
     tenants: HashMap<TenantId, TenantReads>,
-    /// Tenants with something waiting that may start now, in turn.
-    turns: VecDeque<TenantId>,
+    /// Tenants with something waiting that may start now: the one that had the least is first, among equals the one that waits longest.
+    turns: BTreeSet<Turn>,
+    /// Tenants with nothing to do whose tag the clock has not reached: if they were forgotten, who asks for one large read after the
+    /// other would never pay for any.
+    debtors: BTreeSet<(u64, TenantId)>,
+    /// The largest tag of a read that was started: where tenants start that had nothing to do.
+    clock_ns: u64,
+    turns_given: u64,
     queued: usize,
     stopping: bool,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct Turn {
+    tag_ns: u64,
+    number: u64,
+    tenant: TenantId,
 }
 
 #[derive(Default)]
 struct TenantReads {
     waiting: VecDeque<Job>,
     running: usize,
+    /// See the module's essay.
+    tag_ns: u64,
+    /// Its entry in `turns`, if it has one.
+    turn: Option<Turn>,
 }
 
-type Job = Box<dyn FnOnce() + Send>;
+impl TenantReads {
+    fn is_idle(&self) -> bool {
+        self.running == 0 && self.waiting.is_empty()
+    }
+}
+
+/// Answers what it cost.
+type Job = Box<dyn FnOnce() -> u64 + Send>;
 
 impl ReadPool {
     /// As many threads as a machine with this many processors can use: some wait for the disk.
@@ -82,7 +114,11 @@ impl ReadPool {
         for number in 0..threads {
             let shared = Arc::clone(&pool.shared);
             let thread = std::thread::Builder::new().name(format!("read-{number}"));
-            pool.threads.push(thread.spawn(move || shared.run())?);
+            let run = move || {
+                step_back();
+                shared.run();
+            };
+            pool.threads.push(thread.spawn(run)?);
         }
         Ok(pool)
     }
@@ -98,10 +134,12 @@ impl ReadPool {
     ) -> Result<T, CellError> {
         let (reply, answer) = oneshot::channel();
         let job = Box::new(move || {
+            let began = Instant::now();
             if !reply.is_closed() {
                 // A caller who has just gone does not want it.
                 let _ = reply.send(read());
             }
+            u64::try_from(began.elapsed().as_nanos()).unwrap_or(u64::MAX)
         });
         self.shared.enqueue(tenant, job)?;
         answer.await.map_err(|_| CellError::Stopped)
@@ -135,15 +173,11 @@ impl Shared {
         if queue.queued >= QUEUED_MAX {
             return Err(CellError::TooManyRequests);
         }
-        let reads = queue.tenants.entry(tenant).or_default();
-        if reads.waiting.len() >= TENANT_QUEUED_MAX {
+        let waiting = queue.tenants.get(&tenant).map_or(0, |reads| reads.waiting.len());
+        if waiting >= TENANT_QUEUED_MAX {
             return Err(CellError::TooManyRequests);
         }
-        reads.waiting.push_back(job);
-        let gets_turn = reads.waiting.len() == 1 && reads.running < self.tenant_running_max;
-        queue.queued += 1;
-        if gets_turn {
-            queue.turns.push_back(tenant);
+        if queue.push(tenant, job, self.tenant_running_max) {
             drop(queue);
             self.work.notify_one();
         }
@@ -152,10 +186,11 @@ impl Shared {
 
     fn run(&self) {
         while let Some((tenant, job)) = self.next() {
-            if catch_unwind(AssertUnwindSafe(job)).is_err() {
+            let cost_ns = catch_unwind(AssertUnwindSafe(job)).unwrap_or_else(|_| {
                 tracing::error!(%tenant, "a read panicked");
-            }
-            self.finished(tenant);
+                0
+            });
+            self.queue.lock().finish(tenant, cost_ns, self.tenant_running_max);
         }
     }
 
@@ -175,34 +210,76 @@ impl Shared {
             self.work.wait(&mut queue);
         }
     }
-
-    fn finished(&self, tenant: TenantId) {
-        let mut queue = self.queue.lock();
-        let Some(reads) = queue.tenants.get_mut(&tenant) else { return };
-        reads.running -= 1;
-        // At its bound the tenant had lost its turn.
-        let regains_turn = reads.running + 1 == self.tenant_running_max && !reads.waiting.is_empty();
-        if reads.running == 0 && reads.waiting.is_empty() {
-            queue.tenants.remove(&tenant);
-        }
-        if regains_turn {
-            queue.turns.push_back(tenant);
-        }
-    }
 }
 
 impl Queue {
+    /// Answers whether the tenant can be served now, but for threads.
+    fn push(&mut self, tenant: TenantId, job: Job, tenant_running_max: usize) -> bool {
+        let clock_ns = self.clock_ns;
+        let reads =
+            self.tenants.entry(tenant).or_insert_with(|| TenantReads { tag_ns: clock_ns, ..Default::default() });
+        if reads.is_idle() {
+            self.debtors.remove(&(reads.tag_ns, tenant));
+        }
+        reads.waiting.push_back(job);
+        let gets_turn = reads.waiting.len() == 1 && reads.running < tenant_running_max;
+        self.queued += 1;
+        if gets_turn {
+            self.give_turn(tenant);
+        }
+        gets_turn
+    }
+
     /// A tenant is in `turns` exactly once if it has reads waiting and may start one, else not at all.
+    fn give_turn(&mut self, tenant: TenantId) {
+        let Some(reads) = self.tenants.get_mut(&tenant) else { return };
+        reads.tag_ns = reads.tag_ns.max(self.clock_ns);
+        self.turns_given += 1;
+        let turn = Turn { tag_ns: reads.tag_ns, number: self.turns_given, tenant };
+        assert!(reads.turn.replace(turn).is_none(), "one turn at a time");
+        self.turns.insert(turn);
+    }
+
     fn start_next(&mut self, tenant_running_max: usize) -> Option<(TenantId, Job)> {
-        let tenant = self.turns.pop_front()?;
+        let Turn { tag_ns, tenant, .. } = self.turns.pop_first()?;
         let reads = self.tenants.get_mut(&tenant)?;
         let job = reads.waiting.pop_front()?;
+        reads.turn = None;
         reads.running += 1;
         self.queued -= 1;
+        self.clock_ns = self.clock_ns.max(tag_ns);
         if !reads.waiting.is_empty() && reads.running < tenant_running_max {
-            self.turns.push_back(tenant);
+            self.give_turn(tenant);
+        }
+        while let Some((tag_ns, debtor)) = self.debtors.first().copied()
+            && tag_ns <= self.clock_ns
+        {
+            self.debtors.remove(&(tag_ns, debtor));
+            self.tenants.remove(&debtor);
         }
         Some((tenant, job))
+    }
+
+    fn finish(&mut self, tenant: TenantId, cost_ns: u64, tenant_running_max: usize) {
+        let Some(reads) = self.tenants.get_mut(&tenant) else { return };
+        reads.running -= 1;
+        reads.tag_ns = reads.tag_ns.saturating_add(READ_OVERHEAD_NS).saturating_add(cost_ns);
+        if reads.is_idle() {
+            self.debtors.insert((reads.tag_ns, tenant));
+        }
+        // What it has just cost moves the tenant back. At its bound it had lost its turn.
+        let regains_turn = reads.running + 1 == tenant_running_max && !reads.waiting.is_empty();
+        let before = reads.turn.take();
+        if let Some(turn) = before {
+            self.turns.remove(&turn);
+        }
+        if before.is_some() || regains_turn {
+            self.give_turn(tenant);
+        }
+        if self.tenants.len() == self.debtors.len() {
+            // Nobody waits or runs: nobody owes anything.
+            *self = Queue { stopping: self.stopping, ..Queue::default() };
+        }
     }
 }
 
@@ -225,6 +302,7 @@ mod tests {
     fn blocking(gate: mpsc::Receiver<()>) -> Job {
         Box::new(move || {
             let _ = gate.recv();
+            0
         })
     }
 
@@ -254,30 +332,73 @@ mod tests {
                 Box::new(move || {
                     drop(started);
                     let _ = gate.recv();
+                    0
                 }),
             )
             .unwrap();
         assert!(running.recv().is_err(), "running now");
         for _ in 0..TENANT_QUEUED_MAX {
-            pool.shared.enqueue(A, Box::new(|| {})).unwrap();
+            pool.shared.enqueue(A, Box::new(|| 0)).unwrap();
         }
         assert!(matches!(pool.run(A, || ()).await, Err(CellError::TooManyRequests)));
         pool.run(B, || ()).await.unwrap();
         drop(open);
     }
 
-    #[tokio::test]
-    async fn tenants_take_turns() {
-        let pool = ReadPool::new(1).unwrap();
-        let (open, gate) = mpsc::channel();
-        pool.shared.enqueue(TenantId(9), blocking(gate)).unwrap();
-        let (report, order) = mpsc::channel();
-        for tenant in [A, A, A, B, B] {
-            let report = report.clone();
-            pool.shared.enqueue(tenant, Box::new(move || report.send(tenant).unwrap())).unwrap();
+    /// One thread's order of these reads, given as whose they are and what they cost, if all are there at the start.
+    fn order_of(queue: &mut Queue, reads: &[(TenantId, u64)]) -> Vec<TenantId> {
+        for (tenant, cost_ns) in reads {
+            let cost_ns = *cost_ns;
+            queue.push(*tenant, Box::new(move || cost_ns), 2);
         }
-        drop((open, report));
-        assert_eq!(order.into_iter().collect::<Vec<_>>(), [A, B, A, B, A]);
+        let mut order = Vec::new();
+        while let Some((tenant, job)) = queue.start_next(2) {
+            queue.finish(tenant, job(), 2);
+            order.push(tenant);
+        }
+        order
+    }
+
+    const MS: u64 = 1_000_000;
+
+    #[test]
+    fn tenants_take_turns() {
+        let reads = [(A, MS), (A, MS), (A, MS), (B, MS), (B, MS)];
+        assert_eq!(order_of(&mut Queue::default(), &reads), [A, B, A, B, A]);
+    }
+
+    // A tenant of large reads and one of small ones get the same time, not the same number.
+    #[test]
+    fn tenants_share_time() {
+        let mut reads = vec![(A, 10 * MS); 3];
+        reads.extend([(B, MS); 25]);
+        let order = order_of(&mut Queue::default(), &reads);
+        let of_b = |upto: usize| order.iter().take(upto).filter(|tenant| **tenant == B).count();
+        let of_a: Vec<usize> = (0..order.len()).filter(|at| order[*at] == A).map(of_b).collect();
+        assert_eq!(of_a, [0, 10, 20], "so many of B's were before each of A's: {order:?}");
+    }
+
+    // Who waits for each answer before it asks again owes for the last one; who comes new owes nothing and has saved nothing.
+    #[test]
+    fn a_tenant_pays_for_what_it_had_and_saves_nothing() {
+        let mut queue = Queue::default();
+        queue.push(A, Box::new(|| 10 * MS), 2);
+        for _ in 0..4 {
+            queue.push(B, Box::new(|| MS), 2);
+        }
+        let mut order = Vec::new();
+        for _ in 0..4 {
+            let (tenant, job) = queue.start_next(2).unwrap();
+            queue.finish(tenant, job(), 2);
+            order.push(tenant);
+            if tenant == A {
+                queue.push(A, Box::new(|| 10 * MS), 2);
+            }
+        }
+        assert_eq!(order, [A, B, B, B]);
+        let newcomer = TenantId(3);
+        assert_eq!(order_of(&mut queue, &[(newcomer, MS)]), [newcomer, B, A], "it starts where the others are");
+        assert!(queue.tenants.is_empty() && queue.debtors.is_empty() && queue.turns.is_empty(), "and nothing is left");
     }
 
     #[tokio::test]
@@ -294,10 +415,14 @@ mod tests {
         pool.shared.enqueue(A, blocking(gate)).unwrap();
         let shared = Arc::clone(&pool.shared);
         let (reply, answer) = oneshot::channel::<()>();
-        shared.enqueue(A, Box::new(move || drop(reply))).unwrap();
+        let waits = move || {
+            drop(reply);
+            0
+        };
+        shared.enqueue(A, Box::new(waits)).unwrap();
         drop(open);
         drop(pool);
         assert!(answer.await.is_err());
-        assert!(matches!(shared.enqueue(A, Box::new(|| {})), Err(CellError::Stopped)));
+        assert!(matches!(shared.enqueue(A, Box::new(|| 0)), Err(CellError::Stopped)));
     }
 }

@@ -7,16 +7,13 @@
 //! The set of tenants with something left has at most one entry for each tenant. It is not persisted: when a member opens its
 //! state it is told again of compactions that were not finished.
 
-use std::collections::BTreeSet;
-use std::ops::Bound;
 use std::time::Duration;
 
-use parking_lot::Mutex;
 use tenure_storage::limits::RECLAIM_ROWS_MAX;
 use tenure_storage::{Command, Refusal, Reply, TenantId};
-use tokio::sync::Notify;
 
 use crate::cell_error::CellError;
+use crate::rotation::Rotation;
 
 /// Between two steps: etcd's own pause between batches of as many revisions, which leaves the log to the clients.
 const PAUSE: Duration = Duration::from_millis(10);
@@ -26,10 +23,7 @@ const PAUSE_AFTER_FAILURE: Duration = Duration::from_secs(1);
 
 /// Tenants with rows to give back.
 #[derive(Default)]
-pub struct Reclaimer {
-    pending: Mutex<BTreeSet<TenantId>>,
-    added: Notify,
-}
+pub struct Reclaimer(Rotation);
 
 /// How far a step came.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -43,9 +37,7 @@ pub(crate) enum Step {
 impl Reclaimer {
     /// A compaction of this tenant left something. Never blocks.
     pub fn add(&self, tenant: TenantId) {
-        if self.pending.lock().insert(tenant) {
-            self.added.notify_one();
-        }
+        self.0.add(tenant);
     }
 
     /// Proposes steps for ever. `propose` writes one command of one tenant.
@@ -53,7 +45,7 @@ impl Reclaimer {
         let mut last = TenantId(0);
         loop {
             match self.step(&mut last, &propose).await {
-                Step::Idle => self.added.notified().await,
+                Step::Idle => self.0.added().await,
                 Step::Done => tokio::time::sleep(PAUSE).await,
                 Step::Failed => tokio::time::sleep(PAUSE_AFTER_FAILURE).await,
             }
@@ -66,8 +58,7 @@ impl Reclaimer {
         last: &mut TenantId,
         propose: &impl AsyncFn(TenantId, Command) -> Result<Reply, CellError>,
     ) -> Step {
-        let Some(tenant) = self.take_after(*last) else { return Step::Idle };
-        *last = tenant;
+        let Some(tenant) = self.0.take_behind(last) else { return Step::Idle };
         // Taken out before the step: a compaction that comes in during it puts the tenant back.
         match propose(tenant, Command::Reclaim { rows_max: RECLAIM_ROWS_MAX }).await {
             Ok(Reply::Reclaim { more: false }) => Step::Done,
@@ -84,18 +75,12 @@ impl Reclaimer {
             }
         }
     }
-
-    fn take_after(&self, last: TenantId) -> Option<TenantId> {
-        let mut pending = self.pending.lock();
-        let behind = pending.range((Bound::Excluded(last), Bound::Unbounded)).next();
-        let next = behind.or_else(|| pending.first()).copied()?;
-        pending.remove(&next);
-        Some(next)
-    }
 }
 
 #[cfg(test)]
 mod tests {
+    use parking_lot::Mutex;
+
     use super::*;
 
     #[tokio::test]

@@ -17,6 +17,7 @@ use tenure_storage::{Limit, Profile};
 use tokio::time::Instant;
 
 use crate::cell_error::CellError;
+use crate::turns::Recent;
 
 /// Longest wait for a rate; then the client is told to try again.
 pub const WAIT_MAX: Duration = Duration::from_secs(1);
@@ -136,6 +137,7 @@ pub struct TenantUse {
     connections: AtomicUsize,
     held_back: [AtomicU64; Reason::ALL.len()],
     cpu_ns: AtomicU64,
+    recent: Recent,
 }
 
 impl TenantUse {
@@ -219,11 +221,17 @@ impl TenantUse {
         self.held_back[reason as usize].fetch_add(1, Ordering::Relaxed);
     }
 
-    /// Processor time, or what passed while a thread was at work for the tenant.
-    pub(crate) fn spent(&self, time: Duration) {
+    /// A thread was at work for the tenant for so long, until now.
+    pub(crate) fn spent(&self, time: Duration, now: std::time::Instant) {
         self.cpu_ns.fetch_add(u64::try_from(time.as_nanos()).unwrap_or(u64::MAX), Ordering::Relaxed);
+        self.recent.charge(time, now);
     }
 
+    pub(crate) fn recent(&self) -> &Recent {
+        &self.recent
+    }
+
+    /// Time that threads which serve connections were at work for the tenant.
     pub fn cpu(&self) -> Duration {
         Duration::from_nanos(self.cpu_ns.load(Ordering::Relaxed))
     }

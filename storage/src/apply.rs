@@ -48,6 +48,8 @@ pub trait Observer: Send + Sync {
     fn lease_revoked(&self, tenant: TenantId, id: LeaseId);
     /// A compaction left rows to reclaim; also called at open for one that did not finish.
     fn reclaim_pending(&self, tenant: TenantId);
+    /// Events wait for [`Store::deliver`], and before none did.
+    fn delivery_pending(&self, tenant: TenantId);
     /// An operator made, changed or deleted this tenant.
     fn tenant_changed(&self, tenant: TenantId, change: TenantChange);
     /// The members of the cell are no longer those of before.
@@ -75,6 +77,7 @@ impl Observer for NoObserver {
     fn lease_granted(&self, _: TenantId, _: LeaseId, _: i64) {}
     fn lease_revoked(&self, _: TenantId, _: LeaseId) {}
     fn reclaim_pending(&self, _: TenantId) {}
+    fn delivery_pending(&self, _: TenantId) {}
     fn tenant_changed(&self, _: TenantId, _: TenantChange) {}
     fn members_changed(&self, _: &Membership) {}
     fn state_replaced(&self) {}
@@ -387,8 +390,10 @@ impl<E: Engine> StateMachine<E> {
                     self.observer.tenant_changed(tenant, TenantChange::Forgotten);
                 }
                 Notice::Revision { tenant, revision, events } => {
-                    if let Some(known) = shared.tenant(tenant) {
-                        known.hub.publish(revision, &events);
+                    if let Some(known) = shared.tenant(tenant)
+                        && known.hub.publish(revision, &events)
+                    {
+                        self.observer.delivery_pending(tenant);
                     }
                 }
                 Notice::LeaseGranted { tenant, id, ttl_seconds } => {

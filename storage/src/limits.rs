@@ -26,6 +26,18 @@ pub const WATCH_QUEUE_RESPONSES_MAX: usize = 128;
 /// Bytes of events waiting in one watch stream; the same consequence. One response may exceed it alone.
 pub const WATCH_QUEUE_BYTES_MAX: usize = 4 << 20;
 
+/// Watchers of one revision that `apply` serves itself. Where there are more they get it in steps behind it, so that a tenant of
+/// very many watchers does not hold up the writes of all.
+pub const WATCH_DIRECT_MAX: usize = 256;
+
+/// Watchers that one step serves, before another tenant's turn: some tens of microseconds.
+pub const WATCH_DELIVERY_STEP: usize = 256;
+
+/// Revisions of one tenant that wait to be delivered in steps, and bytes of their events. At either bound the backlog is dropped, and
+/// its watchers turn unsynced and replay it from the engine.
+pub const WATCH_BACKLOG_REVISIONS_MAX: usize = 1_024;
+pub const WATCH_BACKLOG_BYTES_MAX: usize = 4 << 20;
+
 /// Distinct revisions in one replayed watch response: etcd's own number.
 pub const WATCH_REPLAY_REVISIONS_MAX: usize = 1_000;
 

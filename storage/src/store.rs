@@ -228,6 +228,11 @@ impl<E: Engine> Store<E> {
         Some(TenantReader { store: self.clone(), tenant: self.shared.tenant(tenant)? })
     }
 
+    /// Hands events that wait to at most so many watchers of a tenant. Answers whether more waits. Never blocks for long.
+    pub fn deliver(&self, tenant: TenantId, watchers_max: usize) -> bool {
+        self.shared.tenant(tenant).is_some_and(|known| known.hub.deliver(watchers_max))
+    }
+
     /// Bytes a tenant may hold of which nothing else is said; negative = no quota.
     pub fn quota_bytes(&self) -> i64 {
         self.shared.quota_bytes.load(Ordering::Relaxed)

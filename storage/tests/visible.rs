@@ -37,6 +37,8 @@ impl Observer for Seen {
 
     fn reclaim_pending(&self, _: TenantId) {}
 
+    fn delivery_pending(&self, _: TenantId) {}
+
     fn tenant_changed(&self, _: TenantId, _: TenantChange) {}
 
     fn state_replaced(&self) {}

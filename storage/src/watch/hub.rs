@@ -5,6 +5,7 @@
 //! served never holds up publication.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::ops::Bound;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -12,7 +13,10 @@ use parking_lot::Mutex;
 
 use super::index::{GroupId, RangeIndex};
 use super::{CreateRefusal, Event, EventBatch, EventKind, WatchMessage, WatchSpec};
-use crate::limits::{WATCH_QUEUE_BYTES_MAX, WATCH_QUEUE_RESPONSES_MAX};
+use crate::limits::{
+    WATCH_BACKLOG_BYTES_MAX, WATCH_BACKLOG_REVISIONS_MAX, WATCH_DIRECT_MAX, WATCH_QUEUE_BYTES_MAX,
+    WATCH_QUEUE_RESPONSES_MAX,
+};
 use crate::types::KeyRange;
 
 /// Called when a stream has something to do. Runs on the apply thread: it must only signal.
@@ -28,8 +32,17 @@ pub(crate) struct Hub {
 }
 
 struct State {
-    /// Everything up to here has been handed to synced watchers.
+    /// The last one that was handed in.
     revision: i64,
+    /// Everything up to here has been handed to synced watchers. Less than `revision` while there is a backlog.
+    delivered: i64,
+    /// Revisions that are handed to watchers in steps, in order.
+    backlog: VecDeque<Delivery>,
+    backlog_bytes: usize,
+    /// Streams that asked for progress behind a backlog, and the revision of then, in order.
+    progress_asked: VecDeque<(i64, StreamId)>,
+    /// Watchers of one revision up to which they are served at once.
+    direct_max: usize,
     streams: HashMap<StreamId, Stream>,
     next_stream: StreamId,
     groups: Vec<Option<Group>>,
@@ -56,6 +69,20 @@ impl GroupKey {
     }
 }
 
+/// A revision on its way to its watchers. A group of it may be another one by then: its members have come later and are not
+/// interested.
+struct Delivery {
+    revision: i64,
+    /// The last revision behind it that nobody waits for, or its own.
+    reached: i64,
+    batches: Vec<(GroupId, Arc<EventBatch>)>,
+    /// Batches that all members of their groups have.
+    done: usize,
+    /// The last member of the next group that has its batch.
+    after: Option<(StreamId, i64)>,
+    size_bytes: usize,
+}
+
 struct Group {
     key: GroupKey,
     members: BTreeSet<(StreamId, i64)>,
@@ -68,6 +95,8 @@ struct Stream {
     unsynced: BTreeSet<(i64, i64)>,
     /// Next id to hand out; ids handed out are never reused by the server.
     next_id: i64,
+    /// The revision when progress was asked for last, while that is not answered.
+    progress_asked: Option<i64>,
 }
 
 struct Watcher {
@@ -149,8 +178,17 @@ pub(super) enum Replayed {
 
 impl Hub {
     pub(crate) fn new(revision: i64) -> Self {
+        Hub::serving_at_once(revision, WATCH_DIRECT_MAX)
+    }
+
+    fn serving_at_once(revision: i64, direct_max: usize) -> Self {
         let state = State {
             revision,
+            delivered: revision,
+            backlog: VecDeque::new(),
+            backlog_bytes: 0,
+            progress_asked: VecDeque::new(),
+            direct_max,
             streams: HashMap::new(),
             next_stream: 0,
             groups: Vec::new(),
@@ -173,36 +211,30 @@ impl Hub {
         (state.streams.len(), state.watchers)
     }
 
-    /// Hands one applied revision to its watchers. Revisions come in order, without gaps.
-    pub(crate) fn publish(&self, revision: i64, events: &[Event]) {
+    /// Takes one applied revision. Revisions come in order, without gaps. Its watchers have it on return if they are few and
+    /// nothing waits before it; else it waits for [`Hub::deliver`]. True: something waits now, and before nothing did.
+    #[must_use]
+    pub(crate) fn publish(&self, revision: i64, events: &[Event]) -> bool {
         let mut state = self.state.lock();
         assert_eq!(revision, state.revision + 1, "revisions are published in order");
         state.revision = revision;
-        if state.watchers > 0 {
-            state.deliver(revision, events);
-        }
+        let batches = if state.watchers > 0 { state.batches(events) } else { Vec::new() };
+        state.take(Delivery::new(revision, batches))
+    }
+
+    /// Hands what waits to at most so many watchers. Answers whether more waits.
+    pub(crate) fn deliver(&self, watchers_max: usize) -> bool {
+        let mut state = self.state.lock();
+        state.deliver(watchers_max);
+        !state.backlog.is_empty()
     }
 
     /// The state was replaced by a later one: whoever had everything is behind now and replays what happened in between.
     pub(crate) fn skip_to(&self, revision: i64) {
         let mut state = self.state.lock();
-        let before = state.revision;
-        assert!(revision >= before, "a state is replaced by a later one");
+        assert!(revision >= state.revision, "a state is replaced by a later one");
         state.revision = revision;
-        for stream in state.streams.values_mut() {
-            let mut behind = Vec::new();
-            for (watch_id, watcher) in &mut stream.watchers {
-                let next = watcher.next.max(before + 1);
-                if watcher.phase == Phase::Synced && next <= revision {
-                    (watcher.phase, watcher.next) = (Phase::Unsynced, next);
-                    behind.push((next, *watch_id));
-                }
-            }
-            for (next, watch_id) in behind {
-                stream.join_unsynced(next, watch_id);
-            }
-            (stream.queue.waker)();
-        }
+        state.let_fall_behind();
     }
 
     pub(super) fn open_stream(&self, waker: Waker) -> (StreamId, Arc<Queue>) {
@@ -212,7 +244,13 @@ impl Hub {
         state.next_stream += 1;
         state.streams.insert(
             id,
-            Stream { queue: Arc::clone(&queue), watchers: BTreeMap::new(), unsynced: BTreeSet::new(), next_id: 0 },
+            Stream {
+                queue: Arc::clone(&queue),
+                watchers: BTreeMap::new(),
+                unsynced: BTreeSet::new(),
+                next_id: 0,
+                progress_asked: None,
+            },
         );
         (id, queue)
     }
@@ -241,20 +279,28 @@ impl Hub {
         state.leave_group(watcher.group, id, watch_id, &self.prev_kv_watchers);
     }
 
-    /// Answers a progress request if every watcher of the stream has everything up to now.
+    /// Answers a progress request if every watcher of the stream has everything up to now; where something waits, behind that.
     pub(super) fn request_progress(&self, id: StreamId) {
-        let state = self.state.lock();
+        let mut state = self.state.lock();
+        if state.backlog.is_empty() {
+            state.answer_progress(id);
+            return;
+        }
         let revision = state.revision;
-        let Some(stream) = state.streams.get(&id) else { return };
-        let all_synced = stream.watchers.values().all(|watcher| watcher.has_all_up_to(revision));
-        if all_synced && !stream.watchers.is_empty() {
-            stream.queue.push(WatchMessage::Progress { watch_id: -1, revision });
+        if let Some(stream) = state.streams.get_mut(&id)
+            && stream.progress_asked.replace(revision).is_none()
+        {
+            state.progress_asked.push_back((revision, id));
         }
     }
 
+    /// While something waits nobody is told: the next tick may.
     pub(super) fn tick_progress(&self, id: StreamId) {
         let mut state = self.state.lock();
         let revision = state.revision;
+        if !state.backlog.is_empty() {
+            return;
+        }
         let Some(stream) = state.streams.get_mut(&id) else { return };
         for (watch_id, watcher) in &mut stream.watchers {
             if !watcher.progress_notify || std::mem::take(&mut watcher.sent_since_tick) {
@@ -316,8 +362,16 @@ impl Hub {
 }
 
 impl Watcher {
+    /// One that was made later has been told of a later revision already.
     fn has_all_up_to(&self, revision: i64) -> bool {
-        self.phase == Phase::Synced && self.start_revision <= revision
+        self.phase == Phase::Synced && self.start_revision <= revision && self.next <= revision + 1
+    }
+}
+
+impl Delivery {
+    fn new(revision: i64, batches: Vec<(GroupId, Arc<EventBatch>)>) -> Self {
+        let size_bytes = batches.iter().map(|(_, batch)| batch.size_bytes).sum();
+        Delivery { revision, reached: revision, batches, done: 0, after: None, size_bytes }
     }
 }
 
@@ -403,28 +457,132 @@ impl State {
         }
     }
 
-    fn deliver(&mut self, revision: i64, events: &[Event]) {
+    /// What each group wants of these events.
+    fn batches(&self, events: &[Event]) -> Vec<(GroupId, Arc<EventBatch>)> {
         let mut matches: Vec<(GroupId, usize)> = Vec::new();
         for (position, event) in events.iter().enumerate() {
             self.index.covering(&event.key, |group_id| matches.push((group_id, position)));
         }
         matches.sort_unstable();
-        for of_group in matches.chunk_by(|a, b| a.0 == b.0) {
-            let Some(group) = of_group.first().and_then(|(group_id, _)| self.groups[*group_id].as_ref()) else {
-                continue;
-            };
-            let wanted =
-                of_group.iter().map(|(_, position)| &events[*position]).filter(|event| group.key.wants(event.kind));
-            let chosen: Vec<Event> = wanted.map(|event| group.key.view_of(event)).collect();
-            if chosen.is_empty() {
-                continue;
+        let of_group = |matches: &[(GroupId, usize)]| {
+            let (group_id, _) = *matches.first()?;
+            let key = &self.groups[group_id].as_ref()?.key;
+            let wanted = matches.iter().map(|(_, position)| &events[*position]).filter(|event| key.wants(event.kind));
+            let chosen: Vec<Event> = wanted.map(|event| key.view_of(event)).collect();
+            (!chosen.is_empty()).then(|| (group_id, Arc::new(EventBatch::new(chosen))))
+        };
+        matches.chunk_by(|a, b| a.0 == b.0).filter_map(of_group).collect()
+    }
+
+    /// See [`Hub::publish`].
+    fn take(&mut self, mut delivery: Delivery) -> bool {
+        let groups = delivery.batches.iter().filter_map(|(group_id, _)| self.groups[*group_id].as_ref());
+        let watchers: usize = groups.map(|group| group.members.len()).sum();
+        if let Some(last) = self.backlog.back_mut() {
+            if delivery.batches.is_empty() {
+                last.reached = delivery.reached;
+                return false;
             }
-            let batch = Arc::new(EventBatch::new(chosen));
-            for (stream_id, watch_id) in &group.members {
-                if let Some(stream) = self.streams.get_mut(stream_id) {
-                    stream.offer(*watch_id, revision, &batch);
+        } else if watchers <= self.direct_max {
+            self.hand_out(&mut delivery, watchers);
+            self.delivered = delivery.reached;
+            return false;
+        }
+        let was_empty = self.backlog.is_empty();
+        self.backlog_bytes += delivery.size_bytes;
+        self.backlog.push_back(delivery);
+        if self.backlog.len() > WATCH_BACKLOG_REVISIONS_MAX || self.backlog_bytes > WATCH_BACKLOG_BYTES_MAX {
+            self.let_fall_behind();
+        }
+        was_empty && !self.backlog.is_empty()
+    }
+
+    fn deliver(&mut self, watchers_max: usize) {
+        let mut left = watchers_max;
+        while let Some(mut delivery) = self.backlog.pop_front() {
+            left -= self.hand_out(&mut delivery, left);
+            if delivery.done < delivery.batches.len() {
+                self.backlog.push_front(delivery);
+                return;
+            }
+            self.backlog_bytes -= delivery.size_bytes;
+            assert!(delivery.reached > self.delivered, "revisions are delivered in order");
+            self.delivered = delivery.reached;
+            self.answer_asked();
+        }
+    }
+
+    /// Queues a revision for at most so many watchers, from where the last call stopped. Answers how many were reached.
+    fn hand_out(&mut self, delivery: &mut Delivery, watchers_max: usize) -> usize {
+        let mut reached = 0;
+        while let Some((group_id, batch)) = delivery.batches.get(delivery.done) {
+            let from = delivery.after.map_or(Bound::Unbounded, Bound::Excluded);
+            let members = self.groups[*group_id].as_ref().map(|group| group.members.range((from, Bound::Unbounded)));
+            for member in members.into_iter().flatten() {
+                if reached == watchers_max {
+                    return reached;
+                }
+                let (stream_id, watch_id) = *member;
+                if let Some(stream) = self.streams.get_mut(&stream_id) {
+                    stream.offer(watch_id, delivery.revision, batch);
+                }
+                delivery.after = Some(*member);
+                reached += 1;
+            }
+            delivery.done += 1;
+            delivery.after = None;
+        }
+        reached
+    }
+
+    /// Whoever had everything has to read what happened since from the engine.
+    fn let_fall_behind(&mut self) {
+        let (revision, delivered) = (self.revision, self.delivered);
+        self.backlog.clear();
+        self.backlog_bytes = 0;
+        self.progress_asked.clear();
+        self.delivered = revision;
+        for stream in self.streams.values_mut() {
+            stream.progress_asked = None;
+            let mut behind = Vec::new();
+            for (watch_id, watcher) in &mut stream.watchers {
+                let next = watcher.next.max(delivered + 1);
+                if watcher.phase == Phase::Synced && next <= revision {
+                    (watcher.phase, watcher.next) = (Phase::Unsynced, next);
+                    behind.push((next, *watch_id));
                 }
             }
+            for (next, watch_id) in behind {
+                stream.join_unsynced(next, watch_id);
+            }
+            (stream.queue.waker)();
+        }
+    }
+
+    /// Says how far a stream is, if all its watchers are.
+    fn answer_progress(&self, id: StreamId) {
+        let revision = self.delivered;
+        let Some(stream) = self.streams.get(&id) else { return };
+        let all_synced = stream.watchers.values().all(|watcher| watcher.has_all_up_to(revision));
+        if all_synced && !stream.watchers.is_empty() {
+            stream.queue.push(WatchMessage::Progress { watch_id: -1, revision });
+        }
+    }
+
+    /// Answers those who asked for progress when what is delivered now was the newest, or before.
+    fn answer_asked(&mut self) {
+        while let Some((revision, id)) = self.progress_asked.front().copied()
+            && revision <= self.delivered
+        {
+            self.progress_asked.pop_front();
+            let Some(stream) = self.streams.get_mut(&id) else { continue };
+            match stream.progress_asked {
+                Some(asked_again) if asked_again > self.delivered => {
+                    self.progress_asked.push_back((asked_again, id));
+                }
+                Some(_) | None => stream.progress_asked = None,
+            }
+            self.answer_progress(id);
         }
     }
 }
@@ -474,7 +632,11 @@ impl Stream {
             return;
         }
         watcher.sent_since_tick = true;
+        watcher.next = revision + 1;
         let fragment = watcher.fragment;
         self.queue.push(WatchMessage::Events { watch_id, revision, fragment, batch: Arc::clone(batch) });
     }
 }
+
+#[cfg(test)]
+mod tests;

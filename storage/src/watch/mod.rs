@@ -9,6 +9,10 @@
 //! stream's own task replays history in bounded steps ([`WatchStream::replay_step`]) until it has caught up. So a slow client
 //! costs its queue, not its lag, and nobody waits for it.
 //!
+//! `apply` serves the watchers of a revision itself if they are few. If they are many, the revision and all behind it wait in the
+//! hub's backlog, which the edge delivers in steps, tenants in turn ([`Store::deliver`](crate::Store::deliver)). A backlog has a bound,
+//! behind which its watchers are unsynced.
+//!
 //! Watchers with the same range, filters and wish for `prev_kv` form a *group* and share one [`EventBatch`] per
 //! revision, with one encoded form.
 //!

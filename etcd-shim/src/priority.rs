@@ -1,0 +1,37 @@
+//! Which threads go first where processors are short.
+//!
+//! A write goes through raft's thread, the log's and apply's, each for some microseconds, and for all tenants. If they compete as equals
+//! with threads that always have something to do, which a flood of requests or of large reads makes of those that serve
+//! connections and those that read, then each of them waits for the end of somebody's time slice, milliseconds each. So the latter
+//! step back ([`step_back`]). Nothing is taken from them while a processor is free.
+
+/// Steps of `nice` for threads that may have something to do all the time. Further back, one that holds a lock would be kept from giving
+/// it back for long.
+const STEPS: i32 = 5;
+
+/// Lowers the priority of the calling thread: against one that has not stepped back it gets a third of a processor. What the system does
+/// not allow is not done.
+pub fn step_back() {
+    let thread = rustix::thread::gettid();
+    let now = rustix::process::getpriority_process(Some(thread)).unwrap_or(0);
+    if let Err(error) = rustix::process::setpriority_process(Some(thread), now + STEPS) {
+        tracing::debug!(%error, "lower the priority of a thread");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_thread_itself_steps_back() {
+        let of = |thread| rustix::process::getpriority_process(Some(thread)).unwrap();
+        let before = of(rustix::thread::gettid());
+        let stepped = std::thread::spawn(move || {
+            step_back();
+            of(rustix::thread::gettid())
+        });
+        assert_eq!(stepped.join().unwrap(), (before + STEPS).min(19));
+        assert_eq!(of(rustix::thread::gettid()), before);
+    }
+}

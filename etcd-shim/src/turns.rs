@@ -1,0 +1,450 @@
+//! Whose turn it is on the threads that serve connections.
+//!
+//! The runtime polls tasks in the order in which they became ready. A tenant whose hundreds of connections are always ready would so make
+//! each task of a quiet one wait behind all of them, several times a request. Here the tasks of tenants that have used more than a
+//! little lately become ready only a few at a time ([`fairly`]): whoever of them is woken while [`Turns`] has no place free waits outside the
+//! runtime, and is let in when one of those that are in was polled, the one whose tenant has used less first. Tasks of quiet
+//! tenants are never held, so what they find before them is those few.
+//!
+//! What a tenant has used lately is the time that threads were at work for it ([`Recent`]), of which half is forgotten every
+//! [`HALF_LIFE`]. It falls into one of [`LEVELS`] classes, each four times as much as the one before. A tenant that is held back uses
+//! less, so it is in a lower class before long: nobody waits for ever. While no quiet tenant does anything nobody is held.
+//!
+//! What must hold: where somebody waits all places are taken, and each is given on when its task was polled or dropped. What waits is
+//! bounded by the tasks there are, which connections and streams bound.
+
+use std::collections::VecDeque;
+use std::pin::Pin;
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::{Arc, LazyLock};
+use std::task::{Context, Poll, Wake, Waker};
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+
+use crate::throttle::TenantUse;
+
+/// After this half of what was used is forgotten.
+const HALF_LIFE: Duration = Duration::from_millis(50);
+
+/// Classes of tenants. The quiet ones are class 0: up to [`QUIET_NS`], which is what half a percent of one processor comes to.
+const LEVELS: usize = 5;
+const QUIET_NS: u64 = 400_000;
+
+/// For so long after a quiet tenant did something, others are held for it.
+const HELD_FOR: Duration = Duration::from_secs(1);
+
+/// Places for each thread that polls: one that is polled, and one that is ready when it was.
+const PLACES_PER_THREAD: usize = 2;
+
+/// What one member polls, and what it holds.
+#[derive(Debug)]
+pub struct Turns {
+    places: usize,
+    started: Instant,
+    /// When a quiet tenant did something last, in milliseconds since the start, plus one; 0: never.
+    quiet_at_ms: AtomicU64,
+    held: Mutex<Held>,
+}
+
+#[derive(Debug, Default)]
+struct Held {
+    taken: usize,
+    /// By class, from 1.
+    waiting: [VecDeque<Arc<Woken>>; LEVELS - 1],
+}
+
+impl Default for Turns {
+    fn default() -> Self {
+        Turns::with_places(PLACES_PER_THREAD * std::thread::available_parallelism().map_or(1, usize::from))
+    }
+}
+
+impl Turns {
+    fn with_places(places: usize) -> Self {
+        Turns { places, started: Instant::now(), quiet_at_ms: AtomicU64::new(0), held: Mutex::default() }
+    }
+
+    fn ms(&self, now: Instant) -> u64 {
+        u64::try_from(now.saturating_duration_since(self.started).as_millis()).unwrap_or(u64::MAX)
+    }
+
+    /// Whether a task of this class may become ready whenever it is.
+    fn lets_in(&self, level: u8, now: Instant) -> bool {
+        let now_ms = self.ms(now);
+        let quiet_at_ms = self.quiet_at_ms.load(Ordering::Relaxed);
+        if level == 0 {
+            if quiet_at_ms != now_ms + 1 {
+                self.quiet_at_ms.store(now_ms + 1, Ordering::Relaxed);
+            }
+            return true;
+        }
+        quiet_at_ms == 0 || u128::from(now_ms + 1 - quiet_at_ms.min(now_ms + 1)) > HELD_FOR.as_millis()
+    }
+
+    /// Takes a place for a task that waits for nothing but that, or lets it wait for one.
+    fn take(&self, task: &Arc<Woken>, from: u8, level: u8) -> Taken {
+        let mut held = self.held.lock();
+        let is_free = held.taken < self.places;
+        if task
+            .state
+            .compare_exchange(from, if is_free { PLACED } else { HELD }, Ordering::AcqRel, Ordering::Relaxed)
+            .is_err()
+        {
+            return Taken::Nothing;
+        }
+        if is_free {
+            held.taken += 1;
+            return Taken::Place;
+        }
+        let class = usize::from(level).clamp(1, LEVELS - 1) - 1;
+        held.waiting[class].push_back(Arc::clone(task));
+        Taken::Turn
+    }
+
+    /// Gives a place to whoever waits for one, or back.
+    fn give(&self) {
+        let next = {
+            let mut held = self.held.lock();
+            loop {
+                let Some(next) = held.waiting.iter_mut().find_map(VecDeque::pop_front) else {
+                    held.taken -= 1;
+                    break None;
+                };
+                if next.state.compare_exchange(HELD, PLACED, Ordering::AcqRel, Ordering::Relaxed).is_ok() {
+                    break Some(next);
+                }
+            }
+        };
+        if let Some(next) = next {
+            next.wake_task();
+        }
+    }
+}
+
+/// What came of asking for a place.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Taken {
+    Place,
+    /// It waits.
+    Turn,
+    /// Somebody else has woken it meanwhile, or it is gone.
+    Nothing,
+}
+
+/// What a tenant has used lately. Many threads charge it at once.
+#[derive(Debug, Default)]
+pub(crate) struct Recent {
+    used_ns: AtomicU64,
+    /// How many half lives of this process were over when it was halved last.
+    halved: AtomicU64,
+}
+
+impl Recent {
+    pub(crate) fn charge(&self, spent: Duration, now: Instant) {
+        let lives = lives(now);
+        let halved = self.halved.fetch_max(lives, Ordering::Relaxed);
+        if halved < lives {
+            let forget = |used_ns| Some(halve(used_ns, lives - halved));
+            let _ = self.used_ns.fetch_update(Ordering::Relaxed, Ordering::Relaxed, forget);
+        }
+        self.used_ns.fetch_add(u64::try_from(spent.as_nanos()).unwrap_or(u64::MAX >> 1), Ordering::Relaxed);
+    }
+
+    fn level(&self, now: Instant) -> u8 {
+        let used_ns = self.used_ns.load(Ordering::Relaxed);
+        if used_ns <= QUIET_NS {
+            return 0;
+        }
+        // It may have been idle since.
+        level_of(halve(used_ns, lives(now).saturating_sub(self.halved.load(Ordering::Relaxed))))
+    }
+}
+
+fn halve(used_ns: u64, times: u64) -> u64 {
+    used_ns.checked_shr(u32::try_from(times).unwrap_or(u32::MAX)).unwrap_or(0)
+}
+
+/// Half lives since this process began to count.
+fn lives(now: Instant) -> u64 {
+    static ZERO: LazyLock<Instant> = LazyLock::new(Instant::now);
+    let since = now.saturating_duration_since(*ZERO);
+    u64::try_from(since.as_nanos() / HALF_LIFE.as_nanos()).unwrap_or(u64::MAX)
+}
+
+fn level_of(used_ns: u64) -> u8 {
+    let mut bound_ns = QUIET_NS;
+    let mut level = 0;
+    while used_ns > bound_ns && usize::from(level) < LEVELS - 1 {
+        bound_ns *= 4;
+        level += 1;
+    }
+    level
+}
+
+// States of a task.
+/// It was made and not polled yet.
+const NEW: u8 = 0;
+/// It is not ready, or is being polled.
+const WAITS: u8 = 1;
+/// It is ready, and has no place.
+const READY: u8 = 2;
+/// It is ready, in a place.
+const PLACED: u8 = 3;
+/// It would be ready, and waits for a place.
+const HELD: u8 = 4;
+const GONE: u8 = 5;
+
+/// A task of a tenant, as those see it who wake it.
+#[derive(Debug)]
+struct Woken {
+    turns: Arc<Turns>,
+    used: Arc<TenantUse>,
+    state: AtomicU8,
+    /// The runtime's.
+    task: Mutex<Option<Waker>>,
+}
+
+impl Woken {
+    fn wake_task(&self) {
+        if let Some(task) = &*self.task.lock() {
+            task.wake_by_ref();
+        }
+    }
+}
+
+impl Wake for Woken {
+    fn wake(self: Arc<Self>) {
+        self.wake_by_ref();
+    }
+
+    fn wake_by_ref(self: &Arc<Self>) {
+        if self.state.load(Ordering::Acquire) != WAITS {
+            return;
+        }
+        let now = Instant::now();
+        let level = self.used.recent().level(now);
+        if self.turns.lets_in(level, now) {
+            if self.state.compare_exchange(WAITS, READY, Ordering::AcqRel, Ordering::Relaxed).is_ok() {
+                self.wake_task();
+            }
+        } else if self.turns.take(self, WAITS, level) == Taken::Place {
+            self.wake_task();
+        }
+    }
+}
+
+/// The side of a task that is polled.
+struct Turn {
+    woken: Arc<Woken>,
+    waker: Waker,
+    /// The runtime's, as it was last given.
+    task: Option<Waker>,
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        if self.woken.state.swap(GONE, Ordering::AcqRel) == PLACED {
+            self.woken.turns.give();
+        }
+    }
+}
+
+/// Taken while the task is polled; given on when it was.
+struct Place<'a>(&'a Turns);
+
+impl Drop for Place<'_> {
+    fn drop(&mut self) {
+        self.0.give();
+    }
+}
+
+impl Turn {
+    fn new(turns: &Arc<Turns>, used: &Arc<TenantUse>) -> Self {
+        let (turns, used) = (Arc::clone(turns), Arc::clone(used));
+        let woken = Arc::new(Woken { turns, used, state: AtomicU8::new(NEW), task: Mutex::new(None) });
+        Turn { waker: Waker::from(Arc::clone(&woken)), woken, task: None }
+    }
+
+    fn poll<F: Future + ?Sized>(&mut self, task: &Context<'_>, future: Pin<&mut F>) -> Poll<F::Output> {
+        let woken = &self.woken;
+        if self.task.as_ref().is_none_or(|known| !known.will_wake(task.waker())) {
+            self.task = Some(task.waker().clone());
+            woken.task.lock().clone_from(&self.task);
+        }
+        let began = Instant::now();
+        let is_in = match woken.state.load(Ordering::Acquire) {
+            NEW => {
+                let level = woken.used.recent().level(began);
+                woken.turns.lets_in(level, began) || woken.turns.take(woken, NEW, level) == Taken::Place
+            }
+            // Polled for another reason than that it was woken, such as that its connection has to go; its place comes later.
+            _ => true,
+        };
+        if !is_in {
+            return Poll::Pending;
+        }
+        let change = |state| (state != HELD).then_some(WAITS);
+        let before = woken.state.fetch_update(Ordering::AcqRel, Ordering::Acquire, change);
+        let place = (before == Ok(PLACED)).then(|| Place(&woken.turns));
+        let polled = future.poll(&mut Context::from_waker(&self.waker));
+        drop(place);
+        let now = Instant::now();
+        woken.used.spent(now.saturating_duration_since(began), now);
+        polled
+    }
+}
+
+/// Runs a task of a tenant when it is its turn, and charges it for the time. It has to be all of its task, or what its task waits for
+/// most of the time.
+pub(crate) async fn fairly<F: Future>(turns: Arc<Turns>, used: Arc<TenantUse>, future: F) -> F::Output {
+    let mut turn = Turn::new(&turns, &used);
+    let mut future = std::pin::pin!(future);
+    std::future::poll_fn(|task| turn.poll(task, future.as_mut())).await
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::AtomicUsize;
+
+    use super::*;
+
+    /// Counts wakes.
+    #[derive(Default)]
+    struct Runtime(AtomicUsize);
+
+    impl Wake for Runtime {
+        fn wake(self: Arc<Self>) {
+            self.0.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// A task that is polled by hand.
+    struct Task {
+        turn: Turn,
+        runtime: Arc<Runtime>,
+        polled: usize,
+    }
+
+    impl Task {
+        fn of(turns: &Arc<Turns>, used: &Arc<TenantUse>) -> Self {
+            Task { turn: Turn::new(turns, used), runtime: Arc::default(), polled: 0 }
+        }
+
+        fn poll(&mut self) {
+            let polled = &mut self.polled;
+            let work = std::pin::pin!(std::future::poll_fn(|_| {
+                *polled += 1;
+                Poll::<()>::Pending
+            }));
+            let waker = Waker::from(Arc::clone(&self.runtime));
+            assert!(self.turn.poll(&Context::from_waker(&waker), work).is_pending());
+        }
+
+        fn woken(&self) -> usize {
+            self.runtime.0.load(Ordering::Relaxed)
+        }
+    }
+
+    fn that_used(time: Duration) -> Arc<TenantUse> {
+        let used = Arc::new(TenantUse::default());
+        used.spent(time, Instant::now());
+        used
+    }
+
+    #[test]
+    fn what_was_used_is_forgotten() {
+        let (recent, zero) = (Recent::default(), Instant::now());
+        assert_eq!(recent.level(zero), 0);
+        recent.charge(Duration::from_nanos(4 * QUIET_NS), zero);
+        assert_eq!(recent.level(zero), 1);
+        recent.charge(Duration::from_secs(1), zero);
+        assert_eq!(usize::from(recent.level(zero)), LEVELS - 1);
+        let at = |lives: u32| zero + lives * HALF_LIFE;
+        let levels: Vec<u8> = (0..=16).step_by(4).map(|lives| recent.level(at(lives))).collect();
+        assert!(levels.is_sorted_by(|a, b| a >= b) && levels[4] == 0, "{levels:?}");
+        recent.charge(Duration::from_nanos(1), at(16));
+        assert_eq!((recent.level(at(16)), recent.level(at(1_000))), (0, 0));
+    }
+
+    #[test]
+    fn busy_tenants_are_let_in_a_few_at_a_time_while_there_are_quiet_ones() {
+        let turns = Arc::new(Turns::with_places(1));
+        let busy = that_used(Duration::from_secs(1_000));
+        let mut tasks: Vec<Task> = (0..3).map(|_| Task::of(&turns, &busy)).collect();
+        tasks.iter_mut().for_each(Task::poll);
+        tasks.iter().for_each(|task| task.turn.waker.wake_by_ref());
+        assert_eq!(tasks.iter().map(Task::woken).collect::<Vec<_>>(), [1, 1, 1], "there is nobody else");
+        tasks.iter_mut().for_each(Task::poll);
+
+        let mut quiet = Task::of(&turns, &Arc::default());
+        quiet.poll();
+        tasks.iter().for_each(|task| task.turn.waker.wake_by_ref());
+        assert_eq!(tasks.iter().map(Task::woken).collect::<Vec<_>>(), [2, 1, 1], "one place");
+        quiet.turn.waker.wake_by_ref();
+        assert_eq!(quiet.woken(), 1, "it needs none");
+        tasks[0].poll();
+        assert_eq!(tasks.iter().map(Task::woken).collect::<Vec<_>>(), [2, 2, 1], "given on");
+        // One that is gone gives its place on, and gets none.
+        drop(tasks.remove(1));
+        assert_eq!(tasks.iter().map(Task::woken).collect::<Vec<_>>(), [2, 2]);
+        tasks[0].turn.waker.wake_by_ref();
+        drop(tasks.remove(0));
+        tasks[0].poll();
+        assert_eq!((tasks[0].polled, turns.held.lock().taken), (3, 0));
+    }
+
+    #[test]
+    fn who_used_less_is_let_in_first_and_new_tasks_wait_too() {
+        let turns = Arc::new(Turns::with_places(1));
+        let mut quiet = Task::of(&turns, &Arc::default());
+        quiet.poll();
+        let [busiest, busy] = [1_000, 1].map(|seconds| that_used(seconds * Duration::from_millis(20)));
+        let mut first = Task::of(&turns, &busiest);
+        first.poll();
+        assert_eq!(first.polled, 1, "the place was free");
+        first.turn.waker.wake_by_ref();
+        let mut tasks = [Task::of(&turns, &busiest), Task::of(&turns, &busy)];
+        tasks.iter_mut().for_each(Task::poll);
+        assert_eq!(tasks.each_ref().map(|task| task.polled), [0, 0], "it is taken");
+        first.poll();
+        assert_eq!(tasks.each_ref().map(Task::woken), [0, 1]);
+        // Polled for another reason, it does not lose its turn.
+        tasks[0].poll();
+        assert_eq!(tasks[0].polled, 1);
+        tasks[1].poll();
+        assert_eq!(tasks.each_ref().map(Task::woken), [1, 1]);
+        tasks.iter_mut().for_each(Task::poll);
+        assert_eq!(turns.held.lock().taken, 0);
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn every_task_comes_to_its_end() {
+        let turns = Arc::new(Turns::with_places(1));
+        let tenants =
+            [that_used(Duration::ZERO), that_used(Duration::from_secs(10)), that_used(Duration::from_secs(1_000))];
+        let tasks = (0..300).map(|number: usize| {
+            let task = async move {
+                for _ in 0..100 {
+                    tokio::task::yield_now().await;
+                }
+                number
+            };
+            tokio::spawn(fairly(Arc::clone(&turns), Arc::clone(&tenants[number % 3]), task))
+        });
+        for (number, task) in tasks.enumerate().collect::<Vec<_>>() {
+            if number % 10 == 9 {
+                task.abort();
+            } else {
+                assert_eq!(task.await.unwrap(), number);
+            }
+        }
+        let mut held = turns.held.lock();
+        while held.taken > 0 {
+            // One that was aborted is dropped on its own thread.
+            parking_lot::MutexGuard::unlocked(&mut held, std::thread::yield_now);
+        }
+        assert!(held.waiting.iter().all(VecDeque::is_empty));
+        assert!(tenants[0].cpu() > Duration::ZERO);
+    }
+}

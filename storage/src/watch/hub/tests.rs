@@ -1,0 +1,219 @@
+use std::ops::RangeInclusive;
+
+use bytes::Bytes;
+use proptest::prelude::*;
+
+use super::*;
+use crate::limits::WATCHERS_PER_TENANT_MAX;
+
+fn event(revision: i64) -> Event {
+    Event { kind: EventKind::Put, key: Bytes::from_static(b"k"), kv: revision.to_string().into(), prev_kv: None }
+}
+
+fn spec(start_revision: i64) -> WatchSpec {
+    WatchSpec {
+        range: KeyRange::Single(Bytes::from_static(b"k")),
+        start_revision,
+        prev_kv: false,
+        no_put: false,
+        no_delete: false,
+        progress_notify: false,
+        fragment: false,
+        watch_id: 0,
+    }
+}
+
+/// A stream and what its client has seen.
+struct Seen {
+    id: StreamId,
+    queue: Arc<Queue>,
+    /// By watch: the first revision that is to come, and the last that came.
+    watches: BTreeMap<i64, (i64, i64)>,
+    /// What the starts of creates were that are not confirmed yet, in order.
+    creating: VecDeque<i64>,
+    progress: i64,
+}
+
+impl Seen {
+    fn open(hub: &Hub) -> Self {
+        let (id, queue) = hub.open_stream(Arc::new(|| {}));
+        Seen { id, queue, watches: BTreeMap::new(), creating: VecDeque::new(), progress: 0 }
+    }
+
+    fn create(&mut self, hub: &Hub, start_revision: i64) {
+        self.creating.push_back(start_revision);
+        hub.create(self.id, spec(start_revision), WATCHERS_PER_TENANT_MAX);
+    }
+
+    /// Reads what is queued. Events of each watch are in order, without gaps and repetitions; progress is what it says.
+    fn read(&mut self) {
+        while let Some(message) = self.queue.pop() {
+            match message {
+                WatchMessage::Created { watch_id, revision } => {
+                    let start = self.creating.pop_front().unwrap();
+                    let first = if start == 0 { revision + 1 } else { start };
+                    self.watches.insert(watch_id, (first, first - 1));
+                }
+                WatchMessage::Events { watch_id, batch, .. } => {
+                    let (_, last) = self.watches.get_mut(&watch_id).unwrap();
+                    for event in &batch.events {
+                        *last += 1;
+                        assert_eq!(event.kv, last.to_string(), "of watch {watch_id}");
+                    }
+                }
+                WatchMessage::Progress { watch_id: -1, revision } => {
+                    assert!(revision >= self.progress, "progress goes forward");
+                    self.progress = revision;
+                    for (watch_id, (first, last)) in &self.watches {
+                        assert!(*last >= revision || *first > revision, "watch {watch_id} has {last}, told {revision}");
+                    }
+                }
+                WatchMessage::Refused { .. }
+                | WatchMessage::Canceled { .. }
+                | WatchMessage::Compacted { .. }
+                | WatchMessage::Progress { .. } => panic!("{message:?}"),
+            }
+        }
+    }
+
+    /// Reads history for the watch that is furthest behind, as `replay_step` does.
+    fn replay(&self, hub: &Hub, newest: i64) {
+        if let Some(plan) = hub.plan_replay(self.id)
+            && !self.queue.is_full()
+        {
+            // In small steps, so that changes come in between.
+            let reached = newest.min(plan.next + 2);
+            let events = RangeInclusive::new(plan.next, reached).map(event).collect();
+            hub.finish_replay(self.id, &plan, Replayed::Events { events, reached, revision: newest });
+        }
+    }
+}
+
+#[test]
+fn many_watchers_are_served_in_steps() {
+    let hub = Hub::serving_at_once(1, 2);
+    let mut streams = [Seen::open(&hub), Seen::open(&hub)];
+    for number in 0..5 {
+        streams[number % 2].create(&hub, 0);
+    }
+    let has = |streams: &mut [Seen; 2]| {
+        streams.iter_mut().for_each(Seen::read);
+        streams.iter().flat_map(|seen| seen.watches.values()).map(|(_, last)| *last).sum::<i64>() - 5
+    };
+    assert!(hub.publish(2, &[event(2)]), "nobody knew that something waits");
+    assert!(!hub.publish(3, &[event(3)]), "somebody does");
+    hub.request_progress(streams[0].id);
+    let mut seen = vec![has(&mut streams)];
+    let mut told = vec![streams[0].progress];
+    while hub.deliver(3) {
+        seen.push(has(&mut streams));
+        told.push(streams[0].progress);
+    }
+    assert_eq!(seen, [0, 3, 6, 9], "events of all watches");
+    assert_eq!(told, [0, 0, 0, 0], "not before everything up to what was the newest");
+    assert_eq!((has(&mut streams), streams[0].progress), (10, 3));
+    assert!(hub.publish(4, &[event(4)]) && hub.deliver(4) && !hub.deliver(4));
+}
+
+// One that has too much waiting reads it from the engine, wherever a step had stopped.
+#[test]
+fn a_backlog_has_a_bound() {
+    let hub = Hub::serving_at_once(1, 1);
+    let mut seen = Seen::open(&hub);
+    (0..3).for_each(|_| seen.create(&hub, 0));
+    assert!(hub.publish(2, &[event(2)]));
+    assert!(hub.deliver(2));
+    let newest = 2 + i64::try_from(WATCH_BACKLOG_REVISIONS_MAX).unwrap();
+    for revision in 3..=newest {
+        assert!(!hub.publish(revision, &[event(revision)]));
+    }
+    assert!(!hub.deliver(1), "dropped");
+    seen.read();
+    assert_eq!(seen.watches.values().map(|(_, last)| *last).collect::<Vec<_>>(), [2, 2, 1]);
+    while seen.queue.unsynced.load(Ordering::Relaxed) > 0 {
+        seen.replay(&hub, newest);
+        seen.read();
+    }
+    assert!(seen.watches.values().all(|(_, last)| *last == newest));
+}
+
+#[derive(Clone, Debug)]
+enum Step {
+    Publish,
+    Skip,
+    Deliver(usize),
+    Create { stream: usize, back: Option<i64> },
+    Progress(usize),
+    Replay(usize),
+    Read(usize),
+    Reopen(usize),
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    let stream = 0usize..3;
+    prop_oneof![
+        8 => Just(Step::Publish),
+        1 => Just(Step::Skip),
+        4 => (0usize..5).prop_map(Step::Deliver),
+        3 => (stream.clone(), prop::option::of(-2i64..6)).prop_map(|(stream, back)| Step::Create { stream, back }),
+        3 => stream.clone().prop_map(Step::Progress),
+        3 => stream.clone().prop_map(Step::Replay),
+        4 => stream.clone().prop_map(Step::Read),
+        1 => stream.prop_map(Step::Reopen),
+    ]
+}
+
+proptest! {
+    // However publication, delivery, replay and clients interleave: every watch sees every revision from its start on, once, in order,
+    // and progress is told of nothing that was not sent.
+    #[test]
+    fn no_watch_misses_or_repeats_a_revision(steps in prop::collection::vec(step(), 1..200)) {
+        let hub = Hub::serving_at_once(10, 2);
+        let mut newest = 10;
+        let mut streams: Vec<Seen> = (0..3).map(|_| Seen::open(&hub)).collect();
+        for step in steps {
+            match step {
+                Step::Publish => {
+                    newest += 1;
+                    let _ = hub.publish(newest, &[event(newest)]);
+                }
+                Step::Skip => {
+                    newest += 2;
+                    hub.skip_to(newest);
+                }
+                Step::Deliver(watchers_max) => {
+                    hub.deliver(watchers_max);
+                }
+                Step::Create { stream, back } => {
+                    let start = back.map_or(0, |back| newest - back);
+                    streams[stream].create(&hub, start.max(0));
+                }
+                Step::Progress(stream) => hub.request_progress(streams[stream].id),
+                Step::Replay(stream) => streams[stream].replay(&hub, newest),
+                Step::Read(stream) => streams[stream].read(),
+                Step::Reopen(stream) => {
+                    hub.close_stream(streams[stream].id);
+                    streams[stream] = Seen::open(&hub);
+                }
+            }
+        }
+        while hub.deliver(3) {}
+        for seen in &mut streams {
+            seen.read();
+            while hub.plan_replay(seen.id).is_some() {
+                seen.replay(&hub, newest);
+                seen.read();
+            }
+            for (watch_id, (first, last)) in &seen.watches {
+                prop_assert_eq!(*last, newest.max(first - 1), "of watch {}", watch_id);
+            }
+            if !seen.watches.is_empty() && seen.watches.values().all(|(first, _)| *first <= newest + 1) {
+                let before = seen.progress;
+                hub.request_progress(seen.id);
+                seen.read();
+                prop_assert!(seen.progress >= before);
+            }
+        }
+        prop_assert_eq!(hub.state.lock().backlog_bytes, 0);
+    }
+}
