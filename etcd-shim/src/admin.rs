@@ -158,6 +158,20 @@ fn to_limits(of: impl Fn(Limit) -> Option<u64>) -> api::Limits {
     }
 }
 
+fn limit_named(name: &str) -> Result<Limit, Status> {
+    Limit::ALL.into_iter().find(|limit| limit.name() == name).ok_or_else(|| {
+        let names: Vec<&str> = Limit::ALL.into_iter().map(Limit::name).collect();
+        Status::invalid_argument(format!("reset_limits: {name:?}: want one of {}", names.join(", ")))
+    })
+}
+
+/// What a message takes back and sets.
+fn limit_changes(reset: &[String], set: Option<api::Limits>) -> Result<Vec<(Limit, Option<u64>)>, Status> {
+    let reset: Vec<Limit> = reset.iter().map(|name| limit_named(name)).collect::<Result<_, _>>()?;
+    let set = limits_of(set).map(|(limit, value)| (limit, Some(value)));
+    Ok(reset.into_iter().map(|limit| (limit, None)).chain(set).collect())
+}
+
 fn check_labels<'a>(labels: impl IntoIterator<Item = (&'a String, &'a String)>) -> Result<(), Status> {
     let fits = |text: &String| text.len() <= LABEL_BYTES_MAX && !text.contains(char::is_control);
     match labels.into_iter().find(|(name, value)| name.is_empty() || !fits(name) || !fits(value)) {
@@ -200,7 +214,7 @@ impl Inner {
         let profile = tenant.profile();
         let quota_bytes = u64::try_from(tenant.quota_bytes()).unwrap_or(0);
         let effective = |limit| {
-            let own = || profile.limits.get(limit).unwrap_or_else(|| default_limit(limit));
+            let own = || profile.limit(limit).unwrap_or_else(|| default_limit(limit));
             Some(if limit == Limit::StoredBytes { quota_bytes } else { own() })
         };
         api::Tenant {
@@ -291,16 +305,8 @@ impl Inner {
 
     async fn update(&self, request: api::UpdateTenantRequest) -> Result<api::UpdateTenantResponse, Status> {
         check_labels(&request.labels)?;
-        let mut update = TenantUpdate::default();
-        for name in &request.reset_limits {
-            let Some(limit) = Limit::ALL.into_iter().find(|limit| limit.name() == name) else {
-                let names: Vec<&str> = Limit::ALL.into_iter().map(Limit::name).collect();
-                let text = format!("reset_limits: {name:?}: want one of {}", names.join(", "));
-                return Err(Status::invalid_argument(text));
-            };
-            update.limits.push((limit, None));
-        }
-        update.limits.extend(limits_of(request.limits).map(|(limit, value)| (limit, Some(value))));
+        let limits = limit_changes(&request.reset_limits, request.limits)?;
+        let mut update = TenantUpdate { limits, ..TenantUpdate::default() };
         update.labels.extend(request.remove_labels.into_iter().map(|name| (name, None)));
         update.labels.extend(request.labels.into_iter().map(|(name, value)| (name, Some(value))));
         // Of the same request, in the same order on every try.
@@ -504,6 +510,14 @@ impl Inner {
         Ok(api::RevokeCredentialsResponse { tenant: Some(self.describe(&tenant)) })
     }
 
+    async fn update_cell(&self, request: api::UpdateCellRequest) -> Result<api::GetCellResponse, Status> {
+        let limits = limit_changes(&request.reset_limits, request.default_limits)?;
+        if !limits.is_empty() {
+            self.cell.update_defaults(limits).await?;
+        }
+        Ok(self.cell())
+    }
+
     fn cell(&self) -> api::GetCellResponse {
         let leader = self.cell.leader_id();
         let membership = self.cell.membership();
@@ -516,8 +530,10 @@ impl Inner {
         });
         let names = self.cell.tenant_names();
         let sizes = names.iter().filter_map(|name| Some(self.cell.tenant(name)?.reader().db_size_bytes()));
-        let quota_bytes = u64::try_from(self.cell.store().quota_bytes()).unwrap_or(0);
-        let default = |limit| Some(if limit == Limit::StoredBytes { quota_bytes } else { default_limit(limit) });
+        let (defaults, quota_bytes) = (self.cell.store().defaults(), self.cell.store().quota_bytes());
+        let quota_bytes = u64::try_from(quota_bytes).unwrap_or(0);
+        let or = |limit| if limit == Limit::StoredBytes { quota_bytes } else { default_limit(limit) };
+        let default = |limit| Some(defaults.get(limit).unwrap_or_else(|| or(limit)));
         api::GetCellResponse {
             cluster_id: self.cell.cluster_id(),
             members: members.collect(),
@@ -624,6 +640,13 @@ impl Admin for AdminService {
     ) -> Result<Response<api::RevokeCredentialsResponse>, Status> {
         audited("RevokeCredentials", |of| of.tenant.clone(), request, async |request| self.0.revoke(request).await)
             .await
+    }
+
+    async fn update_cell(
+        &self,
+        request: Request<api::UpdateCellRequest>,
+    ) -> Result<Response<api::GetCellResponse>, Status> {
+        audited("UpdateCell", |_| String::new(), request, async |request| self.0.update_cell(request).await).await
     }
 
     async fn get_cell(&self, request: Request<api::GetCellRequest>) -> Result<Response<api::GetCellResponse>, Status> {

@@ -303,7 +303,8 @@ impl Observer for Watcher {
 
     fn tenant_changed(&self, tenant: TenantId, change: TenantChange) {
         match change {
-            TenantChange::Created | TenantChange::Forgotten => {}
+            TenantChange::Created => return self.changes.count_made(),
+            TenantChange::Forgotten => {}
             TenantChange::Profile => self.follow_phase(tenant),
             TenantChange::Deleted => {
                 self.lessor.forget(tenant);
@@ -328,6 +329,7 @@ impl Observer for Watcher {
             self.failure.report(&fault.to_string());
         }
         self.changes.count();
+        self.changes.count_made();
     }
 }
 
@@ -782,7 +784,9 @@ impl Inner {
     /// With a term: by this member as its leader, or not at all.
     async fn propose_in(&self, term: Option<u64>, tenant: TenantId, command: Command) -> Result<Outcome, CellError> {
         let lane = match &command {
-            Command::Tenant(_) | Command::Configure { .. } | Command::Members(_) => CELL_LANE,
+            Command::Tenant(_) | Command::Configure { .. } | Command::SetDefaults { .. } | Command::Members(_) => {
+                CELL_LANE
+            }
             Command::Put(_)
             | Command::DeleteRange(_)
             | Command::Txn(_)

@@ -496,8 +496,10 @@ impl Guest {
         identity: ConnectionIdentity,
         certificate: Option<PeerCertificate>,
     ) -> Result<Self, NoTenant> {
-        let changes = services.cell.tenants_changed();
+        let (changed, made) = (services.cell.tenants_changed(), services.cell.tenants_made());
         let tenant = services.cell.tenant(identity.tenant());
+        // Who belongs to no tenant waits for one of that name.
+        let changes = if tenant.is_some() { changed } else { made };
         let (used, counted) = match &tenant {
             Some(tenant) => {
                 check_welcome(tenant, certificate.as_ref())?;

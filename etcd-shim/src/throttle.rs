@@ -25,7 +25,7 @@ pub const WAIT_MAX: Duration = Duration::from_secs(1);
 /// What a bucket holds when it was not used for a while: one second's worth.
 const BURST_SECONDS: f64 = 1.0;
 
-/// A limit of a tenant of which nothing was said. 0: none.
+/// A limit of which nobody said anything, of the tenant or of the cell. 0: none.
 pub fn default_limit(limit: Limit) -> u64 {
     match limit {
         // The cell's, which is replicated: see `Tenant::quota_bytes`.
@@ -43,7 +43,7 @@ pub fn default_limit(limit: Limit) -> u64 {
 
 /// The limit that holds for a tenant; `None`: there is none.
 pub fn limit_of(profile: &Profile, limit: Limit) -> Option<u64> {
-    let value = profile.limits.get(limit).unwrap_or_else(|| default_limit(limit));
+    let value = profile.limit(limit).unwrap_or_else(|| default_limit(limit));
     (value > 0).then_some(value)
 }
 

@@ -305,6 +305,24 @@ async fn a_tenant_is_held_to_its_limits() {
     scene.admin.update_tenant(update).await.unwrap();
     let first = scene.connect(&acme).await.unwrap();
     put(first, "k").await.unwrap();
+    // The cell's limits are those of tenants that have none of their own, also of those there will be.
+    let limits = api::Limits { request_bytes: Some(1), leases: Some(3), ..Default::default() };
+    let update = api::UpdateCellRequest { default_limits: Some(limits), ..Default::default() };
+    let cell = scene.admin.update_cell(update).await.unwrap().into_inner().default_limits.unwrap();
+    assert_eq!((cell.request_bytes, cell.leases, cell.requests_per_second), (Some(1), Some(3), Some(0)));
+    let effective = async |scene: &mut Scene, name: &str| {
+        let request = api::GetTenantRequest { name: name.to_string() };
+        let tenant = scene.admin.get_tenant(request).await.unwrap().into_inner().tenant.unwrap();
+        let limits = tenant.effective_limits.unwrap();
+        (limits.request_bytes, limits.leases)
+    };
+    scene.create("initech").await;
+    assert_eq!(effective(&mut scene, "acme").await, (Some(200), Some(3)));
+    assert_eq!(effective(&mut scene, "initech").await, (Some(1), Some(3)));
+    let reset = |name: &str| api::UpdateCellRequest { reset_limits: vec![name.to_string()], ..Default::default() };
+    scene.admin.update_cell(reset("request_bytes")).await.unwrap();
+    assert_eq!(scene.admin.update_cell(reset("bytes")).await.unwrap_err().code(), Code::InvalidArgument);
+    assert_eq!(effective(&mut scene, "initech").await, (Some(0), Some(3)));
     let top = scene.admin.top(api::TopRequest { limit: 0 }).await.unwrap().into_inner();
     let row = top.rows.iter().find(|row| row.tenant == "acme").unwrap();
     assert!(row.requests == 1 && row.received_bytes > 0 && row.sent_bytes > 0, "{row:?}");

@@ -98,6 +98,11 @@ enum CellCommand {
     List,
     /// Members and load of one cell.
     Status,
+    /// Changes the limits of tenants that have none of their own; without any, prints them.
+    Limits {
+        #[command(flatten)]
+        limits: LimitArgs,
+    },
 }
 
 #[derive(Args, Default)]
@@ -326,6 +331,15 @@ impl At {
         })
     }
 
+    /// The one that is meant, where one has to be.
+    async fn only_cell(&self) -> anyhow::Result<Reached> {
+        let mut reached = self.reached().await?;
+        if reached.len() != 1 {
+            bail!("which one? --cell NAME; tenurectl cell list shows them all");
+        }
+        Ok(reached.remove(0))
+    }
+
     /// Those of them that answer; a warning for each that does not, an error if none does.
     async fn reached(&self) -> anyhow::Result<Vec<Reached>> {
         let chosen = self.chosen()?;
@@ -432,11 +446,7 @@ async fn cell(at: &At, format: Format, command: CellCommand) -> anyhow::Result<(
             })
         }
         CellCommand::Status => {
-            let mut reached = at.reached().await?;
-            if reached.len() != 1 {
-                bail!("which one? --cell NAME; tenurectl cell list shows them all");
-            }
-            let Reached { cell, status, .. } = reached.remove(0);
+            let Reached { cell, status, .. } = at.only_cell().await?;
             let row = |member: &api::get_cell_response::Member| {
                 let role = match (member.is_leader, member.is_learner) {
                     (true, _) => "leader",
@@ -451,6 +461,25 @@ async fn cell(at: &At, format: Format, command: CellCommand) -> anyhow::Result<(
                 Format::Json | Format::Yaml => output::data(format, &cell_data(&cell, &status)),
             })
         }
+        CellCommand::Limits { limits } => {
+            let mut reached = at.only_cell().await?;
+            let (set, reset) = limits.read()?;
+            let request = api::UpdateCellRequest { default_limits: Some(set), reset_limits: reset };
+            let answer = reached.client.update_cell(request).await.map_err(|status| reached.cell.call_error(status))?;
+            let limits = output::limits(&answer.into_inner().default_limits.unwrap_or_default());
+            let row = |name: &&str| vec![name.to_string(), limit_text(&limits, name)];
+            print(&match format {
+                Format::Table => output::table(&["LIMIT", "VALUE"], &limits::NAMES.iter().map(row).collect::<Vec<_>>()),
+                Format::Json | Format::Yaml => output::data(format, &json!({ "default_limits": limits })),
+            })
+        }
+    }
+}
+
+fn limit_text(limits: &Value, name: &str) -> String {
+    match limits.get(name).and_then(Value::as_u64) {
+        None | Some(0) => "none".to_string(),
+        Some(value) => value.to_string(),
     }
 }
 
@@ -520,10 +549,8 @@ async fn tenant(at: &At, format: Format, command: TenantCommand) -> anyhow::Resu
             let effective = output::limits(&tenant.effective_limits.unwrap_or_default());
             let own = output::limits(&tenant.limits.unwrap_or_default());
             let row = |name: &&str| {
-                let value = effective.get(name).and_then(Value::as_u64).unwrap_or(0);
-                let text = if value == 0 { "none".to_string() } else { value.to_string() };
                 let source = if own.get(name).is_some() { "tenant" } else { "cell" };
-                vec![name.to_string(), text, source.to_string()]
+                vec![name.to_string(), limit_text(&effective, name), source.to_string()]
             };
             print(&match format {
                 Format::Table => {

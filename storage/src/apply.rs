@@ -26,7 +26,7 @@ use crate::members;
 use crate::mvcc::overlay::Overlay;
 use crate::mvcc::write::{Step, Writer, accept};
 use crate::mvcc::{compact, txn};
-use crate::profile::{Limit, Profile, TenantPhase};
+use crate::profile::{Limit, Profile, TenantLimits, TenantPhase};
 use crate::reply::{Outcome, Reply};
 use crate::store::{Shared, Store, Tenant, db_size_bytes};
 use crate::types::{Alarm, AlarmKind, LeaseId, Membership, TenantId};
@@ -99,6 +99,7 @@ struct Registry {
     /// Deleted, and their space not given back: with the names they had.
     deleted: BTreeMap<TenantId, String>,
     membership: Membership,
+    defaults: Arc<TenantLimits>,
 }
 
 /// A tenant as the engine has it.
@@ -119,6 +120,9 @@ impl Registry {
         let mut registry = Registry::default();
         if let Some(stored) = view.get(Family::Meta, &meta::cell_key())? {
             registry.cell = CellRow::decode(stored)?;
+        }
+        if let Some(stored) = view.get(Family::Meta, &meta::defaults_key())? {
+            registry.defaults = Arc::new(meta::decode_defaults(stored)?);
         }
         let bounds = meta::all_bounds();
         let mut cursor = view.cursor(Family::Meta, &bounds.lower, &bounds.upper)?;
@@ -196,6 +200,8 @@ enum Notice {
     },
     ReclaimPending(TenantId),
     MembersChanged,
+    /// The cell's limits are other ones.
+    Defaults,
 }
 
 impl Notice {
@@ -208,7 +214,7 @@ impl Notice {
             | Notice::LeaseGranted { tenant, .. }
             | Notice::LeaseRevoked { tenant, .. }
             | Notice::ReclaimPending(tenant) => Some(*tenant),
-            Notice::MembersChanged => None,
+            Notice::MembersChanged | Notice::Defaults => None,
         }
     }
 }
@@ -244,9 +250,9 @@ impl<E: Engine> StateMachine<E> {
                 Some(known) => {
                     known.publish(row);
                     known.hub.skip_to(row.revision);
-                    known.show_profile(profile);
+                    known.show_profile(&profile.shown_with(&self.registry.defaults));
                 }
-                None => shared.add(Tenant::new(*id, row, profile)),
+                None => shared.add(Tenant::new(*id, row, profile.shown_with(&self.registry.defaults))),
             }
             if row.reclaimed_revision < row.compact_revision {
                 self.observer.reclaim_pending(*id);
@@ -256,6 +262,7 @@ impl<E: Engine> StateMachine<E> {
         for id in self.registry.deleted.keys() {
             self.observer.tenant_changed(*id, TenantChange::Deleted);
         }
+        *shared.defaults.write() = Arc::clone(&self.registry.defaults);
         self.show_members();
     }
 
@@ -359,7 +366,8 @@ impl<E: Engine> StateMachine<E> {
             | Notice::LeaseGranted { .. }
             | Notice::LeaseRevoked { .. }
             | Notice::ReclaimPending(_)
-            | Notice::MembersChanged => None,
+            | Notice::MembersChanged
+            | Notice::Defaults => None,
         }))?;
         self.store.engine.write(&batch)?;
         counts.written();
@@ -402,8 +410,19 @@ impl<E: Engine> StateMachine<E> {
                 Notice::LeaseRevoked { tenant, id } => self.observer.lease_revoked(tenant, id),
                 Notice::ReclaimPending(tenant) => self.observer.reclaim_pending(tenant),
                 Notice::MembersChanged => self.show_members(),
+                Notice::Defaults => self.show_defaults(),
             }
         }
+    }
+
+    /// Every tenant's limits may be other ones.
+    fn show_defaults(&self) {
+        for (id, Registered { profile, .. }) in &self.registry.tenants {
+            if let Some(known) = self.store.shared.tenant(*id) {
+                known.show_profile(&profile.shown_with(&self.registry.defaults));
+            }
+        }
+        *self.store.shared.defaults.write() = Arc::clone(&self.registry.defaults);
     }
 
     fn show_tenant(&self, tenant: TenantId, change: TenantChange) {
@@ -411,6 +430,7 @@ impl<E: Engine> StateMachine<E> {
         match (change, self.registry.tenants.get(&tenant)) {
             (TenantChange::Created, Some(Registered { row, profile })) => {
                 // Events of the same batch follow and count up from here.
+                let profile = profile.shown_with(&self.registry.defaults);
                 shared.add(Tenant::new(tenant, &TenantRow::new(row.name.clone()), profile));
                 if let Some(known) = shared.tenant(tenant) {
                     known.publish(row);
@@ -418,7 +438,7 @@ impl<E: Engine> StateMachine<E> {
             }
             (TenantChange::Profile, Some(Registered { profile, .. })) => {
                 if let Some(known) = shared.tenant(tenant) {
-                    known.show_profile(profile);
+                    known.show_profile(&profile.shown_with(&self.registry.defaults));
                 }
             }
             (TenantChange::Deleted, None) => {
@@ -446,6 +466,16 @@ impl<E: Engine> StateMachine<E> {
                 self.registry.cell.quota_bytes = quota_bytes;
                 Ok(Outcome { revision: 0, result: Ok(Reply::Configure) })
             }
+            Command::SetDefaults { limits } => {
+                let mut defaults = TenantLimits::clone(&self.registry.defaults);
+                defaults.change(limits);
+                if defaults != *self.registry.defaults {
+                    pending.overlay.put(Family::Meta, meta::defaults_key(), meta::encode_defaults(&defaults));
+                    self.registry.defaults = Arc::new(defaults);
+                    pending.notices.push(Notice::Defaults);
+                }
+                Ok(Outcome { revision: 0, result: Ok(Reply::Configure) })
+            }
             Command::Members(command) => Ok(self.change_members(pending, command)),
             Command::Put(_)
             | Command::DeleteRange(_)
@@ -460,8 +490,10 @@ impl<E: Engine> StateMachine<E> {
                 };
                 let capture_prev = self.store.shared.tenant(tenant).is_some_and(|known| known.hub.wants_prev_kv());
                 pending.dirty.insert(tenant);
-                let quota = Quota { limit_bytes: quota_bytes(profile, self.registry.cell.quota_bytes), member_id };
-                let mut turn = Turn { pending, tenant, row, profile, quota, capture_prev };
+                let of = |limit| profile.limits.get(limit).or_else(|| self.registry.defaults.get(limit));
+                let limit_bytes = quota_bytes(of(Limit::StoredBytes), self.registry.cell.quota_bytes);
+                let (quota, leases_max) = (Quota { limit_bytes, member_id }, of(Limit::Leases));
+                let mut turn = Turn { pending, tenant, row, profile, quota, leases_max, capture_prev };
                 let result = turn.run(command)?;
                 Ok(Outcome { revision: turn.row.revision, result })
             }
@@ -620,9 +652,7 @@ pub fn next_second_ms(moment_ms: i64) -> i64 {
 fn change_profile(profile: &mut Profile, command: TenantCommand) -> Result<(), Refusal> {
     match command {
         TenantCommand::Update { limits, labels } => {
-            for (limit, value) in limits {
-                profile.limits.set(limit, value);
-            }
+            profile.limits.change(limits);
             profile.change_labels(labels)
         }
         TenantCommand::SetPhase(phase) => {
@@ -640,9 +670,9 @@ fn change_profile(profile: &mut Profile, command: TenantCommand) -> Result<(), R
     }
 }
 
-/// Bytes a tenant may hold; negative = no limit.
-pub(crate) fn quota_bytes(profile: &Profile, of_cell: i64) -> i64 {
-    match profile.limits.get(Limit::StoredBytes) {
+/// Bytes a tenant may hold, by what an operator said, or else the cell's configuration; negative = no limit.
+pub(crate) fn quota_bytes(limit: Option<u64>, of_cell: i64) -> i64 {
+    match limit {
         None => of_cell,
         Some(0) => -1,
         Some(bytes) => i64::try_from(bytes).unwrap_or(i64::MAX),
@@ -665,6 +695,8 @@ struct Turn<'a, R> {
     row: &'a mut TenantRow,
     profile: &'a Profile,
     quota: Quota,
+    /// `None` and 0: no limit.
+    leases_max: Option<u64>,
     capture_prev: bool,
 }
 
@@ -701,7 +733,7 @@ impl<R: Reader> Turn<'_, R> {
                 Ok(Ok(Reply::Reclaim { more }))
             }
             Command::Alarm { activate, member_id, kind } => Ok(Ok(self.alarm(activate, Alarm { member_id, kind }))),
-            Command::Tenant(_) | Command::Configure { .. } | Command::Members(_) => {
+            Command::Tenant(_) | Command::Configure { .. } | Command::SetDefaults { .. } | Command::Members(_) => {
                 unreachable!("commands of the cell")
             }
         }
@@ -715,7 +747,7 @@ impl<R: Reader> Turn<'_, R> {
             TenantPhase::Suspended if !matches!(command, Command::Reclaim { .. }) => return Err(Refusal::Suspended),
             TenantPhase::ReadOnly | TenantPhase::Suspended => {}
         }
-        match (command, self.profile.limits.get(Limit::Leases)) {
+        match (command, self.leases_max) {
             (Command::LeaseGrant { .. }, Some(leases)) if leases > 0 && self.row.usage.leases >= leases => {
                 Err(Refusal::TooManyLeases)
             }
@@ -747,6 +779,7 @@ impl<R: Reader> Turn<'_, R> {
             | Command::Alarm { .. }
             | Command::Tenant(_)
             | Command::Configure { .. }
+            | Command::SetDefaults { .. }
             | Command::Members(_) => false,
         };
         let cost_bytes = command.quota_cost_bytes();
@@ -807,6 +840,7 @@ impl Command {
             | Command::Alarm { .. }
             | Command::Tenant(_)
             | Command::Configure { .. }
+            | Command::SetDefaults { .. }
             | Command::Members(_) => 0,
         }
     }

@@ -36,6 +36,10 @@ pub enum Command {
     Configure {
         quota_bytes: i64,
     },
+    /// Changes the limits of tenants of which nothing else is said; `None` takes one back. The envelope's tenant is ignored.
+    SetDefaults {
+        limits: Vec<(Limit, Option<u64>)>,
+    },
     /// Changes who is known as a member of the cell. The envelope's tenant is ignored.
     Members(MembersCommand),
     Put(PutRequest),
@@ -181,6 +185,10 @@ fn encode_command(w: &mut Writer, command: &Command) {
             w.u8(2);
             w.i64(*quota_bytes);
         }
+        Command::SetDefaults { limits } => {
+            w.u8(13);
+            encode_limit_changes(w, limits);
+        }
         Command::Put(put) => {
             w.u8(3);
             encode_put(w, put);
@@ -242,7 +250,24 @@ fn decode_command(r: &mut Reader) -> Result<Command, Fault> {
         },
         11 => Command::Members(decode_members(r)?),
         12 => Command::Tenant(decode_tenant(r)?),
+        13 => Command::SetDefaults { limits: decode_limit_changes(r)? },
         _ => return Err(r.corrupt("command kind")),
+    })
+}
+
+fn encode_limit_changes(w: &mut Writer, limits: &[(Limit, Option<u64>)]) {
+    w.varint(limits.len() as u64);
+    for (limit, value) in limits {
+        limit.encode(w);
+        w.u8(u8::from(value.is_some()));
+        w.varint(value.unwrap_or(0));
+    }
+}
+
+fn decode_limit_changes(r: &mut Reader) -> Result<Vec<(Limit, Option<u64>)>, Fault> {
+    r.list(|r| {
+        let (limit, is_set, value) = (Limit::decode(r)?, r.bool()?, r.varint()?);
+        Ok((limit, is_set.then_some(value)))
     })
 }
 
@@ -257,12 +282,7 @@ fn encode_tenant(w: &mut Writer, command: &TenantCommand) {
         }
         TenantCommand::Update { limits, labels } => {
             w.u8(2);
-            w.varint(limits.len() as u64);
-            for (limit, value) in limits {
-                limit.encode(w);
-                w.u8(u8::from(value.is_some()));
-                w.varint(value.unwrap_or(0));
-            }
+            encode_limit_changes(w, limits);
             w.varint(labels.len() as u64);
             for (name, value) in labels {
                 w.bytes(name.as_bytes());
@@ -298,10 +318,7 @@ fn decode_tenant(r: &mut Reader) -> Result<TenantCommand, Fault> {
             created_at_ms: r.i64()?,
         },
         2 => TenantCommand::Update {
-            limits: r.list(|r| {
-                let (limit, is_set, value) = (Limit::decode(r)?, r.bool()?, r.varint()?);
-                Ok((limit, is_set.then_some(value)))
-            })?,
+            limits: decode_limit_changes(r)?,
             labels: r.list(|r| {
                 let (name, is_set, value) = (r.string()?, r.bool()?, r.string()?);
                 Ok((name, is_set.then_some(value)))

@@ -5,6 +5,7 @@
 //! own beside the tenant's counters: those are written with every batch, this when an operator changes something.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use bytes::Bytes;
 
@@ -108,7 +109,7 @@ impl Limit {
     }
 }
 
-/// The limits of one tenant. One that is not set is the cell's default; 0 is none at all.
+/// The limits of one tenant, or the cell's for all. One that is not set is the cell's, or what the program has; 0 is none at all.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct TenantLimits(BTreeMap<Limit, u64>);
 
@@ -129,6 +130,13 @@ impl TenantLimits {
     /// Those that are set.
     pub fn iter(&self) -> impl Iterator<Item = (Limit, u64)> + '_ {
         self.0.iter().map(|(limit, value)| (*limit, *value))
+    }
+
+    /// Sets several, as [`TenantLimits::set`] does.
+    pub(crate) fn change(&mut self, limits: Vec<(Limit, Option<u64>)>) {
+        for (limit, value) in limits {
+            self.set(limit, value);
+        }
     }
 
     pub(crate) fn encode(&self, w: &mut Writer) {
@@ -172,9 +180,24 @@ pub struct Profile {
     pub credentials_valid_from_ms: i64,
     /// Serial numbers of certificates that are refused, and when they end by themselves.
     pub revoked: BTreeMap<Bytes, i64>,
+    /// The cell's limits, as they are shown to readers along with the tenant's own. Not part of what is stored of it.
+    pub(crate) defaults: Arc<TenantLimits>,
 }
 
 impl Profile {
+    /// What holds for the tenant, by its own limits or the cell's; `None`: nobody said anything.
+    pub fn limit(&self, limit: Limit) -> Option<u64> {
+        self.limits.get(limit).or_else(|| self.defaults.get(limit))
+    }
+
+    /// As readers see it, with the cell's limits.
+    pub(crate) fn shown_with(self: &Arc<Self>, defaults: &Arc<TenantLimits>) -> Arc<Profile> {
+        match *self.defaults == **defaults {
+            true => Arc::clone(self),
+            false => Arc::new(Profile { defaults: Arc::clone(defaults), ..Profile::clone(self) }),
+        }
+    }
+
     /// Whether a certificate of this tenant is refused. `not_before_ms` is when it began to be valid.
     pub fn is_revoked(&self, serial: &[u8], not_before_ms: i64) -> bool {
         not_before_ms < self.credentials_valid_from_ms || self.revoked.contains_key(serial)
@@ -240,6 +263,7 @@ impl Profile {
             created_at_ms: r.i64()?,
             credentials_valid_from_ms: r.i64()?,
             revoked: r.list(|r| Ok((Bytes::copy_from_slice(&r.bytes()?), r.i64()?)))?.into_iter().collect(),
+            defaults: Arc::default(),
         };
         r.end()?;
         Ok(profile)

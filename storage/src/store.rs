@@ -20,7 +20,7 @@ use crate::key::{self, lease, meta};
 use crate::limits::{EMPTY_TENANT_BYTES, WATCHERS_PER_TENANT_MAX};
 use crate::mvcc::read::{Count, Found, Sink};
 use crate::mvcc::{hash, read, txn, write};
-use crate::profile::{Limit, Profile};
+use crate::profile::{Limit, Profile, TenantLimits};
 use crate::types::{Alarm, KeyRange, LeaseId, Membership, RangeRequest, TenantId, TxnReply, TxnRequest, Usage};
 use crate::watch::{Hub, WatchStream};
 
@@ -75,13 +75,13 @@ pub(crate) fn db_size_bytes(usage: &Usage) -> u64 {
 }
 
 impl Tenant {
-    pub(crate) fn new(id: TenantId, row: &TenantRow, profile: &Arc<Profile>) -> Self {
+    pub(crate) fn new(id: TenantId, row: &TenantRow, profile: Arc<Profile>) -> Self {
         Tenant {
             id,
             name: row.name.clone(),
             hub: Hub::new(row.revision),
             published: Mutex::new(TenantState::of(row)),
-            profile: RwLock::new(Arc::clone(profile)),
+            profile: RwLock::new(profile),
             is_deleted: AtomicBool::new(false),
         }
     }
@@ -92,7 +92,7 @@ impl Tenant {
 
     /// Watchers that it may have, over all its streams.
     pub(crate) fn watchers_max(&self) -> usize {
-        match self.profile.read().limits.get(Limit::Watchers) {
+        match self.profile.read().limit(Limit::Watchers) {
             None | Some(0) => WATCHERS_PER_TENANT_MAX,
             Some(own) => usize::try_from(own).map_or(WATCHERS_PER_TENANT_MAX, |own| own.min(WATCHERS_PER_TENANT_MAX)),
         }
@@ -113,6 +113,7 @@ pub(crate) struct Shared {
     tenants: RwLock<Tenants>,
     pub(crate) quota_bytes: AtomicI64,
     pub(crate) membership: RwLock<Arc<Membership>>,
+    pub(crate) defaults: RwLock<Arc<TenantLimits>>,
     pub(crate) counts: Counts,
     /// Tenants whose space has not been given back yet, with the names they had.
     pub(crate) deleted: RwLock<BTreeMap<TenantId, String>>,
@@ -141,6 +142,7 @@ impl Shared {
             tenants: RwLock::default(),
             quota_bytes: AtomicI64::new(quota_bytes),
             membership: RwLock::default(),
+            defaults: RwLock::default(),
             counts: Counts::default(),
             deleted: RwLock::default(),
             is_replacing: AtomicBool::new(false),
@@ -238,6 +240,11 @@ impl<E: Engine> Store<E> {
         self.shared.quota_bytes.load(Ordering::Relaxed)
     }
 
+    /// The limits of tenants of which nothing else is said, after the last published batch. In memory.
+    pub fn defaults(&self) -> Arc<TenantLimits> {
+        Arc::clone(&self.shared.defaults.read())
+    }
+
     /// The members of the cell, after the last published batch.
     pub fn membership(&self) -> Arc<Membership> {
         Arc::clone(&self.shared.membership.read())
@@ -314,7 +321,7 @@ impl<E: Engine> TenantReader<E> {
 
     /// Bytes it may hold before writes are refused; negative = no quota. In memory.
     pub fn quota_bytes(&self) -> i64 {
-        quota_bytes(&self.tenant.profile.read(), self.store.quota_bytes())
+        quota_bytes(self.tenant.profile.read().limit(Limit::StoredBytes), self.store.quota_bytes())
     }
 
     /// The tenant's row in this view.

@@ -323,6 +323,13 @@ impl goldenscript::Runner for Script {
                 self.write(tenant, Command::Configure { quota_bytes })?;
                 String::new()
             }
+            "default" => {
+                let name = args.next_pos().ok_or("a limit")?;
+                let limit = Limit::ALL.into_iter().find(|limit| limit.name() == name).ok_or("no such limit")?;
+                let value = args.next_pos().map(str::parse).transpose()?;
+                self.write(tenant, Command::SetDefaults { limits: vec![(limit, value)] })?;
+                String::new()
+            }
             "state" => self.state(tenant)?,
             "leases" => self.leases(tenant)?,
             "hash" => {

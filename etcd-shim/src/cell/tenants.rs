@@ -36,8 +36,10 @@ pub(crate) fn now_ms() -> i64 {
 pub(super) struct Changes {
     deleted: Mutex<BTreeSet<TenantId>>,
     added: Notify,
-    /// Counts up with every change.
+    /// Counts up with every change of a tenant that was there, or that is another one now.
     seen: watch::Sender<u64>,
+    /// Counts up with every tenant that is made.
+    made: watch::Sender<u64>,
 }
 
 impl Changes {
@@ -50,6 +52,11 @@ impl Changes {
     /// Something happened to some tenant. Never blocks.
     pub(super) fn count(&self) {
         self.seen.send_modify(|changes| *changes += 1);
+    }
+
+    /// A tenant was made. Never blocks.
+    pub(super) fn count_made(&self) {
+        self.made.send_modify(|made| *made += 1);
     }
 
     async fn next_deleted(&self) -> TenantId {
@@ -106,6 +113,15 @@ impl Cell {
         self.0.change_tenant(tenant.id(), TenantCommand::Update { limits, labels }).await.map(drop)
     }
 
+    /// Changes the limits of tenants that have none of their own; `None` goes back to what members have of themselves.
+    ///
+    /// # Errors
+    /// If it is not known to have been applied.
+    pub async fn update_defaults(&self, limits: Vec<(Limit, Option<u64>)>) -> Result<(), CellError> {
+        let Outcome { result, .. } = self.0.propose(TenantId(0), Command::SetDefaults { limits }).await?;
+        Ok(result.map(drop)?)
+    }
+
     /// Suspends, resumes, or makes read-only. On return it holds on this member; on the others as soon as they have applied it.
     ///
     /// # Errors
@@ -141,9 +157,15 @@ impl Cell {
         self.0.change_tenant(tenant.id(), TenantCommand::Delete).await.map(drop)
     }
 
-    /// Counts up whenever something happened to a tenant on this member.
+    /// Counts up whenever something happened to a tenant on this member, but that one was made.
     pub fn tenants_changed(&self) -> watch::Receiver<u64> {
         self.0.changes.seen.subscribe()
+    }
+
+    /// Counts up whenever a tenant was made. Apart from other changes: tens of thousands of connections wait for those, and none of
+    /// them needs to look up because there is one tenant more.
+    pub fn tenants_made(&self) -> watch::Receiver<u64> {
+        self.0.changes.made.subscribe()
     }
 
     /// Names of all tenants and of those whose space is still being given back.

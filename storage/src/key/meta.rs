@@ -5,6 +5,7 @@ use bytes::Bytes;
 use super::{Bounds, CELL, PREFIX_LEN, prefix};
 use crate::codec::{Reader, Writer};
 use crate::error::Fault;
+use crate::profile::TenantLimits;
 use crate::types::{Alarm, AlarmKind, Member, Revision, TenantId, Usage};
 
 const TAG_TENANT: u8 = 1;
@@ -14,6 +15,7 @@ const TAG_REMOVED: u8 = 4;
 const TAG_PROFILE: u8 = 5;
 const TAG_DELETED: u8 = 6;
 const TAG_FORMER: u8 = 7;
+const TAG_DEFAULTS: u8 = 8;
 const ROW_VERSION: u8 = 1;
 
 /// A tenant's row: the registry entry and all its counters.
@@ -151,6 +153,28 @@ pub(crate) fn former_key(name: &str) -> Vec<u8> {
     let mut key = prefix(CELL, TAG_FORMER, name.len());
     key.extend_from_slice(name.as_bytes());
     key
+}
+
+/// The limits of tenants of which nothing else is said. No row: none was set.
+pub(crate) fn defaults_key() -> Vec<u8> {
+    prefix(CELL, TAG_DEFAULTS, 0)
+}
+
+pub(crate) fn encode_defaults(limits: &TenantLimits) -> Bytes {
+    let mut w = Writer::with_capacity(32);
+    w.u8(ROW_VERSION);
+    limits.encode(&mut w);
+    w.finish()
+}
+
+pub(crate) fn decode_defaults(stored: Bytes) -> Result<TenantLimits, Fault> {
+    let mut r = Reader::new(stored, "default limits");
+    if r.u8()? != ROW_VERSION {
+        return Err(r.corrupt("default limits version"));
+    }
+    let limits = TenantLimits::decode(&mut r)?;
+    r.end()?;
+    Ok(limits)
 }
 
 /// The row of a member of the cell.

@@ -17,6 +17,7 @@
 //! | meta | 5 | nothing | [`Profile`](crate::profile::Profile): phase, limits, labels, credentials | an operator |
 //! | meta | 6 | tenant id (u64), tenant 0 only | the name of a tenant that was deleted, until its space is given back | delete |
 //! | meta | 7 | name (raw), tenant 0 only | nothing: a tenant of this name was deleted once | delete |
+//! | meta | 8 | nothing, tenant 0 only | limits of tenants of which nothing else is said | an operator |
 //!
 //! The user key is escaped only where a revision follows it: raw bytes next to a number would let `"a"` at a high
 //! revision sort behind `"a\0"`.
