@@ -30,7 +30,7 @@ const DELETED_VALUE_BYTES: usize = 1024;
 /// Connections, each with a watch, that are held open until they are closed.
 const HELD_CONNECTIONS: usize = 100;
 
-/// Between two looks whether the space of a deleted tenant has come back.
+/// Between two looks.
 const LOOK_AGAIN: Duration = Duration::from_millis(100);
 
 /// Bounds what should long be over.
@@ -60,9 +60,17 @@ pub fn run(plan: &Plan, audience: &dyn Audience) -> anyhow::Result<Value> {
     Ok(json!({ "made": made, "start_seconds": restart.as_secs_f64(), "deleted": deleted, "closed": closed }))
 }
 
+/// The admin API of a server that may just be starting.
 async fn admin(data_dir: &Path) -> anyhow::Result<AdminClient<Channel>> {
-    let socket = std::path::absolute(data_dir.join("admin.sock"))?;
-    Ok(connect(&format!("unix:{}", socket.display()), &TlsFiles::default()).await?)
+    let endpoint = format!("unix:{}", std::path::absolute(data_dir.join("admin.sock"))?.display());
+    let from = Instant::now();
+    loop {
+        match connect(&endpoint, &TlsFiles::default()).await {
+            Ok(admin) => return Ok(admin),
+            Err(error) if from.elapsed() > PATIENCE => return Err(error.into()),
+            Err(_) => tokio::time::sleep(LOOK_AGAIN).await,
+        }
+    }
 }
 
 fn target(server: &Server, tenants: std::ops::Range<usize>) -> anyhow::Result<Target> {

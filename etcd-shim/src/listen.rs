@@ -38,7 +38,7 @@ use crate::server::Router;
 use crate::tenant::{ConnectionIdentity, NoTenant, PeerCertificate, check_admin, resolve, tenant_of_server_name};
 use crate::throttle::{OpenCount, TenantUse};
 use crate::tls::{Tls, peer_certificate};
-use crate::turns::{Turns, fairly};
+use crate::turns::{Paced, Turns, fairly};
 
 /// Most connections open at one listener. At the bound further ones wait in the operating system's backlog.
 const CONNECTIONS_MAX: usize = 20_000;
@@ -583,7 +583,7 @@ async fn served<S>(
 {
     let limits = services.limits;
     let open = OpenRequests::default();
-    let io = TokioIo::new(PingGuard::new(stream, open.clone(), limits.ping_interval_min));
+    let io = TokioIo::new(PingGuard::new(Paced(stream), open.clone(), limits.ping_interval_min));
     let mut builder = auto::Builder::new(alive);
     // The other protocol ends the connection.
     match terms.serves {

@@ -9,7 +9,7 @@ use tenure_etcd_shim::Tenure;
 use tenure_etcd_shim::builder::Builder;
 use tenure_etcd_shim::flags::{Flags, Parsed, parse, usage};
 use tenure_etcd_shim::logging;
-use tenure_etcd_shim::priority::step_back;
+use tenure_etcd_shim::priority::{SERVING, step_back};
 use tenure_etcd_shim::service::{ETCD_VERSION, Limits};
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -87,7 +87,7 @@ fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
     let started = AtomicUsize::new(0);
     let step_back_if_serving = move || {
         if started.fetch_add(1, Ordering::Relaxed) < workers {
-            step_back();
+            step_back(SERVING);
         }
     };
     tokio::runtime::Builder::new_multi_thread()

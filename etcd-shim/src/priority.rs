@@ -5,16 +5,18 @@
 //! connections and those that read, then each of them waits for the end of somebody's time slice, milliseconds each. So the latter
 //! step back ([`step_back`]). Nothing is taken from them while a processor is free.
 
-/// Steps of `nice` for threads that may have something to do all the time. Further back, one that holds a lock would be kept from giving
-/// it back for long.
-const STEPS: i32 = 5;
+/// Steps of `nice` for threads that serve connections.
+pub const SERVING: i32 = 5;
 
-/// Lowers the priority of the calling thread: against one that has not stepped back it gets a third of a processor. What the system does
-/// not allow is not done.
-pub fn step_back() {
+/// For threads that read much.
+pub(crate) const READING: i32 = 10;
+
+/// Lowers the priority of the calling thread by so many steps, five of which are to have a third of what it had against others. What the
+/// system does not allow is not done.
+pub fn step_back(steps: i32) {
     let thread = rustix::thread::gettid();
     let now = rustix::process::getpriority_process(Some(thread)).unwrap_or(0);
-    if let Err(error) = rustix::process::setpriority_process(Some(thread), now + STEPS) {
+    if let Err(error) = rustix::process::setpriority_process(Some(thread), now + steps) {
         tracing::debug!(%error, "lower the priority of a thread");
     }
 }
@@ -28,10 +30,10 @@ mod tests {
         let of = |thread| rustix::process::getpriority_process(Some(thread)).unwrap();
         let before = of(rustix::thread::gettid());
         let stepped = std::thread::spawn(move || {
-            step_back();
+            step_back(READING);
             of(rustix::thread::gettid())
         });
-        assert_eq!(stepped.join().unwrap(), (before + STEPS).min(19));
+        assert_eq!(stepped.join().unwrap(), (before + READING).min(19));
         assert_eq!(of(rustix::thread::gettid()), before);
     }
 }

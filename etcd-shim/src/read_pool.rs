@@ -26,7 +26,7 @@ use tenure_storage::TenantId;
 use tokio::sync::oneshot;
 
 use crate::cell_error::CellError;
-use crate::priority::step_back;
+use crate::priority::{READING, step_back};
 
 /// Reads of one tenant that wait for a thread. The next one is refused.
 pub const TENANT_QUEUED_MAX: usize = 1_000;
@@ -115,7 +115,7 @@ impl ReadPool {
             let shared = Arc::clone(&pool.shared);
             let thread = std::thread::Builder::new().name(format!("read-{number}"));
             let run = move || {
-                step_back();
+                step_back(READING);
                 shared.run();
             };
             pool.threads.push(thread.spawn(run)?);

@@ -10,17 +10,22 @@
 //! [`HALF_LIFE`]. It falls into one of [`LEVELS`] classes, each four times as much as the one before. A tenant that is held back uses
 //! less, so it is in a lower class before long: nobody waits for ever. While no quiet tenant does anything nobody is held.
 //!
+//! A turn is short: an answer of many megabytes is written in pieces, one a turn ([`Paced`]).
+//!
 //! What must hold: where somebody waits all places are taken, and each is given on when its task was polled or dropped. What waits is
 //! bounded by the tasks there are, which connections and streams bound.
 
+use std::cell::Cell;
 use std::collections::VecDeque;
+use std::io;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, LazyLock};
-use std::task::{Context, Poll, Wake, Waker};
+use std::task::{Context, Poll, Wake, Waker, ready};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use crate::throttle::TenantUse;
 
@@ -36,6 +41,68 @@ const HELD_FOR: Duration = Duration::from_secs(1);
 
 /// Places for each thread that polls: one that is polled, and one that is ready when it was.
 const PLACES_PER_THREAD: usize = 2;
+
+/// Bytes that one turn may write: about a tenth of a millisecond.
+const TURN_BYTES_MAX: usize = 256 << 10;
+
+thread_local! {
+    /// What the task that this thread polls may still write in its turn; `None`: it has no turn, and no bound.
+    static MAY_WRITE: Cell<Option<usize>> = const { Cell::new(None) };
+}
+
+/// A connection on which the tasks of [`fairly`] write.
+#[derive(Debug)]
+pub(crate) struct Paced<S>(pub(crate) S);
+
+impl<S: AsyncWrite + Unpin> Paced<S> {
+    fn write(
+        &mut self,
+        task: &mut Context<'_>,
+        write: impl FnOnce(Pin<&mut S>, &mut Context<'_>, usize) -> Poll<io::Result<usize>>,
+    ) -> Poll<io::Result<usize>> {
+        let left = MAY_WRITE.get();
+        if left == Some(0) {
+            task.waker().wake_by_ref();
+            return Poll::Pending;
+        }
+        let written = ready!(write(Pin::new(&mut self.0), task, left.unwrap_or(usize::MAX)))?;
+        MAY_WRITE.set(left.map(|left| left.saturating_sub(written)));
+        Poll::Ready(Ok(written))
+    }
+}
+
+impl<S: AsyncRead + Unpin> AsyncRead for Paced<S> {
+    fn poll_read(mut self: Pin<&mut Self>, task: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.0).poll_read(task, buffer)
+    }
+}
+
+impl<S: AsyncWrite + Unpin> AsyncWrite for Paced<S> {
+    fn poll_write(mut self: Pin<&mut Self>, task: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        self.write(task, |stream, task, left| stream.poll_write(task, &bytes[..bytes.len().min(left)]))
+    }
+
+    // A call takes no more than some frames, so it may go over the bound by that.
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        task: &mut Context<'_>,
+        slices: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        self.write(task, |stream, task, _| stream.poll_write_vectored(task, slices))
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.0.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, task: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.0).poll_flush(task)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, task: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.0).poll_shutdown(task)
+    }
+}
 
 /// What one member polls, and what it holds.
 #[derive(Debug)]
@@ -287,7 +354,9 @@ impl Turn {
         let change = |state| (state != HELD).then_some(WAITS);
         let before = woken.state.fetch_update(Ordering::AcqRel, Ordering::Acquire, change);
         let place = (before == Ok(PLACED)).then(|| Place(&woken.turns));
+        MAY_WRITE.set(Some(TURN_BYTES_MAX));
         let polled = future.poll(&mut Context::from_waker(&self.waker));
+        MAY_WRITE.set(None);
         drop(place);
         let now = Instant::now();
         woken.used.spent(now.saturating_duration_since(began), now);
@@ -416,6 +485,31 @@ mod tests {
         assert_eq!(tasks.each_ref().map(Task::woken), [1, 1]);
         tasks.iter_mut().for_each(Task::poll);
         assert_eq!(turns.held.lock().taken, 0);
+    }
+
+    // An answer of many megabytes does not keep its thread.
+    #[test]
+    fn a_turn_writes_so_much_and_no_more() {
+        let mut stream = Paced(Vec::<u8>::new());
+        let waker = Waker::from(Arc::<Runtime>::default());
+        let mut task = Context::from_waker(&waker);
+        let mut write = |task: &mut Context<'_>| Pin::new(&mut stream).poll_write(task, &[0; TURN_BYTES_MAX * 2 / 3]);
+        assert!(matches!(write(&mut task), Poll::Ready(Ok(_))), "nobody's turn: no bound");
+        let mut turns = Vec::new();
+        let mut turn = Turn::new(&Arc::default(), &Arc::default());
+        for _ in 0..2 {
+            let work = std::pin::pin!(std::future::poll_fn(|task| {
+                let mut written = 0;
+                while let Poll::Ready(more) = write(task) {
+                    written += more.unwrap();
+                }
+                turns.push(written);
+                Poll::<()>::Pending
+            }));
+            assert!(turn.poll(&Context::from_waker(&waker), work).is_pending());
+        }
+        assert_eq!(turns, [TURN_BYTES_MAX; 2], "and the next one goes on");
+        assert!(matches!(write(&mut task), Poll::Ready(Ok(_))));
     }
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

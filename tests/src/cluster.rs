@@ -12,12 +12,23 @@ use crate::server::program;
 /// One member, running or not. It keeps its addresses and its data.
 pub struct Member {
     arguments: Vec<String>,
+    told: Told,
     pub client: SocketAddr,
     /// What the others reach it by.
     pub peer_url: String,
     pub data_dir: PathBuf,
     child: Option<Child>,
     _claims: [Claim; 2],
+}
+
+/// How a member is told its flags.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Told {
+    OnTheCommandLine,
+    /// `ETCD_*` alone.
+    InVariables,
+    /// `--config-file` alone.
+    InAFile,
 }
 
 /// Members of one cell; killed when dropped.
@@ -39,6 +50,7 @@ impl Cluster {
             let [(client, client_claim), (peer, peer_claim)] = [free_address(), free_address()];
             Member {
                 arguments: vec![format!("--name=m{at}")],
+                told: Told::OnTheCommandLine,
                 client,
                 peer_url: format!("{scheme}://{peer}"),
                 data_dir: dir.join(format!("m{at}")),
@@ -152,9 +164,36 @@ impl Member {
         wait_for(&said, "lost the connection to a peer");
     }
 
-    fn spawn(&mut self) -> Lines {
+    /// From its next start on.
+    pub fn tell(&mut self, told: Told) {
+        self.told = told;
+    }
+
+    fn command(&self) -> Command {
         let mut command = Command::new(program());
-        command.args(&self.arguments).stderr(Stdio::piped());
+        let flags =
+            || self.arguments.iter().map(|flag| flag.trim_start_matches('-').split_once('=').expect("--NAME=VALUE"));
+        match self.told {
+            Told::OnTheCommandLine => {
+                command.args(&self.arguments);
+            }
+            Told::InVariables => {
+                let variable = |name: &str| format!("ETCD_{}", name.replace('-', "_").to_uppercase());
+                command.envs(flags().map(|(name, value)| (variable(name), value)));
+            }
+            Told::InAFile => {
+                let path = self.data_dir.with_extension("yaml");
+                let lines: String = flags().map(|(name, value)| format!("{name}: '{value}'\n")).collect();
+                std::fs::write(&path, lines).unwrap();
+                command.arg(format!("--config-file={}", path.display()));
+            }
+        }
+        command
+    }
+
+    fn spawn(&mut self) -> Lines {
+        let mut command = self.command();
+        command.stderr(Stdio::piped());
         let child = self.child.insert(child::spawn(command));
         child::lines_of(child.stderr.take().unwrap())
     }

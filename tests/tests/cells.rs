@@ -15,7 +15,7 @@ use tenure_etcd_shim::proto::etcdserverpb as pb;
 use tenure_etcd_shim::storage::key_value::KeyValue;
 use tenure_etcd_shim::wire::RangeResponse;
 use tenure_tests::client::Connection;
-use tenure_tests::cluster::{Cluster, Member};
+use tenure_tests::cluster::{Cluster, Member, Told};
 use tonic::Code;
 
 /// Bounds what should long be over; it judges nothing.
@@ -100,6 +100,27 @@ async fn a_lost_majority_is_recovered_by_force() {
 
 // The members before a removal are needed until raft has left the joint configuration: who hears of it earlier and stops another
 // member leaves the cell without a quorum for good.
+// However operators give their flags: a member is who they say.
+#[tokio::test(flavor = "multi_thread")]
+async fn members_are_told_by_variables_and_by_files_too() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut cluster = Cluster::new("http", 3, dir.path(), &["--initial-cluster-token=told", "--snapshot-count=1000"]);
+    let told = [Told::OnTheCommandLine, Told::InVariables, Told::InAFile];
+    for (member, told) in cluster.members.iter_mut().zip(told) {
+        member.tell(told);
+    }
+    cluster.start_all();
+    for member in &cluster.members {
+        put(member, "k", "v").await;
+        assert_eq!(members(member).await, ["m0", "m1", "m2"]);
+    }
+    for member in &mut cluster.members {
+        assert!(member.stop());
+        member.start();
+        assert_eq!(get(member, "k").await.as_deref(), Some("v"));
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn of_those_that_a_removal_leaves_one_may_stop_at_once() {
     let dir = tempfile::tempdir().unwrap();
