@@ -11,11 +11,11 @@ use std::time::Duration;
 use anyhow::Context as _;
 use serde_json::{Value, json};
 use tenure_admin_api::v1 as api;
-use tenure_provisioner::connect::{TlsFiles, connect};
 
 use crate::client::Workload;
 use crate::compare::{Audience, Plan, base};
 use crate::load::{self, Load, Measured, Stage, Target};
+use crate::scale::admin;
 use crate::server::{Kind, Server, Setup, tenant_name};
 use crate::{process, report};
 
@@ -72,8 +72,7 @@ pub fn run(plan: &Plan, audience: &dyn Audience) -> anyhow::Result<Vec<Value>> {
 
 /// Holds the noisy tenant to what it may.
 async fn limit(data_dir: &Path, tenant: &str) -> anyhow::Result<()> {
-    let socket = std::path::absolute(data_dir.join("admin.sock"))?;
-    let mut admin = connect(&format!("unix:{}", socket.display()), &TlsFiles::default()).await?;
+    let mut admin = admin(data_dir).await?;
     let limits = api::Limits {
         requests_per_second: Some(LIMIT_REQUESTS_PER_SECOND),
         request_bytes_per_second: Some(LIMIT_REQUEST_BYTES_PER_SECOND),

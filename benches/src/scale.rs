@@ -61,7 +61,7 @@ pub fn run(plan: &Plan, audience: &dyn Audience) -> anyhow::Result<Value> {
 }
 
 /// The admin API of a server that may just be starting.
-async fn admin(data_dir: &Path) -> anyhow::Result<AdminClient<Channel>> {
+pub(crate) async fn admin(data_dir: &Path) -> anyhow::Result<AdminClient<Channel>> {
     let endpoint = format!("unix:{}", std::path::absolute(data_dir.join("admin.sock"))?.display());
     let from = Instant::now();
     loop {

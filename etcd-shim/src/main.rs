@@ -83,7 +83,7 @@ fn start(flags: Flags) -> ExitCode {
 /// The threads that serve connections step back behind those that all writes go through. The first threads that the runtime starts are
 /// these; those for what blocks come later.
 fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
-    let workers = std::thread::available_parallelism()?.get();
+    let workers = std::thread::available_parallelism().map_or(1, usize::from);
     let started = AtomicUsize::new(0);
     let step_back_if_serving = move || {
         if started.fetch_add(1, Ordering::Relaxed) < workers {

@@ -50,6 +50,22 @@ thread_local! {
     static MAY_WRITE: Cell<Option<usize>> = const { Cell::new(None) };
 }
 
+/// What holds during a turn, also one that panics.
+struct Bound;
+
+impl Bound {
+    fn set() -> Self {
+        MAY_WRITE.set(Some(TURN_BYTES_MAX));
+        Bound
+    }
+}
+
+impl Drop for Bound {
+    fn drop(&mut self) {
+        MAY_WRITE.set(None);
+    }
+}
+
 /// A connection on which the tasks of [`fairly`] write.
 #[derive(Debug)]
 pub(crate) struct Paced<S>(pub(crate) S);
@@ -286,7 +302,8 @@ impl Wake for Woken {
     }
 
     fn wake_by_ref(self: &Arc<Self>) {
-        if self.state.load(Ordering::Acquire) != WAITS {
+        // Not a mere load: whoever polls it next has to see what it was woken for, also where somebody else has woken it already.
+        if self.state.fetch_or(0, Ordering::AcqRel) != WAITS {
             return;
         }
         let now = Instant::now();
@@ -354,9 +371,9 @@ impl Turn {
         let change = |state| (state != HELD).then_some(WAITS);
         let before = woken.state.fetch_update(Ordering::AcqRel, Ordering::Acquire, change);
         let place = (before == Ok(PLACED)).then(|| Place(&woken.turns));
-        MAY_WRITE.set(Some(TURN_BYTES_MAX));
+        let bound = Bound::set();
         let polled = future.poll(&mut Context::from_waker(&self.waker));
-        MAY_WRITE.set(None);
+        drop(bound);
         drop(place);
         let now = Instant::now();
         woken.used.spent(now.saturating_duration_since(began), now);
