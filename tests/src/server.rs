@@ -44,6 +44,18 @@ impl Server {
         Self::spawn(command, data_dir, tenants)
     }
 
+    /// What a server says that does not start on this data directory.
+    pub fn refusal(data_dir: &Path) -> String {
+        let mut command = Command::new(program());
+        command.arg("--data-dir").arg(data_dir).args(["--listen-client-urls=http://127.0.0.1:0", PATIENT]);
+        command.stderr(Stdio::piped());
+        let mut child = child::spawn(command);
+        let lines = child::lines_of(child.stderr.take().unwrap());
+        let said: Vec<String> = std::iter::from_fn(|| lines.next()).collect();
+        assert!(!child.wait().unwrap().success(), "it started: {said:?}");
+        said.join("\n")
+    }
+
     fn spawn(mut command: Command, data_dir: &Path, tenants: &[&str]) -> Server {
         // The listener of `default` is not wanted, but cannot be left out.
         command.arg("--data-dir").arg(data_dir).args(["--listen-client-urls=http://127.0.0.1:0", PATIENT]);

@@ -5,8 +5,8 @@
 //! to allocate. Sync failures panic inside it, which ends the member like any fault.
 //!
 //! Recovery. A batch that a crash cut off ends the newest file, and recovery cuts it away; a broken batch anywhere
-//! else is a [`Fault`]. It cannot tell a torn tail from bit rot in the newest file: entries after the rot would be lost
-//! on this member. What contradicts the rest is found: the state ahead of the log, a commit index after its end.
+//! else is a [`Fault`]. raft-engine cannot tell a torn tail from bit rot in the newest file; what a synced write has noted beside
+//! the log ([`mark`](super::mark)) can, and less than that is a [`Fault`] too.
 //!
 //! Records, beside the entries (names and layouts are persisted):
 //!
@@ -27,6 +27,7 @@ use raft::eraftpb::{ConfState, Entry, HardState};
 use raft_engine::{Command, Config, Engine, LogBatch, MessageExt, ReadableSize, RecoveryMode};
 use tenure_storage::Fault;
 
+use super::mark::{Mark, MarkFile};
 use super::{Appended, Conf, LogStore, LogWrite, Position, Recovered, hard_state_after};
 
 /// The only group in the engine.
@@ -49,6 +50,8 @@ pub struct EngineLog {
     engine: Engine,
     /// Kept between writes for its buffer.
     batch: Mutex<LogBatch>,
+    /// What the log holds at least.
+    mark: Mutex<MarkFile>,
 }
 
 struct EntryIndex;
@@ -84,11 +87,19 @@ impl EngineLog {
             ..Config::default()
         };
         let engine = Engine::open(config).map_err(fault)?;
-        Ok(EngineLog { engine, batch: Mutex::new(LogBatch::default()) })
+        let mark = MarkFile::open(Path::new(dir))?;
+        Ok(EngineLog { engine, batch: Mutex::new(LogBatch::default()), mark: Mutex::new(mark) })
     }
 
     fn record(&self, key: &[u8]) -> Option<Vec<u8>> {
         self.engine.get(GROUP, key)
+    }
+
+    /// Notes what a write has brought that is on the disk now.
+    fn say(&self, last_index: Option<u64>, hard_state: Option<&HardState>) -> Result<(), Fault> {
+        let mut mark = self.mark.lock();
+        let now = mark.said().after(last_index, hard_state);
+        Ok(mark.say(now)?)
     }
 
     #[cfg(test)]
@@ -112,8 +123,9 @@ impl EngineLog {
 
 impl LogStore for EngineLog {
     fn recover(&self) -> Result<Recovered, Fault> {
+        let marked = self.mark.lock().said();
         let Some(identity) = self.record(IDENTITY_KEY) else {
-            return Ok(Recovered::default());
+            return if marked == Mark::default() { Ok(Recovered::default()) } else { Err(lost(0)) };
         };
         let (version, id) = identity.split_first().ok_or_else(|| corrupt(IDENTITY_KEY))?;
         if *version != LAYOUT_VERSION {
@@ -139,6 +151,9 @@ impl LogStore for EngineLog {
             (None, None) => truncated.index,
             _ => return Err(corrupt(b"first index")),
         };
+        if !marked.is_met_by(last_index, &hard_state) {
+            return Err(lost(last_index));
+        }
         Ok(Recovered { member_id, hard_state, conf, truncated, last_index, installing })
     }
 
@@ -151,7 +166,8 @@ impl LogStore for EngineLog {
         put_conf(&mut batch, conf)?;
         let hard_state = HardState { term: at.term, commit: at.index, ..HardState::default() };
         put_hard_state(&mut batch, &hard_state)?;
-        self.write(&mut batch).map(|_| ())
+        self.write(&mut batch)?;
+        self.say(Some(at.index), Some(&hard_state))
     }
 
     fn append(&self, write: &LogWrite) -> Result<Appended, Fault> {
@@ -163,7 +179,12 @@ impl LogStore for EngineLog {
         if let Some(conf) = &write.conf {
             put_conf(&mut batch, conf)?;
         }
-        self.write(&mut batch)
+        if let Some(first) = write.entries.first() {
+            self.mark.lock().lower(first.index - 1)?;
+        }
+        let appended = self.write(&mut batch)?;
+        self.say(write.entries.last().map(|last| last.index), write.hard_state.as_ref())?;
+        Ok(appended)
     }
 
     fn entries(&self, low: u64, high: u64, bytes_max: u64) -> Result<Vec<Entry>, Fault> {
@@ -210,8 +231,11 @@ impl LogStore for EngineLog {
         batch.put(GROUP, IDENTITY_KEY.to_vec(), identity).map_err(fault)?;
         put_truncated(&mut batch, at)?;
         put_conf(&mut batch, conf)?;
-        put_hard_state(&mut batch, &hard_state_after(&before, at))?;
+        let hard_state = hard_state_after(&before, at);
+        put_hard_state(&mut batch, &hard_state)?;
+        self.mark.lock().lower(at.index)?;
         self.write(&mut batch)?;
+        self.say(Some(at.index), Some(&hard_state))?;
         self.engine.purge_expired_files().map_err(fault)?;
         Ok(())
     }
@@ -258,6 +282,14 @@ fn take_position<'a>(bytes: &'a [u8], key: &[u8]) -> Result<(Position, &'a [u8])
 fn take_u64<'a>(bytes: &'a [u8], key: &[u8]) -> Result<(u64, &'a [u8]), Fault> {
     let (number, rest) = bytes.split_first_chunk().ok_or_else(|| corrupt(key))?;
     Ok((u64::from_le_bytes(*number), rest))
+}
+
+/// The log ends here, and reached further.
+fn lost(last_index: u64) -> Fault {
+    Fault::Corrupt {
+        what: "raft log: what was on the disk is lost after entry",
+        key: last_index.to_be_bytes().to_vec(),
+    }
 }
 
 fn corrupt(key: &[u8]) -> Fault {

@@ -18,6 +18,7 @@
 //!   is behind every leader's log and gets a snapshot, with the membership in it, rather than entries alone.
 
 mod engine;
+mod mark;
 mod memory;
 mod tail;
 #[cfg(test)]
