@@ -21,7 +21,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use parking_lot::{Condvar, Mutex};
@@ -193,6 +193,7 @@ pub(crate) struct Applier<S: StateMachine> {
     pub(crate) apply_bytes_max: u64,
     pub(crate) log_bytes_flush: u64,
     pub(crate) flush_entries: u64,
+    pub(crate) slow_apply: Duration,
     pub(crate) flush_on_stop: bool,
     /// Bytes in the log after the durable index, when that was last asked for.
     pub(crate) probed_bytes: u64,
@@ -255,7 +256,13 @@ impl<S: StateMachine> Applier<S> {
         }
         let began = Instant::now();
         let replies = self.state_machine.apply(committed)?;
-        self.shared.metrics.backend_commit_duration.observe(began.elapsed());
+        let took = began.elapsed();
+        self.shared.metrics.backend_commit_duration.observe(took);
+        if took > self.slow_apply {
+            self.shared.metrics.slow_applies.fetch_add(1, Ordering::Relaxed);
+            let (took_ms, expected_ms) = (took.as_millis(), self.slow_apply.as_millis());
+            tracing::warn!(took_ms, expected_ms, through = last, entries = places.len(), "apply took too long");
+        }
         assert!(
             replies.iter().map(Vec::len).eq(places.iter().map(|(_, count, _)| *count)),
             "one reply for each command"

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::time::Duration;
 
 use crate::error::{MemberFault, StartError};
 
@@ -80,6 +81,11 @@ pub struct Config {
     pub log_bytes_flush: u64,
     /// If not 0, the state is flushed too when it has applied this many entries since. Default 0.
     pub flush_entries: u64,
+    /// An apply of a round of entries that takes longer is counted and logged. Default 100 ms.
+    pub slow_apply: Duration,
+    /// How long a leader waits, when a read round has ended, for members that have not answered it, since what they ask for comes with
+    /// their answers: then the next round serves them too. Default 200 µs; zero in simulations, which know no clock.
+    pub read_hold: Duration,
     /// Of what the state has durably, the newest entries are kept for members that are behind: this many at most. Default 5,000.
     pub log_catchup_entries: u64,
     /// And of these as many as fit. Default 64 MiB. A sole voter keeps none.
@@ -130,6 +136,8 @@ impl Config {
             log_cache_bytes_max: 64 << 20,
             log_bytes_flush: 64 << 20,
             flush_entries: 0,
+            slow_apply: Duration::from_millis(100),
+            read_hold: Duration::from_micros(200),
             log_catchup_entries: 5_000,
             log_catchup_bytes: 64 << 20,
             life: 0,

@@ -10,6 +10,7 @@ use crate::error::{ChangeError, ProposeError, ReadError};
 use crate::log::Position;
 use crate::metrics::Metrics;
 use crate::node::{Event, MembersChange};
+use crate::pending::Pending;
 use crate::proposals::{Proposal, Waiter};
 use crate::shared::{Leadership, Progress, Shared};
 use crate::snapshot::{OutgoingSnapshot, SnapshotOffer};
@@ -84,8 +85,7 @@ impl<R: Send + 'static> Handle<R> {
     /// # Errors
     /// Each variant says whether the command may still take effect and what to do.
     pub async fn propose(&self, lane: u32, command: Bytes) -> Result<R, ProposeError> {
-        // The receiver fails only if the member died with the command on its way.
-        self.enqueue(lane, command, None)?.await.unwrap_or(Err(ProposeError::Dropped))
+        self.enqueue(lane, command, None)?.await
     }
 
     /// As [`Handle::propose`], for what only the leader of one term may decide: the command is proposed by this member in that term,
@@ -94,26 +94,18 @@ impl<R: Send + 'static> Handle<R> {
     /// # Errors
     /// As [`Handle::propose`]; [`ProposeError::OtherTerm`].
     pub async fn propose_in_term(&self, term: u64, lane: u32, command: Bytes) -> Result<R, ProposeError> {
-        self.enqueue(lane, command, Some(term))?.await.unwrap_or(Err(ProposeError::Dropped))
+        self.enqueue(lane, command, Some(term))?.await
     }
 
-    /// As [`Handle::propose`], for threads without an async runtime.
+    /// As [`Handle::propose`], for threads without an async runtime: it holds its thread.
     ///
     /// # Errors
     /// As [`Handle::propose`].
-    ///
-    /// # Panics
-    /// If called from within an async runtime.
     pub fn propose_blocking(&self, lane: u32, command: Bytes) -> Result<R, ProposeError> {
-        self.enqueue(lane, command, None)?.blocking_recv().unwrap_or(Err(ProposeError::Dropped))
+        self.enqueue(lane, command, None)?.blocking_recv()
     }
 
-    pub(crate) fn enqueue(
-        &self,
-        lane: u32,
-        command: Bytes,
-        only_in: Option<u64>,
-    ) -> Result<oneshot::Receiver<Result<R, ProposeError>>, ProposeError> {
+    pub(crate) fn enqueue(&self, lane: u32, command: Bytes, only_in: Option<u64>) -> Result<Pending<R>, ProposeError> {
         let refused = |error| {
             self.shared.metrics.proposals_failed.fetch_add(1, Ordering::Relaxed);
             Err(error)
@@ -142,7 +134,7 @@ impl<R: Send + 'static> Handle<R> {
             // If the queue is full, raft's thread is awake and looks at the lanes after every event.
             let _ = self.shared.events.try_send(Event::Proposals);
         }
-        Ok(receiver)
+        Ok(Pending::new(receiver, Arc::clone(&self.shared)))
     }
 
     /// A point from which a local read is linearizable: when this resolves, every write acknowledged anywhere before the
@@ -176,10 +168,7 @@ impl<R: Send + 'static> Handle<R> {
             return Err(ReadError::QueueFull);
         }
         let (sender, receiver) = oneshot::channel();
-        self.shared.events.try_send(Event::Read(sender)).map_err(|error| match error {
-            crossbeam_channel::TrySendError::Full(_) => ReadError::QueueFull,
-            crossbeam_channel::TrySendError::Disconnected(_) => ReadError::Stopped,
-        })?;
+        self.shared.join_readers(sender)?;
         receiver.await.unwrap_or(Err(ReadError::Stopped))
     }
 
@@ -222,9 +211,15 @@ impl<R: Send + 'static> Handle<R> {
 
     /// Hands over a message from a peer. Drops it at the bound of the event queue; it is repeated.
     pub fn deliver(&self, message: PeerMessage) {
-        if self.shared.events.try_send(Event::Message(Box::new(message))).is_err() {
-            self.shared.metrics.messages_dropped.fetch_add(1, Ordering::Relaxed);
-        }
+        self.deliver_all(vec![message]);
+    }
+
+    /// Hands over messages that came together, so that they are looked at together: of a member's answer to a read round and its own
+    /// question beside it, the question is to be there when the next round begins.
+    pub fn deliver_all(&self, messages: Vec<PeerMessage>) {
+        let messages = messages.into_iter().map(|message| Event::Message(Box::new(message)));
+        let dropped = self.shared.events.try_send_all(messages);
+        self.shared.metrics.messages_dropped.fetch_add(dropped, Ordering::Relaxed);
     }
 
     /// The peer could not be reached: raft sends it less until it answers.
@@ -260,7 +255,7 @@ impl<R: Send + 'static> Handle<R> {
         let event = Event::Change { change, seen, command, reply };
         self.shared.events.try_send(event).map_err(|_| ChangeError::Propose(ProposeError::QueueFull))?;
         let proposed = receiver.await.unwrap_or(Err(ChangeError::Propose(ProposeError::Stopped)))?;
-        Ok(proposed.await.unwrap_or(Err(ProposeError::Dropped))?)
+        Ok(proposed.await?)
     }
 
     /// Resolves when the configuration that is in force here is not a joint one: then the members before the newest change that

@@ -36,6 +36,7 @@
 mod apply;
 mod config;
 mod error;
+mod events;
 mod forward;
 mod frame;
 mod handle;
@@ -44,6 +45,7 @@ mod log;
 mod logger;
 mod metrics;
 mod node;
+mod pending;
 mod proposals;
 mod read_index;
 mod ready;

@@ -1,7 +1,7 @@
 //! Counters of a member, cheap enough to be always on: relaxed atomics, no names, no registry. The layer above exports
 //! them under etcd's names, given in the docs.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 use std::time::Duration;
 
 /// Durations in `N` fixed buckets with upper bounds of `FIRST_US` µs · 2^i, then infinity.
@@ -50,7 +50,8 @@ impl<const FIRST_US: u64, const N: usize> Histogram<FIRST_US, N> {
     /// Not one point in time: an observation made meanwhile may be in the count and not in the sum.
     pub fn snapshot(&self) -> HistogramSnapshot {
         let mut count = 0;
-        let bounds = (0..N).map(|i| bound(FIRST_US, i).as_secs_f64()).chain([f64::INFINITY]);
+        // As etcd multiplies: so that they print alike.
+        let bounds = (0..N).map(|i| FIRST_US as f64 / 1e6 * (1_u64 << i) as f64).chain([f64::INFINITY]);
         let cumulative = |(bound, bucket): (f64, &AtomicU64)| {
             count += bucket.load(Ordering::Relaxed);
             (bound, count)
@@ -75,8 +76,10 @@ pub struct Metrics {
     /// `etcd_disk_backend_commit_duration_seconds`: applying a round of entries to the state.
     pub backend_commit_duration: DurationHistogram,
     pub(crate) wal_write_bytes: AtomicU64,
-    pub(crate) proposals_pending: AtomicU64,
+    /// For a moment it may be below zero, see `complete` and `Pending`.
+    pub(crate) proposals_pending: AtomicI64,
     pub(crate) proposals_failed: AtomicU64,
+    pub(crate) slow_applies: AtomicU64,
     pub(crate) leader_changes: AtomicU64,
     pub(crate) messages_dropped: AtomicU64,
     pub(crate) reads_failed: AtomicU64,
@@ -93,12 +96,29 @@ impl Metrics {
     /// `etcd_server_proposals_pending`: commands waiting for a batch or for their reply. (`…_committed_total` and
     /// `…_applied_total` are the status's `commit_index` and `applied_index`, as in etcd.)
     pub fn proposals_pending(&self) -> u64 {
-        self.proposals_pending.load(Ordering::Relaxed)
+        u64::try_from(self.proposals_pending.load(Ordering::Relaxed)).unwrap_or(0)
     }
 
-    /// `etcd_server_proposals_failed_total`: commands that were refused or dropped.
+    /// `etcd_server_proposals_failed_total`: commands that were refused or dropped, or that nobody waited for any more.
     pub fn proposals_failed(&self) -> u64 {
         self.proposals_failed.load(Ordering::Relaxed)
+    }
+
+    /// A command that was pending ends without an answer that anybody hears.
+    pub(crate) fn count_unanswered(&self) {
+        self.proposals_pending.fetch_sub(1, Ordering::Relaxed);
+        self.proposals_failed.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Takes back a [`Metrics::count_unanswered`].
+    pub(crate) fn count_twice(&self) {
+        self.proposals_pending.fetch_add(1, Ordering::Relaxed);
+        self.proposals_failed.fetch_sub(1, Ordering::Relaxed);
+    }
+
+    /// `etcd_server_slow_apply_total`: rounds of entries that took longer to apply than `slow_apply`.
+    pub fn slow_applies(&self) -> u64 {
+        self.slow_applies.load(Ordering::Relaxed)
     }
 
     /// `etcd_server_leader_changes_seen_total`.
@@ -111,7 +131,7 @@ impl Metrics {
         self.reads_failed.load(Ordering::Relaxed)
     }
 
-    /// `etcd_server_slow_read_indexes_total`: read rounds that were asked for again.
+    /// `etcd_server_slow_read_indexes_total`: read rounds that were asked for again, and ticks at which readers gave up.
     pub fn read_rounds_repeated(&self) -> u64 {
         self.read_rounds_repeated.load(Ordering::Relaxed)
     }

@@ -13,7 +13,7 @@
 //! A sole voter writes its log on this thread: nobody else's messages wait here, its reads need no round, and two changes of
 //! threads for each sync are spared (decision 0003). Proposals fill the next batch meanwhile, as they would otherwise.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::panic::AssertUnwindSafe;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -21,8 +21,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use crossbeam_channel::{Receiver, RecvTimeoutError};
-use raft::eraftpb::{ConfChangeSingle, ConfChangeTransition, ConfChangeType, ConfChangeV2, MessageType};
+use raft::eraftpb::{ConfChangeSingle, ConfChangeTransition, ConfChangeType, ConfChangeV2, Entry, MessageType};
 use raft::{RawNode, SnapshotStatus, StateRole};
 use tenure_storage::Fault;
 use tokio::sync::{oneshot, watch};
@@ -30,11 +29,13 @@ use tokio::sync::{oneshot, watch};
 use crate::apply::{self, ApplySignal};
 use crate::config::Config;
 use crate::error::{ChangeError, ProposeError, ReadError};
+use crate::events::EventReceiver;
 use crate::forward::{Forward, Forwarded, Intakes, Sending};
 use crate::frame;
 use crate::log::{Conf, Log, LogWrite, Position, RaftStorage};
+use crate::pending::Pending;
 use crate::proposals::{Batch, Origin, Proposal, Waiter};
-use crate::read_index::{ReadRounds, ReadSender};
+use crate::read_index::ReadRounds;
 use crate::shared::{Leadership, Progress, Shared};
 use crate::snapshot::{self, OutgoingSnapshot, SnapshotOffer, Snapshotter};
 use crate::transport::{Message, PeerMessage, Transport};
@@ -50,7 +51,7 @@ pub enum MembersChange {
 }
 
 /// Who waits for a change of members: whether it was proposed, then what became of it.
-pub(crate) type ChangeReply<R> = oneshot::Sender<Result<oneshot::Receiver<Result<R, ProposeError>>, ChangeError>>;
+pub(crate) type ChangeReply<R> = oneshot::Sender<Result<Pending<R>, ChangeError>>;
 
 /// Everything that can make this member act. Adding work means adding a variant here.
 pub(crate) enum Event<R> {
@@ -59,7 +60,8 @@ pub(crate) enum Event<R> {
     /// Proposals wait in the lanes.
     Proposals,
     Message(Box<PeerMessage>),
-    Read(ReadSender),
+    /// Readers wait for a round.
+    Readers,
     /// The `Ready` of this number and all before are durable.
     Persisted(u64),
     /// The applied index in the status moved.
@@ -112,8 +114,12 @@ pub(crate) struct Node<R> {
     pub(crate) writes: Arc<WriteQueue>,
     pub(crate) apply: Arc<ApplySignal>,
     pub(crate) transport: Box<dyn Transport>,
+    /// What this turn has to send: goes together, so that what is for one member goes in one frame.
+    pub(crate) outgoing: Vec<PeerMessage>,
     pub(crate) reads: ReadRounds,
-    pub(crate) events: Receiver<Event<R>>,
+    /// No read round begins before this moment; see `Config::read_hold`.
+    pub(crate) hold_reads_until: Option<Instant>,
+    pub(crate) events: EventReceiver<Event<R>>,
     pub(crate) next_tick: Instant,
     /// Indexes of our batches that a further one waits for, oldest first: see [`Node::forget_arrived`].
     pub(crate) underway: VecDeque<u64>,
@@ -176,14 +182,20 @@ impl<R: Send + 'static> Node<R> {
 
     /// The next event; a due tick goes before whatever waits in the queue.
     fn next_event(&mut self) -> Event<R> {
-        if Instant::now() < self.next_tick {
+        let now = Instant::now();
+        if now < self.next_tick {
             if std::mem::take(&mut self.again) {
                 return self.events.try_recv().unwrap_or(Event::Proposals);
             }
-            match self.events.recv_deadline(self.next_tick) {
-                Ok(event) => return event,
-                Err(RecvTimeoutError::Timeout) => {}
-                Err(RecvTimeoutError::Disconnected) => return Event::Stop,
+            let until = self.hold_reads_until.map_or(self.next_tick, |held| held.min(self.next_tick));
+            if now < until
+                && let Some(event) = self.events.recv_until(until)
+            {
+                return event;
+            }
+            if until < self.next_tick {
+                self.hold_reads_until = None;
+                return Event::Readers;
             }
         }
         // After a stall, time goes on from now: a burst of ticks would start elections for nothing.
@@ -200,7 +212,6 @@ impl<R: Send + 'static> Node<R> {
                 PeerMessage::Forward(message) => self.on_forward(message),
                 PeerMessage::Forwarded(message) => self.on_forwarded(&message),
             },
-            Event::Read(sender) => self.reads.join(sender),
             Event::Persisted(number) => self.on_persisted(number),
             Event::Applied => self.on_applied(),
             Event::Durable => {
@@ -213,7 +224,7 @@ impl<R: Send + 'static> Node<R> {
             Event::Change { change, seen, command, reply } => self.on_change(change, seen, command, reply),
             Event::Transfer(to) => self.transfer(to),
             Event::Unreachable(id) => self.raw.report_unreachable(id),
-            Event::Proposals | Event::Stop => {}
+            Event::Proposals | Event::Readers | Event::Stop => {}
         }
         Ok(())
     }
@@ -224,7 +235,14 @@ impl<R: Send + 'static> Node<R> {
             self.shared.metrics.read_rounds_repeated.fetch_add(1, Ordering::Relaxed);
             self.raw.read_index(name);
         }
-        self.shared.metrics.reads_failed.store(self.reads.timed_out, Ordering::Relaxed);
+        let timed_out = self.shared.metrics.reads_failed.swap(self.reads.timed_out, Ordering::Relaxed);
+        if timed_out < self.reads.timed_out {
+            self.shared.metrics.read_rounds_repeated.fetch_add(1, Ordering::Relaxed);
+        }
+        if self.raw.raft.leader_id == 0 {
+            // What nobody waits for any more must not take the room of what comes.
+            self.shared.queue.lock().lanes.retain(|proposal| !proposal.is_abandoned());
+        }
         if self.sending.on_tick() {
             self.send_again();
         }
@@ -232,12 +250,17 @@ impl<R: Send + 'static> Node<R> {
         self.publish_progress();
     }
 
-    fn on_message(&mut self, message: Box<Message>) {
+    fn on_message(&mut self, mut message: Box<Message>) {
         match message.get_msg_type() {
             // Commands come as `Forward`.
             MessageType::MsgPropose => return,
             // Raft takes for granted that it has the round's name.
             MessageType::MsgReadIndex if message.entries.is_empty() => return,
+            MessageType::MsgReadIndex if self.is_leader() => {
+                // A reader like any other: it joins our next round.
+                let name = message.take_entries().iter_mut().next().map(Entry::take_data).unwrap_or_default();
+                return self.reads.join_member(message.from, name.to_vec());
+            }
             MessageType::MsgReadIndex => {}
             MessageType::MsgSnapshot => return self.on_offer(message),
             MessageType::MsgAppend => {
@@ -247,6 +270,11 @@ impl<R: Send + 'static> Node<R> {
                 if full || self.snapshots.installing.is_some() {
                     self.shared.metrics.messages_dropped.fetch_add(1, Ordering::Relaxed);
                     return;
+                }
+            }
+            MessageType::MsgHeartbeatResponse if !message.context.is_empty() => {
+                if self.reads.on_answer(&message.context) >= self.others() {
+                    self.hold_reads_until = None;
                 }
             }
             MessageType::MsgHup
@@ -314,13 +342,25 @@ impl<R: Send + 'static> Node<R> {
         self.propose_batches();
         self.begin_read_round();
         self.finish_joint_change();
-        while self.snapshots.installing.is_none() && self.raw.has_ready() {
-            self.on_ready()?;
+        self.on_all_ready()?;
+        // What was ready may have ended a round, and others wait for the next.
+        while self.begin_read_round() {
+            self.on_all_ready()?;
+        }
+        if !self.outgoing.is_empty() {
+            self.transport.send(std::mem::take(&mut self.outgoing));
         }
         self.make_snapshot();
         // A read round of a single voter is confirmed at once.
         self.reads.on_applied(self.shared.status.applied_index.load(Ordering::Acquire));
         self.publish();
+        Ok(())
+    }
+
+    fn on_all_ready(&mut self) -> Result<(), Fault> {
+        while self.snapshots.installing.is_none() && self.raw.has_ready() {
+            self.on_ready()?;
+        }
         Ok(())
     }
 
@@ -330,6 +370,7 @@ impl<R: Send + 'static> Node<R> {
         let led = self.shared.status.is_leader.load(Ordering::Relaxed);
         if led && (!self.is_leader() || self.raw.raft.term != term) {
             self.underway.clear();
+            self.reads.forget_members();
             let mut queue = self.shared.queue.lock();
             queue.lanes.retain(|proposal| matches!(proposal.waiter, Waiter::Local(_)));
         }
@@ -454,7 +495,7 @@ impl<R: Send + 'static> Node<R> {
         let Sending { term, leader, acknowledged, .. } = self.sending;
         let (from, life) = (self.config.id, self.shared.life);
         let message = Forward { from, to: leader, term, life, heard: acknowledged, commands, end, start };
-        self.transport.send(vec![PeerMessage::Forward(message)]);
+        self.outgoing.push(PeerMessage::Forward(message));
     }
 
     fn on_forward(&mut self, message: Forward) {
@@ -472,7 +513,7 @@ impl<R: Send + 'static> Node<R> {
                     && queue.lanes.push(lane, bytes, Proposal { lane, command, waiter, only_in: None }).is_ok()
             })
         };
-        self.transport.send(vec![PeerMessage::Forwarded(answer)]);
+        self.outgoing.push(PeerMessage::Forwarded(answer));
     }
 
     fn on_forwarded(&mut self, answer: &Forwarded) {
@@ -521,7 +562,7 @@ impl<R: Send + 'static> Node<R> {
         // In another term it would be a command like any other, without raft's change.
         let only_in = Some(self.raw.raft.term);
         self.register(vec![Proposal { lane: 0, command, waiter: Waiter::Local(sender), only_in }]);
-        let _ = reply.send(Ok(receiver));
+        let _ = reply.send(Ok(Pending::new(receiver, Arc::clone(&self.shared))));
     }
 
     /// A leader that took over in the middle of a change completes it; raft itself does only for its own.
@@ -700,14 +741,37 @@ impl<R: Send + 'static> Node<R> {
             .collect();
     }
 
-    fn begin_read_round(&mut self) {
+    /// Answers members whose requests a round has served.
+    pub(crate) fn answer_read_requests(&mut self, members: BTreeMap<u64, Vec<u8>>, index: u64) {
+        if !self.is_leader() {
+            return;
+        }
+        let answer = |(to, name): (u64, Vec<u8>)| {
+            let entry = Entry { data: name.into(), ..Entry::default() };
+            let (from, term) = (self.config.id, self.raw.raft.term);
+            let mut message = Message { to, from, term, index, entries: vec![entry].into(), ..Message::default() };
+            message.set_msg_type(MessageType::MsgReadIndexResp);
+            message
+        };
+        let answers = members.into_iter().map(answer).collect();
+        self.send(answers);
+    }
+
+    /// Begins the next round if somebody waits for it, none is under way, and there is somebody to ask. Gives whether it did.
+    fn begin_read_round(&mut self) -> bool {
         // Before it has committed in its own term a leader does not know what is committed; raft would ignore the round.
-        let can_ask =
-            if self.is_leader() { self.raw.raft.commit_to_current_term() } else { self.raw.raft.leader_id != 0 };
-        if can_ask && self.reads.wants_round() {
+        let can_ask = if self.is_leader() {
+            self.raw.raft.commit_to_current_term() && self.hold_reads_until.is_none()
+        } else {
+            self.raw.raft.leader_id != 0
+        };
+        self.reads.take(&mut self.shared.readers.lock(), can_ask);
+        let begins = can_ask && self.reads.wants_round();
+        if begins {
             let name = self.reads.begin();
             self.raw.read_index(name);
         }
+        begins
     }
 
     fn publish(&mut self) {
@@ -747,6 +811,18 @@ impl<R: Send + 'static> Node<R> {
 
     fn append_paused(&self) -> bool {
         self.config.append_paused.load(Ordering::Relaxed)
+    }
+
+    /// How many others are asked in a read round.
+    fn others(&self) -> usize {
+        self.raw.raft.prs().iter().count().saturating_sub(1)
+    }
+
+    /// A read round has ended: those who have not answered it may have something to ask.
+    pub(crate) fn hold_reads(&mut self) {
+        let wait = self.config.read_hold;
+        let waits = self.is_leader() && !wait.is_zero() && self.reads.answers() < self.others();
+        self.hold_reads_until = waits.then(|| Instant::now() + wait);
     }
 
     pub(crate) fn is_leader(&self) -> bool {

@@ -5,13 +5,20 @@
 //! that has begun, since a write may have been acknowledged in between: it waits for the next, which starts when the
 //! current one ends. So at most one round is under way, whatever the number of readers.
 //!
+//! Another member's request is a reader like any other, to the leader: it joins the leader's next round instead of beginning one
+//! of its own, and is answered with the round's index. A round costs a message to each voter and back, so a group under load
+//! has one at a time, not one for each member. A member has one request at a time: a newer one takes the place of the older.
+//!
+//! Readers leave their senders in [`Readers`], and ring only if raft's thread would not look there otherwise; a thread that
+//! sleeps is dear to wake. While a round is under way its end will make the thread look.
+//!
 //! Requests and answers may be lost: a round is asked again under a new name after [`RETRY_TICKS`]. The name carries the
 //! member and a random number drawn at start: the answer to a round of an earlier life must not confirm one of this
 //! life, its index may be too old.
 //!
 //! This file is the bookkeeping, without raft: pure calls, so that its rules can be tested one by one.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 
 use tokio::sync::oneshot;
 
@@ -23,6 +30,34 @@ const RETRY_TICKS: usize = 2;
 /// Where the read point goes: the applied index at which the read may look.
 pub(crate) type ReadSender = oneshot::Sender<Result<u64, ReadError>>;
 
+/// Readers that raft's thread has not taken yet. Bound: `read_waiters_max`.
+#[derive(Default)]
+pub(crate) struct Readers {
+    joining: Vec<ReadSender>,
+    /// Raft's thread will look here without being told: it was told, or something must happen first that it hears of.
+    rung: bool,
+    closed: bool,
+}
+
+impl Readers {
+    /// Adds a reader. Gives whether raft's thread must be told; `None`: the member has ended.
+    pub(crate) fn join(&mut self, sender: ReadSender) -> Option<bool> {
+        if self.closed {
+            return None;
+        }
+        self.joining.push(sender);
+        Some(!std::mem::replace(&mut self.rung, true))
+    }
+
+    /// Refuses those who wait and all who come.
+    pub(crate) fn close(&mut self) {
+        self.closed = true;
+        for sender in self.joining.drain(..) {
+            let _ = sender.send(Err(ReadError::Stopped));
+        }
+    }
+}
+
 struct Waiter {
     sender: ReadSender,
     waited_ticks: usize,
@@ -32,6 +67,7 @@ struct Round {
     name: Vec<u8>,
     asked_ticks: usize,
     waiters: Vec<Waiter>,
+    members: BTreeMap<u64, Vec<u8>>,
 }
 
 /// See the module's essay.
@@ -41,7 +77,12 @@ pub(crate) struct ReadRounds {
     rounds_named: u64,
     /// For the next round.
     joining: Vec<Waiter>,
+    /// Other members that ask for an index, and the names of their rounds.
+    joining_members: BTreeMap<u64, Vec<u8>>,
     current: Option<Round>,
+    /// The newest round begun, and how many members have answered it.
+    asked: Vec<u8>,
+    answers: usize,
     /// Confirmed, by growing index; wait for it to be applied.
     confirmed: VecDeque<(u64, Vec<Waiter>)>,
     timeout_ticks: usize,
@@ -52,33 +93,82 @@ pub(crate) struct ReadRounds {
 impl ReadRounds {
     pub(crate) fn new(member_id: u64, nonce: u64, timeout_ticks: usize) -> Self {
         let (joining, current, confirmed) = (Vec::new(), None, VecDeque::new());
-        ReadRounds { member_id, nonce, rounds_named: 0, joining, current, confirmed, timeout_ticks, timed_out: 0 }
+        let joining_members = BTreeMap::new();
+        let (rounds_named, timed_out) = (0, 0);
+        ReadRounds {
+            member_id,
+            nonce,
+            rounds_named,
+            joining,
+            joining_members,
+            current,
+            asked: Vec::new(),
+            answers: 0,
+            confirmed,
+            timeout_ticks,
+            timed_out,
+        }
     }
 
-    pub(crate) fn join(&mut self, sender: ReadSender) {
+    /// A member has answered the round of this name. Gives how many have.
+    pub(crate) fn on_answer(&mut self, name: &[u8]) -> usize {
+        self.answers += usize::from(self.asked == name);
+        self.answers
+    }
+
+    /// How many members have answered the newest round.
+    pub(crate) fn answers(&self) -> usize {
+        self.answers
+    }
+
+    fn join(&mut self, sender: ReadSender) {
         self.joining.push(Waiter { sender, waited_ticks: 0 });
+    }
+
+    /// Takes all readers that came. `can_begin`: whether a round could begin now; if nobody is there for one, the next reader
+    /// rings.
+    pub(crate) fn take(&mut self, readers: &mut Readers, can_begin: bool) {
+        readers.joining.drain(..).for_each(|sender| self.join(sender));
+        readers.rung = !can_begin || self.current.is_some() || self.wants_round();
+    }
+
+    /// A member asks this one, which leads, for an index; its round's name.
+    pub(crate) fn join_member(&mut self, id: u64, name: Vec<u8>) {
+        self.joining_members.insert(id, name);
+    }
+
+    /// This member does not lead any more: the others ask whoever does.
+    pub(crate) fn forget_members(&mut self) {
+        self.joining_members.clear();
+        if let Some(round) = &mut self.current {
+            round.members.clear();
+        }
     }
 
     /// Whether somebody waits for a round to begin.
     pub(crate) fn wants_round(&self) -> bool {
-        self.current.is_none() && !self.joining.is_empty()
+        self.current.is_none() && !(self.joining.is_empty() && self.joining_members.is_empty())
     }
 
     /// Begins a round for all who joined: its name, for raft.
     pub(crate) fn begin(&mut self) -> Vec<u8> {
         assert!(self.wants_round(), "one round at a time");
         let waiters = std::mem::take(&mut self.joining);
+        let members = std::mem::take(&mut self.joining_members);
         let name = self.name_round();
-        self.current = Some(Round { name: name.clone(), asked_ticks: 0, waiters });
+        self.current = Some(Round { name: name.clone(), asked_ticks: 0, waiters, members });
         name
     }
 
-    /// The round of this name may read at `index`. Names of other rounds are ignored: they were asked again.
-    pub(crate) fn confirm(&mut self, name: &[u8], index: u64) {
-        if let Some(round) = self.current.take_if(|round| round.name == name) {
+    /// The round of this name may read at `index`. Names of other rounds are ignored: they were asked again. Gives the members
+    /// to tell, and the names of their rounds.
+    pub(crate) fn confirm(&mut self, name: &[u8], index: u64) -> BTreeMap<u64, Vec<u8>> {
+        let Some(round) = self.current.take_if(|round| round.name == name) else { return BTreeMap::new() };
+        if !round.waiters.is_empty() {
             let at = self.confirmed.partition_point(|(waits_for, _)| *waits_for <= index);
             self.confirmed.insert(at, (index, round.waiters));
         }
+        round.members
     }
 
     /// Answers all whose index is applied.
@@ -94,6 +184,8 @@ impl ReadRounds {
         let timeout_ticks = self.timeout_ticks;
         let timed_out = &mut self.timed_out;
         let mut expire = |waiters: &mut Vec<Waiter>| {
+            // Who went away gave its place to another, so it must not be kept here.
+            waiters.retain(|waiter| !waiter.sender.is_closed());
             waiters.iter_mut().for_each(|waiter| waiter.waited_ticks += 1);
             let before = waiters.len();
             answer(waiters.extract_if(.., |waiter| waiter.waited_ticks > timeout_ticks), Err(ReadError::Timeout));
@@ -105,11 +197,13 @@ impl ReadRounds {
         let round = self.current.as_mut()?;
         expire(&mut round.waiters);
         round.asked_ticks += 1;
-        if round.waiters.is_empty() {
-            self.current = None;
+        if round.asked_ticks < RETRY_TICKS && !(round.waiters.is_empty() && round.members.is_empty()) {
             return None;
         }
-        if round.asked_ticks < RETRY_TICKS {
+        // These ask again by themselves, under a new name.
+        round.members.clear();
+        if round.waiters.is_empty() {
+            self.current = None;
             return None;
         }
         let name = self.name_round();
@@ -120,6 +214,7 @@ impl ReadRounds {
 
     /// Answers everybody with `error`.
     pub(crate) fn fail_all(&mut self, error: ReadError) {
+        self.forget_members();
         answer(std::mem::take(&mut self.joining), Err(error));
         answer(self.current.take().into_iter().flat_map(|round| round.waiters), Err(error));
         answer(std::mem::take(&mut self.confirmed).into_iter().flat_map(|(_, waiters)| waiters), Err(error));
@@ -127,7 +222,9 @@ impl ReadRounds {
 
     fn name_round(&mut self) -> Vec<u8> {
         self.rounds_named += 1;
-        [self.member_id, self.nonce, self.rounds_named].map(u64::to_be_bytes).concat()
+        let name = [self.member_id, self.nonce, self.rounds_named].map(u64::to_be_bytes).concat();
+        (self.asked, self.answers) = (name.clone(), 0);
+        name
     }
 }
 
@@ -204,6 +301,76 @@ mod tests {
         }
         assert_eq!(rounds.timed_out, 3);
         assert!(rounds.current.is_none() && rounds.confirmed.is_empty());
+    }
+
+    // A member's request is served by the leader's next round, not by the one under way, like any reader; its newest name counts.
+    #[test]
+    fn members_that_ask_share_the_leaders_rounds() {
+        let mut rounds = ReadRounds::new(1, 7, 10);
+        let mut own = reader(&mut rounds);
+        rounds.join_member(2, b"early".to_vec());
+        let first = rounds.begin();
+        rounds.join_member(3, b"lost".to_vec());
+        rounds.join_member(3, b"late".to_vec());
+        assert_eq!(rounds.confirm(&first, 20), BTreeMap::from([(2, b"early".to_vec())]));
+        rounds.on_applied(20);
+        assert_eq!(own.try_recv(), Ok(Ok(20)));
+        assert!(rounds.wants_round(), "a member alone is reason enough");
+        let second = rounds.begin();
+        assert_eq!(rounds.confirm(&second, 21), BTreeMap::from([(3, b"late".to_vec())]));
+        rounds.join_member(2, b"again".to_vec());
+        let third = rounds.begin();
+        rounds.join_member(3, b"more".to_vec());
+        rounds.forget_members();
+        assert!(rounds.confirm(&third, 22).is_empty() && !rounds.wants_round(), "who leads no more tells nobody");
+    }
+
+    #[test]
+    fn a_round_for_members_alone_ends_when_it_is_lost() {
+        let mut rounds = ReadRounds::new(1, 7, 10);
+        rounds.join_member(2, b"name".to_vec());
+        let lost = rounds.begin();
+        assert_eq!((rounds.on_tick(), rounds.current.is_some()), (None, true));
+        assert_eq!((rounds.on_tick(), rounds.current.is_some()), (None, false), "it asks again by itself");
+        assert!(rounds.confirm(&lost, 5).is_empty());
+    }
+
+    #[test]
+    fn who_goes_away_is_forgotten() {
+        let mut rounds = ReadRounds::new(1, 7, 10);
+        drop(reader(&mut rounds));
+        let stays = reader(&mut rounds);
+        rounds.on_tick();
+        assert_eq!((rounds.joining.len(), rounds.timed_out), (1, 0));
+        rounds.begin();
+        drop(stays);
+        rounds.on_tick();
+        assert!(rounds.current.is_none());
+    }
+
+    // Whoever comes while raft's thread will look anyway does not wake it.
+    #[test]
+    fn one_reader_rings_for_many() {
+        let (mut rounds, mut readers) = (ReadRounds::new(1, 7, 10), Readers::default());
+        let join = |readers: &mut Readers| readers.join(oneshot::channel().0);
+        assert_eq!((join(&mut readers), join(&mut readers)), (Some(true), Some(false)));
+        rounds.take(&mut readers, true);
+        assert_eq!(join(&mut readers), Some(false), "a round is about to begin");
+        let name = rounds.begin();
+        rounds.take(&mut readers, true);
+        rounds.confirm(&name, 5);
+        rounds.take(&mut readers, true);
+        assert!(rounds.wants_round(), "who came meanwhile");
+        let name = rounds.begin();
+        rounds.confirm(&name, 5);
+        rounds.take(&mut readers, false);
+        assert_eq!(join(&mut readers), Some(false), "when a leader is there, the thread hears of it");
+        rounds.take(&mut readers, true);
+        rounds.begin();
+        let (sender, mut waiting) = oneshot::channel();
+        readers.join(sender);
+        readers.close();
+        assert_eq!((waiting.try_recv(), join(&mut readers)), (Ok(Err(ReadError::Stopped)), None));
     }
 
     #[test]

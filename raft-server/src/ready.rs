@@ -65,7 +65,9 @@ impl<R: Send + 'static> Node<R> {
         let number = ready.number();
         self.send(ready.take_messages());
         for state in ready.take_read_states() {
-            self.reads.confirm(&state.request_ctx, state.index);
+            let members = self.reads.confirm(&state.request_ctx, state.index);
+            self.answer_read_requests(members, state.index);
+            self.hold_reads();
         }
         if !ready.snapshot().is_empty() {
             return self.begin_install(ready);
@@ -177,11 +179,8 @@ impl<R: Send + 'static> Node<R> {
         self.on_applied();
     }
 
-    fn send(&mut self, messages: Vec<Message>) {
-        if !messages.is_empty() {
-            let messages = messages.into_iter().map(|message| PeerMessage::Raft(Box::new(message)));
-            self.transport.send(messages.collect());
-        }
+    pub(crate) fn send(&mut self, messages: Vec<Message>) {
+        self.outgoing.extend(messages.into_iter().map(|message| PeerMessage::Raft(Box::new(message))));
     }
 
     /// Makes the changes of members among the entries, and writes down what came of it, here and now: an entry that the state has

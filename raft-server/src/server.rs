@@ -17,6 +17,7 @@ use tokio::sync::watch;
 use crate::apply::{Applier, ApplySignal, StateMachine};
 use crate::config::{Config, FaultHandler};
 use crate::error::{MemberFault, StartError};
+use crate::events;
 use crate::forward::{Intakes, Sending};
 use crate::handle::{Handle, Limits};
 use crate::lanes::Lanes;
@@ -125,7 +126,7 @@ pub(crate) fn assemble<S: StateMachine>(
     let raw = RawNode::new(&raft_config(&config, applied), storage, &logger::to_tracing())
         .map_err(|error| StartError::Raft(error.to_string()))?;
 
-    let (event_sender, events) = crossbeam_channel::bounded(config.event_queue_max);
+    let (event_sender, events) = events::queue(config.event_queue_max);
     let lanes = Lanes::new(config.lane_queue_bytes_max, config.queue_bytes_max);
     let (joint_sender, joint) = watch::channel(false);
     let shared = Arc::new(Shared {
@@ -134,6 +135,7 @@ pub(crate) fn assemble<S: StateMachine>(
         life: if config.life == 0 { random_u64() | 1 } else { config.life },
         outgoing: Arc::clone(&log.outgoing),
         waiting: Waiting::new(),
+        readers: Mutex::default(),
         read_waiters: AtomicU64::new(0),
         status: StatusCells {
             applied_index: AtomicU64::new(applied),
@@ -166,6 +168,8 @@ pub(crate) fn assemble<S: StateMachine>(
         apply: Arc::clone(&apply),
         transport: Box::new(transport),
         reads: ReadRounds::new(config.id, shared.life, config.read_timeout_ticks),
+        hold_reads_until: None,
+        outgoing: Vec::new(),
         events,
         next_tick: Instant::now() + Duration::from_millis(config.tick_ms),
         underway: Default::default(),
@@ -198,6 +202,7 @@ pub(crate) fn assemble<S: StateMachine>(
         apply_bytes_max: config.apply_bytes_max as u64,
         log_bytes_flush: config.log_bytes_flush,
         flush_entries: config.flush_entries,
+        slow_apply: config.slow_apply,
         flush_on_stop: config.flush_on_stop,
         probed_bytes: 0,
         flushed_at: 0,

@@ -3,15 +3,16 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use crossbeam_channel::Sender;
 use parking_lot::{Mutex, RwLock};
 use tokio::sync::watch;
 
-use crate::error::ProposeError;
+use crate::error::{ProposeError, ReadError};
+use crate::events::EventSender;
 use crate::lanes::Lanes;
 use crate::metrics::Metrics;
 use crate::node::Event;
 use crate::proposals::{Proposal, ReplySender, Waiter, Waiting};
+use crate::read_index::{ReadSender, Readers};
 use crate::snapshot::Outgoing;
 
 /// Who leads, as this member knows. Sent when any of it changes.
@@ -68,6 +69,7 @@ pub(crate) struct Shared<R> {
     pub(crate) outgoing: Arc<Outgoing>,
     pub(crate) queue: Mutex<ProposalQueue<R>>,
     pub(crate) waiting: Waiting<R>,
+    pub(crate) readers: Mutex<Readers>,
     pub(crate) read_waiters: AtomicU64,
     pub(crate) status: StatusCells,
     pub(crate) members: RwLock<Arc<[u64]>>,
@@ -79,7 +81,7 @@ pub(crate) struct Shared<R> {
     pub(crate) removed: watch::Sender<bool>,
     pub(crate) leadership: watch::Sender<Leadership>,
     pub(crate) metrics: Metrics,
-    pub(crate) events: Sender<Event<R>>,
+    pub(crate) events: EventSender<Event<R>>,
     pub(crate) stopping: AtomicBool,
     pub(crate) faulted: AtomicBool,
     pub(crate) reply_runtime: Option<tokio::runtime::Handle>,
@@ -88,11 +90,9 @@ pub(crate) struct Shared<R> {
 /// Replies and where they go.
 pub(crate) type Answered<R> = Vec<(ReplySender<R>, R)>;
 
-fn send_replies<R>(answered: Answered<R>) {
-    for (sender, reply) in answered {
-        // A proposer that went away needs no answer.
-        let _ = sender.send(Ok(reply));
-    }
+/// Gives how many of those who asked have gone away; they need no answer.
+fn send_replies<R>(answered: Answered<R>) -> i64 {
+    answered.into_iter().map(|(sender, reply)| i64::from(sender.send(Ok(reply)).is_err())).sum()
 }
 
 impl<R: Send + 'static> Shared<R> {
@@ -110,13 +110,32 @@ impl<R: Send + 'static> Shared<R> {
         let _ = self.events.try_send(Event::Stop);
     }
 
+    /// Takes a reader for the next round.
+    ///
+    /// # Errors
+    /// [`ReadError::Stopped`].
+    pub(crate) fn join_readers(&self, sender: ReadSender) -> Result<(), ReadError> {
+        let ring = self.readers.lock().join(sender).ok_or(ReadError::Stopped)?;
+        if ring {
+            // If the queue is full, raft's thread is awake and looks at the readers after its events.
+            let _ = self.events.try_send(Event::Readers);
+        }
+        Ok(())
+    }
+
     /// Answers proposals that were applied. What waits on the runtime is a reply for each of those who wait, no more.
-    pub(crate) fn complete(&self, answered: Answered<R>) {
-        self.metrics.proposals_pending.fetch_sub(answered.len() as u64, Ordering::Relaxed);
+    pub(crate) fn complete(self: &Arc<Self>, answered: Answered<R>) {
+        // Before they hear of it; those who went away have counted themselves.
+        self.metrics.proposals_pending.fetch_sub(answered.len().cast_signed() as i64, Ordering::Relaxed);
+        let shared = Arc::clone(self);
+        let send = move || {
+            let gone = send_replies(answered);
+            shared.metrics.proposals_pending.fetch_add(gone, Ordering::Relaxed);
+        };
         match &self.reply_runtime {
             // Dropped with its runtime, it drops the senders, and who waits learns that.
-            Some(runtime) if answered.len() > 1 => drop(runtime.spawn(async move { send_replies(answered) })),
-            Some(_) | None => send_replies(answered),
+            Some(runtime) => drop(runtime.spawn(async move { send() })),
+            None => send(),
         }
     }
 
@@ -124,9 +143,11 @@ impl<R: Send + 'static> Shared<R> {
     pub(crate) fn refuse(&self, proposals: impl IntoIterator<Item = Proposal<R>>, error: ProposeError) {
         for proposal in proposals {
             if let Waiter::Local(reply) = proposal.waiter {
-                self.metrics.proposals_pending.fetch_sub(1, Ordering::Relaxed);
-                self.metrics.proposals_failed.fetch_add(1, Ordering::Relaxed);
-                let _ = reply.send(Err(error));
+                self.metrics.count_unanswered();
+                if reply.send(Err(error)).is_err() {
+                    // Who went away has counted itself.
+                    self.metrics.count_twice();
+                }
             }
         }
     }
@@ -159,6 +180,7 @@ impl<R: Send + 'static> Shared<R> {
         let queued = self.queue.lock().lanes.close();
         self.refuse(queued, ProposeError::Stopped);
         self.refuse(self.waiting.take_all(), ProposeError::Dropped);
+        self.readers.lock().close();
         self.status.is_leader.store(false, Ordering::Release);
         self.status.reads_freely.store(false, Ordering::Release);
     }

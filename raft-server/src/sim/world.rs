@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::hash::{Hash, Hasher};
 use std::path::Path;
+use std::time::Duration;
 
 use bytes::Bytes;
 use rand::rngs::StdRng;
@@ -14,12 +15,13 @@ use super::check::{Violation, Write, check};
 use super::member::{Disk, Life};
 use super::watcher::Watcher;
 use crate::node::{Event, MembersChange};
+use crate::pending::Pending;
 use crate::snapshot::SnapshotOffer;
 use crate::transport::PeerMessage;
-use crate::{ChangeError, Config, ProposeError, ReadError};
+use crate::{ChangeError, Config, ReadError};
 
 /// That a change of members was proposed, and what became of it.
-type ChangeProposed = Result<oneshot::Receiver<Result<Outcome, ProposeError>>, ChangeError>;
+type ChangeProposed = Result<Pending<Outcome>, ChangeError>;
 
 const TENANT: TenantId = TenantId(1);
 
@@ -70,7 +72,7 @@ pub(crate) fn run(seed: u64, bug: Bug, dir: &Path) -> Result<Run, Violation> {
 
 struct Writing {
     number: usize,
-    answer: oneshot::Receiver<Result<Outcome, ProposeError>>,
+    answer: Pending<Outcome>,
     member: u64,
 }
 
@@ -98,7 +100,7 @@ struct World {
     writes: Vec<Write>,
     writing: Vec<Writing>,
     reading: Vec<Reading>,
-    unheard: Vec<oneshot::Receiver<Result<Outcome, ProposeError>>>,
+    unheard: Vec<Pending<Outcome>>,
     watchers: Vec<Watcher>,
     /// Whether clients compact in this run: then what came before cannot be looked up in the end.
     compacts: bool,
@@ -148,6 +150,7 @@ impl World {
             election_timeout_ticks,
             election_jitter_ticks: 1,
             read_timeout_ticks: 40,
+            read_hold: Duration::ZERO,
             life: self.lives_begun,
             log_bytes_flush: 64 << 10,
             log_catchup_entries: 3,
@@ -347,7 +350,7 @@ impl World {
         let handle = self.lives[&id].handle();
         if self.bug == Bug::StaleRead {
             let _ = sender.send(Ok(handle.status().applied_index));
-        } else if handle.shared().events.try_send(Event::Read(sender)).is_err() {
+        } else if handle.shared().join_readers(sender).is_err() {
             return;
         }
         self.reading.push(Reading { answer, member: id, acknowledged_before: self.acknowledged });

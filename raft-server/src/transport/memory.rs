@@ -64,7 +64,7 @@ impl Transport for Endpoint {
     fn send(&mut self, messages: Vec<PeerMessage>) {
         for message in messages {
             if let Some(member) = self.network.reach(self.id, message.to()) {
-                member.deliver(message);
+                member.deliver(vec![message]);
             }
         }
     }

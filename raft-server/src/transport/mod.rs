@@ -68,7 +68,7 @@ impl Transport for NoPeers {
 
 /// A member as a transport reaches it, whatever its replies are.
 trait Local: Send + Sync {
-    fn deliver(&self, message: PeerMessage);
+    fn deliver(&self, messages: Vec<PeerMessage>);
     fn outgoing_snapshot(&self, at: Position) -> Option<Arc<OutgoingSnapshot>>;
     fn snapshot_fetched(&self, offer: SnapshotOffer, complete: bool);
     fn report_unreachable(&self, id: u64);
@@ -76,8 +76,8 @@ trait Local: Send + Sync {
 }
 
 impl<R: Send + 'static> Local for Handle<R> {
-    fn deliver(&self, message: PeerMessage) {
-        Handle::deliver(self, message);
+    fn deliver(&self, messages: Vec<PeerMessage>) {
+        Handle::deliver_all(self, messages);
     }
 
     fn outgoing_snapshot(&self, at: Position) -> Option<Arc<OutgoingSnapshot>> {

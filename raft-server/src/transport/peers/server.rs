@@ -189,12 +189,9 @@ impl Inner {
                 Status::data_loss(error.to_string())
             })?;
             let Some(local) = self.local() else { continue };
-            for message in messages {
-                // A certificate does not say which member it is; what a stream carries it does.
-                if message.from() == from && message.to() == self.config.identity.member_id {
-                    local.deliver(message);
-                }
-            }
+            // A certificate does not say which member it is; what a stream carries it does.
+            let own = self.config.identity.member_id;
+            local.deliver(messages.into_iter().filter(|of| of.from() == from && of.to() == own).collect());
         }
         Ok(())
     }

@@ -27,8 +27,10 @@ const PATIENCE: Duration = Duration::from_secs(180);
 struct Ear(UnboundedSender<u64>);
 
 impl Local for Ear {
-    fn deliver(&self, message: PeerMessage) {
-        let _ = self.0.send(message.from());
+    fn deliver(&self, messages: Vec<PeerMessage>) {
+        for message in messages {
+            let _ = self.0.send(message.from());
+        }
     }
 
     fn outgoing_snapshot(&self, _: Position) -> Option<Arc<OutgoingSnapshot>> {
