@@ -98,6 +98,9 @@ struct RunArgs {
     /// Start of all keys.
     #[arg(long, default_value = "/bench/")]
     prefix: String,
+    /// The keys are there already.
+    #[arg(long)]
+    filled: bool,
     /// Trust servers whose certificate this CA signed, and talk TLS.
     #[arg(long)]
     cacert: Option<PathBuf>,
@@ -212,7 +215,11 @@ fn run(args: &RunArgs) -> anyhow::Result<()> {
         };
         let bar = progress_bar();
         let told = |stage: Stage, part: f64| show(&bar, &workload.name(), stage, part);
-        let measured = load::block_on(load::run(&target, &load, &told));
+        let measured = if args.filled {
+            load::block_on(load::run_filled(&target, &load, &told))
+        } else {
+            load::block_on(load::run(&target, &load, &told))
+        };
         bar.finish_and_clear();
         let measured = measured.with_context(|| workload.name())?;
         if args.json {

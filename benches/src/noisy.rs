@@ -1,11 +1,12 @@
 //! Fifty quiet tenants and one that is not: what its floods do to their latency.
 //!
 //! The quiet ones make kube txns at a steady rate, all together far from what the server can do, and their p99 is taken alone and
-//! under each kind of noise. etcd has prefixes instead of tenants. The generator of the noise gets what the others leave of the
-//! processors ([`process::only_when_idle`]). Figures are ratios of one run, side by side. Tenured is measured twice: as it is, and with limits on the noisy
-//! tenant, as an operator would set them.
+//! under each kind of noise. etcd has prefixes instead of tenants. The noise is made by processes of their own, which get what the others leave of the
+//! processors ([`process::only_when_idle`]). Figures are ratios of one run, side by side. Tenured is measured twice: as it is, and with limits of the cell for
+//! all its tenants, as an operator would set them (`tenurectl cell limits`).
 
 use std::path::Path;
+use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -16,28 +17,33 @@ use crate::client::Workload;
 use crate::compare::{Audience, Plan, base};
 use crate::load::{self, Load, Measured, Stage, Target};
 use crate::scale::admin;
-use crate::server::{Kind, Server, Setup, tenant_name};
+use crate::server::{Kind, Server, Setup};
 use crate::{process, report};
 
 /// Tenants that behave, and their kube txns a second, all together.
 const QUIET_TENANTS: usize = 50;
 const QUIET_RATE: f64 = 500.0;
 
-/// What an operator would hold a tenant to that is too loud for its cell.
+/// What an operator would hold every tenant to on a machine of two processors: several times what a kube-apiserver of a hundred nodes
+/// asks for.
 const LIMIT_REQUESTS_PER_SECOND: u64 = 1_000;
 const LIMIT_REQUEST_BYTES_PER_SECOND: u64 = 8 << 20;
+const LIMIT_RESPONSE_BYTES_PER_SECOND: u64 = 32 << 20;
 
 /// Keys of 1 KiB that the noisy tenant lists: 10 MB an answer.
 const LISTED_KEYS: u64 = 10_000;
 
 const NOISY_WATCHERS: u64 = 10_000;
 
+/// Of the noise's keys.
+const PREFIX: &str = "/noisy/";
+
 /// The noise begins so long before what is measured: ten thousand watches take a while to open.
 const NOISE_BEFORE: Duration = Duration::from_secs(1);
 
 /// A kind of noise; together they are all of it.
 fn noises(plan: &Plan) -> Vec<(&'static str, Load)> {
-    let of = |workload| Load { prefix: "/noisy/".to_string(), ..base(plan, workload) };
+    let of = |workload: Workload| Load { prefix: format!("{PREFIX}{}/", workload.name()), ..base(plan, workload) };
     vec![
         ("puts", of(Workload::Put)),
         ("lists", Load { clients: 4, connections: 4, keys: LISTED_KEYS, value_bytes: 1024, ..of(Workload::List) }),
@@ -70,20 +76,65 @@ pub fn run(plan: &Plan, audience: &dyn Audience) -> anyhow::Result<Vec<Value>> {
     Ok(figures)
 }
 
-/// Holds the noisy tenant to what it may.
-async fn limit(data_dir: &Path, tenant: &str) -> anyhow::Result<()> {
+/// A process that floods a server, until it is dropped. What it is refused, or cut off from, is its own trouble.
+struct Noise(Child);
+
+/// Longer than any measurement.
+const NOISE_SECONDS: &str = "3600";
+
+impl Noise {
+    fn begin(bench: &Path, address: &str, load: &Load) -> anyhow::Result<Noise> {
+        let mut command = Command::new(bench);
+        command.args(["run", &load.workload.name(), "--filled", "--prefix", PREFIX, "--endpoints", address]);
+        command.args(["--warm-up", "0", "--duration", NOISE_SECONDS]);
+        let numbers = [
+            ("--clients", load.clients),
+            ("--connections", load.connections as u64),
+            ("--keys", load.keys),
+            ("--value-bytes", load.value_bytes as u64),
+            ("--watchers", load.watchers),
+        ];
+        for (name, number) in numbers {
+            command.args([name, &number.to_string()]);
+        }
+        if let Some(rate) = load.rate {
+            command.args(["--rate", &rate.to_string()]);
+        }
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        // A process has the priority of the thread that starts it.
+        let begun = std::thread::spawn(move || {
+            if let Err(error) = process::only_when_idle() {
+                eprintln!("the noise competes with what is measured: {error}");
+            }
+            command.spawn()
+        });
+        let begun = begun.join().map_err(|_| anyhow::anyhow!("starting the noise panicked"))?;
+        Ok(Noise(begun.context("start the noise")?))
+    }
+}
+
+impl Drop for Noise {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// Holds every tenant to what it may.
+async fn limit(data_dir: &Path) -> anyhow::Result<()> {
     let mut admin = admin(data_dir).await?;
     let limits = api::Limits {
         requests_per_second: Some(LIMIT_REQUESTS_PER_SECOND),
         request_bytes_per_second: Some(LIMIT_REQUEST_BYTES_PER_SECOND),
+        response_bytes_per_second: Some(LIMIT_RESPONSE_BYTES_PER_SECOND),
         ..Default::default()
     };
-    let request = api::UpdateTenantRequest { name: tenant.to_string(), limits: Some(limits), ..Default::default() };
-    admin.update_tenant(request).await.context("limit the noisy tenant")?;
+    let request = api::UpdateCellRequest { default_limits: Some(limits), ..Default::default() };
+    admin.update_cell(request).await.context("limit the cell's tenants")?;
     Ok(())
 }
 
-/// `limit_at`: the data directory of the server whose noisy tenant is to be limited.
+/// `limit_at`: the data directory of the server whose tenants are to be limited.
 fn of_server(
     plan: &Plan,
     audience: &dyn Audience,
@@ -118,7 +169,7 @@ fn of_server(
         load::block_on(load::fill(&noisy_target, noise, &told))?;
     }
     if let Some(data_dir) = limit_at {
-        load::block_on(limit(data_dir, &tenant_name(QUIET_TENANTS)))?;
+        load::block_on(limit(data_dir))?;
     }
     let p99 = |measured: &Measured| measured.latency_us.value_at_quantile(0.99);
     let alone = load::block_on(load::run(&quiet_target, &quiet, &told))?;
@@ -127,28 +178,11 @@ fn of_server(
     let together: Vec<&Load> = noises.iter().map(|(_, noise)| noise).collect();
     let each = noises.iter().map(|(kind, noise)| (*kind, vec![noise]));
     for (kind, loads) in each.chain([("together", together)]) {
-        let lasting = NOISE_BEFORE + quiet.warm_up + quiet.duration;
-        let noise: Vec<_> = loads
-            .into_iter()
-            .map(|noise| {
-                let (target, noise) = (noisy_target.clone(), Load { duration: lasting, ..noise.clone() });
-                std::thread::spawn(move || {
-                    if let Err(error) = process::only_when_idle() {
-                        eprintln!("the noise competes with what is measured: {error}");
-                    }
-                    // What the noisy one is refused, or cut off from, is its own trouble; and whatever it still waits for then.
-                    let made = async {
-                        let _ = tokio::time::timeout(lasting, load::run_filled(&target, &noise, &|_, _| {})).await;
-                    };
-                    load::block_on(made);
-                })
-            })
-            .collect();
+        let noise = loads.into_iter().map(|noise| Noise::begin(&plan.bench, &noisy_target.addresses[0], noise));
+        let noise: Vec<Noise> = noise.collect::<anyhow::Result<_>>()?;
         std::thread::sleep(NOISE_BEFORE);
         let measured = load::block_on(load::run(&quiet_target, &quiet, &told))?;
-        for noise in noise {
-            noise.join().map_err(|_| anyhow::anyhow!("the noise panicked"))?;
-        }
+        drop(noise);
         let ratio = p99(&measured) as f64 / p99(&alone).max(1) as f64;
         lines.push(format!("{kind} {} µs (× {ratio:.1})", p99(&measured)));
         under.push(json!({

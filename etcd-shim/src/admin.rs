@@ -20,17 +20,19 @@ use bytes::Bytes;
 use tenure_admin_api::v1::admin_server::Admin;
 use tenure_admin_api::v1::{self as api, get_cell_response, get_usage_response, top_response};
 use tenure_storage::key_value::KeyValue;
-use tenure_storage::limits::TENANTS_MAX;
+use tenure_storage::limits::{TENANTS_MAX, TRUSTED_CA_BYTES_MAX};
 use tenure_storage::{AlarmKind, KeyRange, Labels, Limit, Profile, RangeRequest, TenantLimits, TenantPhase};
 use tokio::time::sleep;
 use tonic::{Request, Response, Status};
 
+use crate::authorities::verifier_of;
 use crate::cell::{Cell, CreateTenantError, Tenant, TenantUpdate, may_be_deleted, now_ms};
 use crate::cell_error::CellError;
 use crate::issuer::{IssueError, IssuerFiles, Subject, TTL_DEFAULT, TTL_MAX};
 use crate::logging::AUDIT;
 use crate::rpc_metrics::{RpcMetrics, TenantTraffic};
 use crate::throttle::default_limit;
+use crate::tls::certificates_of;
 
 /// Prefixes that are told apart. Keys of further ones count as "other".
 pub const PREFIXES_MAX: usize = 1_000;
@@ -140,6 +142,7 @@ fn limits_of(limits: Option<api::Limits>) -> impl Iterator<Item = (Limit, u64)> 
         Limit::Connections => limits.connections,
         Limit::Leases => limits.leases,
         Limit::RequestBytes => limits.request_bytes,
+        Limit::ResponseBytesPerSecond => limits.response_bytes_per_second,
     };
     Limit::ALL.into_iter().filter_map(move |limit| Some((limit, of(limit)?)))
 }
@@ -155,6 +158,7 @@ fn to_limits(of: impl Fn(Limit) -> Option<u64>) -> api::Limits {
         connections: of(Limit::Connections),
         leases: of(Limit::Leases),
         request_bytes: of(Limit::RequestBytes),
+        response_bytes_per_second: of(Limit::ResponseBytesPerSecond),
     }
 }
 
@@ -229,6 +233,7 @@ impl Inner {
             usage: Some(self.usage(tenant)),
             credentials_valid_from_ms: profile.credentials_valid_from_ms,
             revoked_serials: profile.revoked.keys().map(|serial| hex(serial)).collect(),
+            trusted_ca_pem: profile.trusted_ca.iter().map(|der| certificate_pem(der)).collect(),
         }
     }
 
@@ -456,6 +461,12 @@ impl Inner {
             }
             (false, name) => {
                 let tenant = self.tenant(name).await?;
+                if !tenant.profile().trusted_ca.is_empty() {
+                    return Err(Status::failed_precondition(format!(
+                        "tenant {name:?} trusts a CA of its own: let that sign a certificate with the URI SAN \
+                         tenure://tenant/{name}, or set the tenant back to the cell's CA"
+                    )));
+                }
                 wait_for_second(tenant.profile().credentials_valid_from_ms).await;
                 (or(user, name), self.endpoints(name))
             }
@@ -510,6 +521,15 @@ impl Inner {
         Ok(api::RevokeCredentialsResponse { tenant: Some(self.describe(&tenant)) })
     }
 
+    async fn trust(&self, request: api::SetTrustedCaRequest) -> Result<api::SetTrustedCaResponse, Status> {
+        let tenant = self.tenant(&request.tenant).await?;
+        let certificates = trusted_ca(&request.ca_pem)?;
+        if tenant.profile().trusted_ca != certificates {
+            self.cell.set_trusted_ca(&tenant, certificates).await?;
+        }
+        Ok(api::SetTrustedCaResponse { tenant: Some(self.describe(&tenant)) })
+    }
+
     async fn update_cell(&self, request: api::UpdateCellRequest) -> Result<api::GetCellResponse, Status> {
         let limits = limit_changes(&request.reset_limits, request.default_limits)?;
         if !limits.is_empty() {
@@ -547,6 +567,28 @@ impl Inner {
             default_limits: Some(to_limits(default)),
         }
     }
+}
+
+/// What a tenant is to trust, as certificates in DER.
+fn trusted_ca(pem: &str) -> Result<Vec<Bytes>, Status> {
+    let wrong = |what: String| Status::invalid_argument(format!("ca_pem: {what}"));
+    let certificates = certificates_of(pem).map_err(|error| wrong(error.to_string()))?;
+    let certificates: Vec<Bytes> = certificates.into_iter().map(|der| Bytes::copy_from_slice(&der)).collect();
+    if certificates.is_empty() && !pem.trim().is_empty() {
+        return Err(wrong("want certificates in PEM, or nothing for the cell's CA".to_string()));
+    }
+    if certificates.iter().map(Bytes::len).sum::<usize>() > TRUSTED_CA_BYTES_MAX {
+        return Err(wrong(format!("want up to {TRUSTED_CA_BYTES_MAX} bytes of certificates")));
+    }
+    if !certificates.is_empty() {
+        verifier_of(&certificates).map_err(|error| wrong(error.to_string()))?;
+    }
+    Ok(certificates)
+}
+
+fn certificate_pem(der: &[u8]) -> String {
+    let lines = pem::EncodeConfig::new().set_line_ending(pem::LineEnding::LF);
+    pem::encode_config(&pem::Pem::new("CERTIFICATE", der), lines)
 }
 
 /// Certificates tell whole seconds: waits until one that is made now is not taken for an older one.
@@ -640,6 +682,13 @@ impl Admin for AdminService {
     ) -> Result<Response<api::RevokeCredentialsResponse>, Status> {
         audited("RevokeCredentials", |of| of.tenant.clone(), request, async |request| self.0.revoke(request).await)
             .await
+    }
+
+    async fn set_trusted_ca(
+        &self,
+        request: Request<api::SetTrustedCaRequest>,
+    ) -> Result<Response<api::SetTrustedCaResponse>, Status> {
+        audited("SetTrustedCa", |of| of.tenant.clone(), request, async |request| self.0.trust(request).await).await
     }
 
     async fn update_cell(

@@ -34,6 +34,7 @@ use tokio::task::JoinSet;
 use url::Url;
 
 use crate::admin::AdminService;
+use crate::authorities::Authorities;
 use crate::cell::{Cell, CellConfig, ClusterState, DEFAULT_TENANT, InitialCluster, MemberNames, OpenError};
 use crate::client::Client;
 use crate::flags::TlsFiles;
@@ -339,6 +340,12 @@ impl Builder {
         self
     }
 
+    /// How long applying a round of entries may take before it is counted and logged. Default 100 ms.
+    pub fn slow_apply(mut self, longest: Duration) -> Self {
+        self.cell.slow_apply = longest;
+        self
+    }
+
     /// After how many log entries the state is made durable (0: by their bytes alone), and how many are kept for members that are
     /// behind.
     pub fn snapshots(mut self, count: u64, catchup_entries: u64) -> Self {
@@ -356,7 +363,8 @@ impl Builder {
         if let (Some(TlsFiles::Files { trusted_ca_file, .. }), Some(issuer)) = (&mut self.tls, &self.issuer) {
             trusted_ca_file.get_or_insert_with(|| issuer.cert_file.clone());
         }
-        let listeners = self.bind().await?;
+        let authorities = Arc::new(Authorities::default());
+        let listeners = self.bind(&authorities).await?;
         let addresses = listeners.iter().filter_map(Listener::local_addr).collect();
         let peer_hosts = self.cell.names.peer_urls.iter().filter_map(|url| host_of(url));
         let peer_tls = match self.peer_tls.take() {
@@ -375,6 +383,7 @@ impl Builder {
             peer_serving.spawn(peers::serve(peer_listeners, server_tls, peers, std::future::pending()));
         }
         let cell = opening.cell().clone();
+        authorities.open(cell.clone());
         let context = Context { cell: cell.clone(), limits: self.limits, in_flight: InFlight::new(Budget::default()) };
         let rpc_metrics = RpcMetrics::default();
         let admin = AdminService::new(cell.clone(), rpc_metrics.clone(), self.issuer.clone());
@@ -384,7 +393,7 @@ impl Builder {
             admin: AdminServer::new(admin),
             arriving: InFlight::new(Budget::default()),
             rpc_metrics,
-            turns: Arc::default(),
+            turns: cell.turns(),
             access: Arc::new(self.access.clone()),
             limits: self.connections,
         };
@@ -421,9 +430,14 @@ impl Builder {
         }
     }
 
-    async fn bind(&self) -> Result<Vec<Listener>, StartError> {
+    async fn bind(&self, authorities: &Arc<Authorities>) -> Result<Vec<Listener>, StartError> {
         let hosts: Vec<String> = self.listen.iter().filter_map(|listen| host_of(&listen.url)).collect();
-        let tls = self.tls.clone().map(|files| Tls::new(files, &hosts)).transpose()?.map(Arc::new);
+        let with = |authorities: Option<Arc<Authorities>>| {
+            let tls = self.tls.clone().map(|files| Tls::new(files, &hosts, authorities));
+            tls.transpose().map(|tls| tls.map(Arc::new))
+        };
+        // An administrator's certificate is the cell's, whatever tenants trust.
+        let (tls, of_admins) = (with(Some(Arc::clone(authorities)))?, with(None)?);
         let client_cert_auth = self.tls.as_ref().is_some_and(TlsFiles::client_cert_auth);
         let mut listeners = Vec::with_capacity(self.listen.len());
         for Listen { url: text, tenant, serves } in &self.listen {
@@ -432,7 +446,8 @@ impl Builder {
                 return Err(StartError::NoCertificate(text.clone()));
             }
             let (tenant, domain) = (tenant.clone(), self.cell_domain.clone());
-            listeners.push(Listener::bind(&url, tenant, *serves, tls.clone(), client_cert_auth, domain).await?);
+            let tls = if *serves == Serves::Admin { of_admins.clone() } else { tls.clone() };
+            listeners.push(Listener::bind(&url, tenant, *serves, tls, client_cert_auth, domain).await?);
         }
         Ok(listeners)
     }

@@ -48,6 +48,7 @@ use crate::ids;
 use crate::lessor::{self, Lessor};
 use crate::read_pool::ReadPool;
 use crate::reclaim::Reclaimer;
+use crate::turns::Turns;
 
 use self::bootstrap::Beginning;
 pub use self::bootstrap::{BootstrapError, ClusterState, InitialCluster};
@@ -113,6 +114,8 @@ pub struct CellConfig {
     pub max_learners: usize,
     /// Whether a member asks if it could win before it disturbs the others with an election. Default true.
     pub pre_vote: bool,
+    /// An apply that takes longer is counted and logged. Default 100 ms.
+    pub slow_apply: Duration,
     /// If not 0, the state is made durable after this many log entries, and not only for their bytes.
     pub snapshot_count: u64,
     /// Entries kept for members that are behind. Default 5,000.
@@ -146,6 +149,7 @@ impl CellConfig {
             strict_reconfig_check: true,
             max_learners: 1,
             pre_vote: true,
+            slow_apply: Duration::from_millis(100),
             snapshot_count: 0,
             snapshot_catchup_entries: 5_000,
             quota_backend_bytes: 0,
@@ -231,6 +235,7 @@ struct Inner {
     raft: raft::Handle<Outcome>,
     leadership: watch::Receiver<raft::Leadership>,
     read_pool: ReadPool,
+    turns: Arc<Turns>,
     tasks: Mutex<JoinSet<()>>,
     store: Store<RocksEngine>,
     lessor: Arc<Lessor>,
@@ -589,6 +594,11 @@ impl Cell {
         self.0.promotions.by_reason()
     }
 
+    /// Whose turn it is on this member's threads.
+    pub(crate) fn turns(&self) -> Arc<Turns> {
+        Arc::clone(&self.0.turns)
+    }
+
     /// The disk of the data directory.
     pub fn disk(&self) -> &Disk {
         &self.0.disk
@@ -736,6 +746,7 @@ impl Inner {
         };
         let (raft, server) = raft::start(raft_config, Applier(state), peers.transport())?;
         peers.attach(&raft);
+        let turns = Arc::<Turns>::default();
         let inner = Inner {
             server: Mutex::new(Some(server)),
             peers: peers.clone(),
@@ -745,7 +756,8 @@ impl Inner {
             promotions: members::Promotions::default(),
             leadership: raft.leadership(),
             raft,
-            read_pool: ReadPool::for_this_machine().map_err(OpenError::Threads)?,
+            read_pool: ReadPool::for_this_machine(Arc::clone(&turns)).map_err(OpenError::Threads)?,
+            turns,
             tasks: Mutex::new(JoinSet::new()),
             store,
             lessor,
@@ -828,16 +840,12 @@ impl Inner {
     }
 
     async fn read_barrier(&self) -> Result<(), CellError> {
-        // The only voter knows without asking: spare the timer.
-        if self.raft.read_point_now().is_some() {
-            return Ok(());
-        }
-        let deadline = Instant::now() + self.request_timeout;
-        match timeout_at(deadline, self.raft.read_barrier()).await {
-            Ok(Ok(_)) => Ok(()),
-            Ok(Err(raft::ReadError::Timeout)) | Err(_) => Err(CellError::TimeoutRead),
-            Ok(Err(raft::ReadError::QueueFull)) => Err(CellError::TooManyRequests),
-            Ok(Err(raft::ReadError::Stopped)) => Err(CellError::Stopped),
+        // It ends by itself after as many ticks as fit into the time of a request: a timer for each read would only do so again.
+        match self.raft.read_barrier().await {
+            Ok(_) => Ok(()),
+            Err(raft::ReadError::Timeout) => Err(CellError::TimeoutRead),
+            Err(raft::ReadError::QueueFull) => Err(CellError::TooManyRequests),
+            Err(raft::ReadError::Stopped) => Err(CellError::Stopped),
         }
     }
 
@@ -898,6 +906,7 @@ fn raft_config(
         read_timeout_ticks: ticks(request_timeout(config))?,
         pre_vote: config.pre_vote,
         flush_entries: config.snapshot_count,
+        slow_apply: config.slow_apply,
         log_catchup_entries: config.snapshot_catchup_entries,
         reply_runtime: Some(runtime.clone()),
         fault_handler: Some(Arc::new(move |fault| failure.report(&format!("{}: {}", fault.thread, fault.cause)))),

@@ -3,6 +3,7 @@
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 pub mod admin;
+pub mod authorities;
 pub mod builder;
 pub mod cell;
 pub mod cell_error;
@@ -32,6 +33,7 @@ pub mod reclaim;
 mod request_body;
 mod rotation;
 pub mod rpc_metrics;
+mod send_rate;
 pub mod server;
 pub mod service;
 pub mod status;

@@ -12,11 +12,13 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use bytes::Bytes;
 use http::Request;
 use hyper::body::Incoming;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
 use hyper_util::server::graceful::GracefulShutdown;
+use rustls::pki_types::CertificateDer;
 use tenure_admin_api::v1::admin_server::AdminServer;
 use tenure_storage::{TenantId, TenantPhase};
 use tokio::io::{AsyncRead, AsyncWrite};
@@ -26,6 +28,7 @@ use tokio_rustls::LazyConfigAcceptor;
 use url::Url;
 
 use crate::admin::{AdminIdentity, AdminService};
+use crate::authorities;
 use crate::cell::{Cell, Tenant};
 use crate::gate;
 use crate::gate::Running;
@@ -34,6 +37,7 @@ use crate::inflight::InFlight;
 use crate::ping_guard::{OpenRequests, PingGuard};
 use crate::request_body::CountedBody;
 use crate::rpc_metrics::RpcMetrics;
+use crate::send_rate::{Receiver, SendRate};
 use crate::server::Router;
 use crate::tenant::{ConnectionIdentity, NoTenant, PeerCertificate, check_admin, resolve, tenant_of_server_name};
 use crate::throttle::{OpenCount, TenantUse};
@@ -383,9 +387,11 @@ where
         let shown = Shown { user, ..Shown::default() };
         return identified(terms, services, stream, shown, watcher, alive).await;
     };
+    // Looked at before the handshake: what changes during it is noticed.
+    let seen = *services.cell.tenants_changed().borrow();
     match tokio::time::timeout(HANDSHAKE_TIMEOUT, handshake(tls, stream)).await {
         Ok(Ok((stream, shown))) => {
-            let shown = Shown { user, ..shown };
+            let shown = Shown { user, seen, ..shown };
             identified(terms, services, stream, shown, watcher, alive).await;
         }
         Ok(Err(error)) => tracing::debug!(%error, "TLS handshake"),
@@ -397,9 +403,12 @@ where
 #[derive(Debug, Default)]
 struct Shown {
     certificate: Option<PeerCertificate>,
+    chain: Vec<CertificateDer<'static>>,
     /// The name it calls the server by.
     server_name: Option<String>,
     user: Option<u32>,
+    /// How many changes of tenants there were before its certificate was verified.
+    seen: u64,
 }
 
 type Secured<S> = (tokio_rustls::server::TlsStream<S>, Shown);
@@ -411,9 +420,9 @@ async fn handshake<S: AsyncRead + AsyncWrite + Unpin>(tls: &Tls, stream: S) -> i
         (tls.choose(&hello), hello.server_name().map(str::to_ascii_lowercase))
     };
     let stream = start.into_stream(config).await?;
-    let first = stream.get_ref().1.peer_certificates().and_then(<[_]>::first);
-    let certificate = first.map(peer_certificate);
-    Ok((stream, Shown { certificate, server_name, user: None }))
+    let chain: Vec<_> = stream.get_ref().1.peer_certificates().unwrap_or_default().to_vec();
+    let certificate = chain.first().map(peer_certificate);
+    Ok((stream, Shown { certificate, chain, server_name, ..Shown::default() }))
 }
 
 async fn identified<S>(terms: &Terms, services: &Services, stream: S, shown: Shown, watcher: Watcher, alive: Alive)
@@ -430,18 +439,18 @@ where
     if terms.serves == Serves::Metrics {
         // Whoever watches the member is no client of a tenant: it is not sent away with one.
         match identify(terms, &shown) {
-            Ok(identity) => served(terms, services, stream, identity, watcher, alive).await,
+            Ok(identity) => served(terms, services, stream, identity, None, watcher, alive).await,
             Err(reason) => tracing::warn!(%reason, "refuse a connection"),
         }
         return;
     }
-    match identify(terms, &shown).and_then(|identity| Guest::admit(services, identity, shown.certificate)) {
+    match identify(terms, &shown).and_then(|identity| Guest::admit(terms, services, identity, shown)) {
         Ok(guest) => {
             // Subscribed before it was admitted: no change is missed.
             let expelled = guest.expelled(services);
             let share = guest.used.clone().map(|used| (Arc::clone(&services.turns), used));
             let alive = Alive { share: share.clone(), ..alive };
-            let served = served(terms, services, stream, guest.identity.clone(), watcher, alive);
+            let served = served(terms, services, stream, guest.identity.clone(), guest.receiver(), watcher, alive);
             let served = async {
                 match share {
                     Some((turns, used)) => fairly(turns, used, served).await,
@@ -483,40 +492,57 @@ struct Guest {
     identity: ConnectionIdentity,
     certificate: Option<PeerCertificate>,
     /// `None`: there was no such tenant; its requests are refused one by one.
-    tenant: Option<TenantId>,
+    tenant: Option<Tenant>,
     changes: watch::Receiver<u64>,
+    /// The tenant's own CAs when it was let in.
+    trusted_ca: Vec<Bytes>,
     /// What the tenant uses of this member.
     used: Option<Arc<TenantUse>>,
     _counted: Option<OpenCount>,
 }
 
 impl Guest {
-    fn admit(
-        services: &Services,
-        identity: ConnectionIdentity,
-        certificate: Option<PeerCertificate>,
-    ) -> Result<Self, NoTenant> {
+    fn admit(terms: &Terms, services: &Services, identity: ConnectionIdentity, shown: Shown) -> Result<Self, NoTenant> {
+        let Shown { certificate, chain, seen, .. } = shown;
         let (changed, made) = (services.cell.tenants_changed(), services.cell.tenants_made());
+        let seen_now = *changed.borrow();
         let tenant = services.cell.tenant(identity.tenant());
         // Who belongs to no tenant waits for one of that name.
         let changes = if tenant.is_some() { changed } else { made };
+        let trusted_ca = tenant.as_ref().map(|tenant| tenant.profile().trusted_ca.clone()).unwrap_or_default();
+        let is_vouched_for = match certificate.is_some() {
+            false => true,
+            // It may have come in by the listener's name or the server's, with a certificate of the cell's CA.
+            true if !trusted_ca.is_empty() => authorities::vouch_for(&trusted_ca, &chain),
+            // It may have been verified by a CA that the tenant has no more.
+            true if seen_now != seen => terms.tls.as_ref().is_some_and(|tls| tls.vouches_for(&chain)),
+            true => true,
+        };
+        if !is_vouched_for {
+            return Err(NoTenant::OtherAuthority);
+        }
         let (used, counted) = match &tenant {
             Some(tenant) => {
-                check_welcome(tenant, certificate.as_ref())?;
+                check_welcome(tenant, certificate.as_ref(), &trusted_ca)?;
                 let used = services.rpc_metrics.used(tenant.id());
                 let counted = used.connect(&tenant.profile()).ok_or(NoTenant::TooManyConnections)?;
                 (Some(used), Some(counted))
             }
             None => (None, None),
         };
-        let tenant = tenant.map(|tenant| tenant.id());
-        Ok(Guest { identity, certificate, tenant, changes, used, _counted: counted })
+        Ok(Guest { identity, certificate, tenant, changes, trusted_ca, used, _counted: counted })
+    }
+
+    fn receiver(&self) -> Option<Receiver> {
+        let (tenant, used) = (self.tenant.clone()?, self.used.clone()?);
+        Some(Receiver { tenant, used })
     }
 
     /// Ends when the connection has to be closed, with the reason.
     fn expelled(&self, services: &Services) -> impl Future<Output = NoTenant> + use<> {
         let (name, cell) = (self.identity.clone(), services.cell.clone());
-        let (certificate, admitted, mut changes) = (self.certificate.clone(), self.tenant, self.changes.clone());
+        let (certificate, mut changes) = (self.certificate.clone(), self.changes.clone());
+        let (admitted, trusted_ca) = (self.tenant.as_ref().map(Tenant::id), self.trusted_ca.clone());
         async move {
             loop {
                 if changes.changed().await.is_err() {
@@ -527,7 +553,7 @@ impl Guest {
                 match (&now, admitted) {
                     // Another tenant that has got the name is another one.
                     (Some(tenant), Some(id)) if tenant.id() == id => {
-                        if let Err(reason) = check_welcome(tenant, certificate.as_ref()) {
+                        if let Err(reason) = check_welcome(tenant, certificate.as_ref(), &trusted_ca) {
                             return reason;
                         }
                     }
@@ -539,7 +565,8 @@ impl Guest {
     }
 }
 
-fn check_welcome(tenant: &Tenant, certificate: Option<&PeerCertificate>) -> Result<(), NoTenant> {
+/// `trusted_ca`: those of the tenant that its certificate was held against.
+fn check_welcome(tenant: &Tenant, certificate: Option<&PeerCertificate>, trusted_ca: &[Bytes]) -> Result<(), NoTenant> {
     let profile = tenant.profile();
     if profile.phase == TenantPhase::Suspended {
         return Err(NoTenant::Suspended);
@@ -548,6 +575,7 @@ fn check_welcome(tenant: &Tenant, certificate: Option<&PeerCertificate>) -> Resu
         Some(certificate) if profile.is_revoked(&certificate.serial, certificate.not_before_ms) => {
             Err(NoTenant::Revoked)
         }
+        Some(_) if profile.trusted_ca != trusted_ca => Err(NoTenant::OtherAuthority),
         Some(_) | None => Ok(()),
     }
 }
@@ -576,6 +604,7 @@ async fn served<S>(
     services: &Services,
     stream: S,
     identity: ConnectionIdentity,
+    receiver: Option<Receiver>,
     watcher: Watcher,
     alive: Alive,
 ) where
@@ -583,7 +612,8 @@ async fn served<S>(
 {
     let limits = services.limits;
     let open = OpenRequests::default();
-    let io = TokioIo::new(PingGuard::new(Paced(stream), open.clone(), limits.ping_interval_min));
+    let stream = Paced(SendRate::new(stream, receiver));
+    let io = TokioIo::new(PingGuard::new(stream, open.clone(), limits.ping_interval_min));
     let mut builder = auto::Builder::new(alive);
     // The other protocol ends the connection.
     match terms.serves {

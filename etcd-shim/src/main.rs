@@ -166,6 +166,7 @@ fn builder(flags: Flags) -> Builder {
         .initial_cluster(flags.initial_cluster, flags.cluster_state)
         .reconfiguration(flags.strict_reconfig_check, flags.max_learners)
         .pre_vote(flags.pre_vote)
+        .slow_apply(flags.slow_apply)
         .snapshots(flags.snapshot_count, flags.snapshot_catchup_entries);
     if let Some(bytes) = flags.disk_reserve_bytes {
         builder = builder.disk_reserve_bytes(bytes);

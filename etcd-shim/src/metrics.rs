@@ -72,6 +72,7 @@ fn of_member(out: &mut String, cell: &Cell) {
     metric(out, "etcd_server_proposals_applied_total", "gauge", status.applied_index);
     metric(out, "etcd_server_proposals_pending", "gauge", metrics.proposals_pending());
     metric(out, "etcd_server_proposals_failed_total", "counter", metrics.proposals_failed());
+    metric(out, "etcd_server_slow_apply_total", "counter", metrics.slow_applies());
     metric(out, "etcd_disk_wal_write_bytes_total", "gauge", metrics.wal_write_bytes());
     let heartbeats = cell.peer_stats().iter().map(|(_, stats)| stats.heartbeats_dropped()).sum::<u64>();
     metric(out, "etcd_server_heartbeat_send_failures_total", "counter", heartbeats);

@@ -8,7 +8,8 @@
 //!   when it has ended, so it is charged then (start-time fair queueing, Goyal, Vin and Cheng 1996): each tenant has a *tag*, the time
 //!   that it was served for, and one that comes back starts where the others are. It is charged time, not bytes: a count of a
 //!   million keys answers in ten bytes;
-//! - one tenant may have as many reads running as leave half of the threads to the others;
+//! - one tenant may have as many reads running as leave half of the threads to the others; and, while there are quiet tenants
+//!   ([`crate::turns`]), half of the processors, since every other thread of this member waits for those too;
 //! - one tenant may have [`TENANT_QUEUED_MAX`] reads waiting, all together [`QUEUED_MAX`]. At either bound the next
 //!   read is refused with [`CellError::TooManyRequests`]. A tenant's bound is far below the common one, so it takes many tenants at
 //!   once to reach that.
@@ -27,6 +28,7 @@ use tokio::sync::oneshot;
 
 use crate::cell_error::CellError;
 use crate::priority::{READING, step_back};
+use crate::turns::Turns;
 
 /// Reads of one tenant that wait for a thread. The next one is refused.
 pub const TENANT_QUEUED_MAX: usize = 1_000;
@@ -49,7 +51,10 @@ struct Shared {
     queue: Mutex<Queue>,
     /// Signalled when a thread may find a read, and when the pool stops.
     work: Condvar,
+    turns: Arc<Turns>,
+    /// Reads of one tenant that run at a time, and how many while there are quiet tenants.
     tenant_running_max: usize,
+    tenant_running_beside_quiet_max: usize,
 }
 
 #[derive(Default)]
@@ -99,16 +104,19 @@ impl ReadPool {
     ///
     /// # Errors
     /// If the system gives no more threads.
-    pub fn for_this_machine() -> std::io::Result<Self> {
+    pub fn for_this_machine(turns: Arc<Turns>) -> std::io::Result<Self> {
         let processors = std::thread::available_parallelism().map_or(2, usize::from);
-        ReadPool::new((2 * processors).clamp(4, 64))
+        ReadPool::new((2 * processors).clamp(4, 64), processors / 2, turns)
     }
 
-    fn new(threads: usize) -> std::io::Result<Self> {
+    fn new(threads: usize, beside_quiet: usize, turns: Arc<Turns>) -> std::io::Result<Self> {
+        let tenant_running_max = (threads / 2).max(1);
         let shared = Arc::new(Shared {
             queue: Mutex::default(),
             work: Condvar::new(),
-            tenant_running_max: (threads / 2).max(1),
+            turns,
+            tenant_running_max,
+            tenant_running_beside_quiet_max: beside_quiet.clamp(1, tenant_running_max),
         });
         let mut pool = ReadPool { shared, threads: Vec::with_capacity(threads) };
         for number in 0..threads {
@@ -177,7 +185,7 @@ impl Shared {
         if waiting >= TENANT_QUEUED_MAX {
             return Err(CellError::TooManyRequests);
         }
-        if queue.push(tenant, job, self.tenant_running_max) {
+        if queue.push(tenant, job, self.running_max()) {
             drop(queue);
             self.work.notify_one();
         }
@@ -190,7 +198,17 @@ impl Shared {
                 tracing::error!(%tenant, "a read panicked");
                 0
             });
-            self.queue.lock().finish(tenant, cost_ns, self.tenant_running_max);
+            let running_max = self.running_max();
+            self.queue.lock().finish(tenant, cost_ns, running_max);
+        }
+    }
+
+    /// How many reads of one tenant may run now.
+    fn running_max(&self) -> usize {
+        if self.turns.has_quiet(Instant::now()) {
+            self.tenant_running_beside_quiet_max
+        } else {
+            self.tenant_running_max
         }
     }
 
@@ -201,7 +219,7 @@ impl Shared {
             if queue.stopping {
                 return None;
             }
-            if let Some(next) = queue.start_next(self.tenant_running_max) {
+            if let Some(next) = queue.start_next(self.running_max()) {
                 if !queue.turns.is_empty() {
                     self.work.notify_one();
                 }
@@ -222,7 +240,7 @@ impl Queue {
             self.debtors.remove(&(reads.tag_ns, tenant));
         }
         reads.waiting.push_back(job);
-        let gets_turn = reads.waiting.len() == 1 && reads.running < tenant_running_max;
+        let gets_turn = reads.turn.is_none() && reads.running < tenant_running_max;
         self.queued += 1;
         if gets_turn {
             self.give_turn(tenant);
@@ -230,7 +248,8 @@ impl Queue {
         gets_turn
     }
 
-    /// A tenant is in `turns` exactly once if it has reads waiting and may start one, else not at all.
+    /// A tenant is in `turns` once if it has reads waiting and may start one. What may run is less at some times: who has a turn then
+    /// loses it when it comes, and gets one again with the next read that comes or ends.
     fn give_turn(&mut self, tenant: TenantId) {
         let Some(reads) = self.tenants.get_mut(&tenant) else { return };
         reads.tag_ns = reads.tag_ns.max(self.clock_ns);
@@ -241,10 +260,15 @@ impl Queue {
     }
 
     fn start_next(&mut self, tenant_running_max: usize) -> Option<(TenantId, Job)> {
-        let Turn { tag_ns, tenant, .. } = self.turns.pop_first()?;
-        let reads = self.tenants.get_mut(&tenant)?;
+        let (tag_ns, tenant, reads) = loop {
+            let Turn { tag_ns, tenant, .. } = self.turns.pop_first()?;
+            let reads = self.tenants.get_mut(&tenant)?;
+            reads.turn = None;
+            if reads.running < tenant_running_max {
+                break (tag_ns, tenant, reads);
+            }
+        };
         let job = reads.waiting.pop_front()?;
-        reads.turn = None;
         reads.running += 1;
         self.queued -= 1;
         self.clock_ns = self.clock_ns.max(tag_ns);
@@ -268,12 +292,11 @@ impl Queue {
             self.debtors.insert((reads.tag_ns, tenant));
         }
         // What it has just cost moves the tenant back. At its bound it had lost its turn.
-        let regains_turn = reads.running + 1 == tenant_running_max && !reads.waiting.is_empty();
-        let before = reads.turn.take();
-        if let Some(turn) = before {
+        let gets_turn = reads.running < tenant_running_max && !reads.waiting.is_empty();
+        if let Some(turn) = reads.turn.take() {
             self.turns.remove(&turn);
         }
-        if before.is_some() || regains_turn {
+        if gets_turn {
             self.give_turn(tenant);
         }
         if self.tenants.len() == self.debtors.len() {
@@ -294,7 +317,7 @@ mod tests {
 
     #[tokio::test]
     async fn reads_answer() {
-        let pool = ReadPool::new(2).unwrap();
+        let pool = pool_of(2);
         assert_eq!(pool.run(A, || 7).await.unwrap(), 7);
     }
 
@@ -306,9 +329,36 @@ mod tests {
         })
     }
 
+    fn pool_of(threads: usize) -> ReadPool {
+        ReadPool::new(threads, 1, Arc::default()).unwrap()
+    }
+
+    // While others are at work a tenant reads on fewer threads; what it has waiting is not forgotten over that.
+    #[test]
+    fn what_may_run_may_change() {
+        let mut queue = Queue::default();
+        for _ in 0..5 {
+            queue.push(A, Box::new(|| MS), 2);
+        }
+        assert!(queue.start_next(2).is_some());
+        assert!(queue.start_next(1).is_none(), "it had a turn, and may not");
+        queue.push(A, Box::new(|| MS), 2);
+        assert!(queue.start_next(2).is_some(), "and now it may");
+        queue.finish(A, MS, 1);
+        assert!(queue.start_next(1).is_none(), "one runs still");
+        queue.finish(A, MS, 1);
+        let mut read = 2;
+        while queue.start_next(1).is_some() {
+            queue.finish(A, MS, 1);
+            read += 1;
+        }
+        assert_eq!(read, 6, "all that were asked for");
+        assert!(queue.tenants.is_empty() && queue.turns.is_empty() && queue.queued == 0);
+    }
+
     #[tokio::test]
     async fn one_tenant_leaves_threads_to_another() {
-        let pool = ReadPool::new(2).unwrap();
+        let pool = pool_of(2);
         let mut gates = Vec::new();
         for _ in 0..10 {
             let (open, gate) = mpsc::channel();
@@ -323,7 +373,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_tenant_at_its_bound_is_refused_and_others_are_not() {
-        let pool = ReadPool::new(2).unwrap();
+        let pool = pool_of(2);
         let (open, gate) = mpsc::channel::<()>();
         let (started, running) = mpsc::channel::<()>();
         pool.shared
@@ -403,14 +453,14 @@ mod tests {
 
     #[tokio::test]
     async fn a_panic_costs_one_answer() {
-        let pool = ReadPool::new(1).unwrap();
+        let pool = pool_of(1);
         assert!(matches!(pool.run(A, || panic!("on purpose")).await, Err::<(), _>(CellError::Stopped)));
         assert_eq!(pool.run(A, || 7).await.unwrap(), 7);
     }
 
     #[tokio::test]
     async fn stopping_answers_those_who_wait() {
-        let pool = ReadPool::new(1).unwrap();
+        let pool = pool_of(1);
         let (open, gate) = mpsc::channel();
         pool.shared.enqueue(A, blocking(gate)).unwrap();
         let shared = Arc::clone(&pool.shared);

@@ -10,6 +10,9 @@ use crate::cell::DEFAULT_TENANT;
 /// What stands before the name in a client certificate's URI SAN.
 pub const TENANT_URI_PREFIX: &str = "tenure://tenant/";
 
+/// What every URI of ours begins with.
+const OUR_URIS: &str = "tenure:";
+
 /// The URI SAN of whoever operates the cell.
 pub const ADMIN_URI: &str = "tenure://admin";
 
@@ -68,6 +71,8 @@ pub enum NoTenant {
     Gone,
     #[error("the client certificate was revoked")]
     Revoked,
+    #[error("the client certificate is not signed by a CA of the tenant's")]
+    OtherAuthority,
     #[error("the tenant has as many connections as it may")]
     TooManyConnections,
     #[error("the client certificate is no administrator's (URI SAN {ADMIN_URI})")]
@@ -78,6 +83,13 @@ pub enum NoTenant {
 pub fn tenant_of_server_name<'a>(server_name: &'a str, cell_domain: &str) -> Option<&'a str> {
     let name = server_name.strip_suffix(cell_domain)?.strip_suffix('.')?;
     (!name.contains('.')).then_some(name)
+}
+
+/// The tenant that a certificate names, if that is all that it names of us.
+pub(crate) fn sole_tenant_of(certificate: &PeerCertificate) -> Option<&str> {
+    let mut ours = certificate.uris.iter().filter(|uri| uri.starts_with(OUR_URIS));
+    let name = ours.next()?.strip_prefix(TENANT_URI_PREFIX)?;
+    ours.next().is_none().then_some(name)
 }
 
 /// Whether a certificate is an administrator's.
@@ -170,6 +182,24 @@ mod tests {
         assert!(matches!(resolve(Some("acme"), None, Some("globex")), Err(NoTenant::NameDisagrees { .. })));
         // A certificate without a tenant gets none by a name.
         assert_eq!(resolve(None, Some(&certificate(&[])), Some("acme")), Err(NoTenant::CertificateWithout));
+    }
+
+    // A tenant's CA may sign what it likes: whatever else a certificate of it says must not count.
+    #[test]
+    fn a_certificate_that_names_more_is_no_tenants_own() {
+        let sole = |uris: &[&str]| sole_tenant_of(&certificate(uris)).map(str::to_string);
+        assert_eq!(sole(&["spiffe://x/y", "tenure://tenant/acme"]).as_deref(), Some("acme"));
+        for more in [
+            &["tenure://tenant/acme", "tenure://admin"][..],
+            &["tenure://admin", "tenure://tenant/acme"],
+            &["tenure://tenant/acme", "tenure://tenant/globex"],
+            &["tenure://tenant/acme", "tenure://tenant/acme"],
+            &["tenure://admin"],
+            &["https://x"],
+            &[],
+        ] {
+            assert_eq!(sole(more), None, "{more:?}");
+        }
     }
 
     #[test]

@@ -1,9 +1,11 @@
-//! What one tenant uses of this member, and the limits on that: requests and bytes per second, requests and connections open.
+//! What one tenant uses of this member, and the limits on that: requests and bytes per second either way, requests and connections open.
 //!
 //! Rates are token buckets that may go into debt. A request takes its token when it comes in: if there is none it waits until
-//! its turn has come, as long as that is within [`WAIT_MAX`], and is refused otherwise, with nothing taken. Bytes are
+//! its turn has come, as long as that is within [`WAIT_MAX`], and is refused otherwise, with nothing taken: after that time, so that who
+//! asks again at once does not make a flood of refusals instead. Bytes are
 //! taken as they arrive, when it is too late to refuse them: whoever is in debt has to wait before it is read on, so a tenant that
-//! sends faster than it may is slowed down at its own sockets and holds nothing here but what is in the air. Messages on streams
+//! sends faster than it may is slowed down at its own sockets and holds nothing here but what is in the air. What it is sent is
+//! slowed down there too ([`crate::send_rate`]). Messages on streams
 //! (keep-alives, watch requests) count as requests too, and slow their stream down.
 //!
 //! Everything here is of one member and of no other tenant. A limit that is not set costs a look at the tenant's profile.
@@ -22,6 +24,9 @@ use crate::turns::Recent;
 /// Longest wait for a rate; then the client is told to try again.
 pub const WAIT_MAX: Duration = Duration::from_secs(1);
 
+/// Requests of one tenant that wait for nothing but their refusal. Further ones hear it at once.
+const REFUSALS_HELD_MAX: usize = 1_000;
+
 /// What a bucket holds when it was not used for a while: one second's worth.
 const BURST_SECONDS: f64 = 1.0;
 
@@ -37,7 +42,8 @@ pub fn default_limit(limit: Limit) -> u64 {
         | Limit::Streams
         | Limit::Connections
         | Limit::Leases
-        | Limit::RequestBytes => 0,
+        | Limit::RequestBytes
+        | Limit::ResponseBytesPerSecond => 0,
     }
 }
 
@@ -112,10 +118,12 @@ pub enum Reason {
     Bytes,
     Streams,
     Connections,
+    ResponseBytes,
 }
 
 impl Reason {
-    pub(crate) const ALL: [Reason; 4] = [Reason::Requests, Reason::Bytes, Reason::Streams, Reason::Connections];
+    pub(crate) const ALL: [Reason; 5] =
+        [Reason::Requests, Reason::Bytes, Reason::Streams, Reason::Connections, Reason::ResponseBytes];
 
     /// As a label of the metric.
     pub(crate) fn name(self) -> &'static str {
@@ -124,6 +132,7 @@ impl Reason {
             Reason::Bytes => "bytes",
             Reason::Streams => "streams",
             Reason::Connections => "connections",
+            Reason::ResponseBytes => "response_bytes",
         }
     }
 }
@@ -133,7 +142,9 @@ impl Reason {
 pub struct TenantUse {
     requests: Bucket,
     bytes: Bucket,
+    response_bytes: Bucket,
     open_requests: AtomicUsize,
+    refusals_held: AtomicUsize,
     connections: AtomicUsize,
     held_back: [AtomicU64; Reason::ALL.len()],
     cpu_ns: AtomicU64,
@@ -152,7 +163,7 @@ impl TenantUse {
         };
         if let Some(per_second) = limit_of(profile, Limit::RequestsPerSecond) {
             match self.requests.try_take(1, per_second, WAIT_MAX, Instant::now()) {
-                None => return Err(self.refuse(Reason::Requests)),
+                None => return Err(self.refuse_later(Reason::Requests).await),
                 Some(Duration::ZERO) => {}
                 Some(wait) => {
                     self.count(Reason::Requests);
@@ -162,7 +173,7 @@ impl TenantUse {
         }
         if let Some(per_second) = limit_of(profile, Limit::RequestBytesPerSecond) {
             match self.bytes.try_take(0, per_second, WAIT_MAX, Instant::now()) {
-                None => return Err(self.refuse(Reason::Bytes)),
+                None => return Err(self.refuse_later(Reason::Bytes).await),
                 Some(Duration::ZERO) => {}
                 Some(wait) => {
                     self.count(Reason::Bytes);
@@ -191,6 +202,21 @@ impl TenantUse {
         for_bytes.max(for_messages)
     }
 
+    /// Whether what the tenant is sent is limited.
+    pub(crate) fn limits_sending(&self, profile: &Profile) -> bool {
+        limit_of(profile, Limit::ResponseBytesPerSecond).is_some()
+    }
+
+    /// Bytes were sent to the tenant. Answers how long not to send on.
+    pub(crate) fn sent(&self, profile: &Profile, bytes: usize, now: Instant) -> Duration {
+        let Some(per_second) = limit_of(profile, Limit::ResponseBytesPerSecond) else { return Duration::ZERO };
+        let wait = self.response_bytes.take(bytes as u64, per_second, now);
+        if !wait.is_zero() {
+            self.count(Reason::ResponseBytes);
+        }
+        wait
+    }
+
     /// One more connection, if the tenant may have it.
     pub fn connect(self: &Arc<Self>, profile: &Profile) -> Option<OpenCount> {
         let open = self.open(profile, Limit::Connections, |of| &of.connections);
@@ -210,6 +236,15 @@ impl TenantUse {
         let added = counter(self).fetch_add(1, Ordering::Relaxed);
         let open = OpenCount { of: Arc::clone(self), counter };
         (added < most).then_some(open)
+    }
+
+    async fn refuse_later(self: &Arc<Self>, reason: Reason) -> CellError {
+        let held = self.refusals_held.fetch_add(1, Ordering::Relaxed);
+        let _held = OpenCount { of: Arc::clone(self), counter: |of| &of.refusals_held };
+        if held < REFUSALS_HELD_MAX {
+            tokio::time::sleep(WAIT_MAX).await;
+        }
+        self.refuse(reason)
     }
 
     fn refuse(&self, reason: Reason) -> CellError {
@@ -297,10 +332,15 @@ mod tests {
         }
         assert!(begun.elapsed() > Duration::from_millis(900), "two at once, then two a second");
         used.requests.take(1_000, 2, Instant::now());
+        let begun = Instant::now();
+        assert!(matches!(used.begin_request(&profile).await, Err(CellError::TooManyRequests)));
+        assert!(begun.elapsed() >= WAIT_MAX, "who asks again at once is slowed down");
+        used.refusals_held.store(REFUSALS_HELD_MAX, Ordering::Relaxed);
         assert!(matches!(used.begin_request(&profile).await, Err(CellError::TooManyRequests)));
         let held_back: Vec<_> = used.held_back().filter(|(_, times)| *times > 0).collect();
-        assert_eq!(held_back, [(Reason::Requests, 3)]);
+        assert_eq!(held_back, [(Reason::Requests, 4)]);
         assert_eq!(used.open_requests.load(Ordering::Relaxed), 0);
+        assert_eq!(used.refusals_held.load(Ordering::Relaxed), REFUSALS_HELD_MAX);
     }
 
     #[tokio::test]

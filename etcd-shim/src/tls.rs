@@ -2,6 +2,8 @@
 //!
 //! ALPN (contract 3.2): the server offers h2 alone. A client that offers only http/1.1, or nothing, is not turned away: it
 //! gets no ALPN answer and HTTP/1.1, so the configuration is chosen after its hello was read.
+//!
+//! Whose certificates count, [`crate::authorities`] says.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -12,10 +14,12 @@ use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, Server
 use rustls::crypto::{verify_tls12_signature, verify_tls13_signature};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
-use rustls::server::{ClientHello, WebPkiClientVerifier};
+use rustls::server::danger::ClientCertVerifier;
+use rustls::server::{ClientHello, NoServerSessionStorage, WebPkiClientVerifier};
 use rustls::{ClientConfig, DigitallySignedStruct, RootCertStore, ServerConfig, SignatureScheme};
 use tenure_raft_server::transport::peers::PeerTls;
 
+use crate::authorities::{self, Authorities, ByTenant};
 use crate::flags::TlsFiles;
 use crate::tenant::PeerCertificate;
 
@@ -37,11 +41,15 @@ pub enum TlsError {
 struct Configs {
     h2: Arc<ServerConfig>,
     no_alpn: Arc<ServerConfig>,
+    /// What verifies certificates that the cell's CA signed.
+    of_cell: Option<Arc<dyn ClientCertVerifier>>,
 }
 
 /// The current configuration of a listener.
 pub struct Tls {
     files: TlsFiles,
+    /// Where tenants' own CAs are looked up; `None`: the cell's CA is all there is.
+    authorities: Option<Arc<Authorities>>,
     current: Mutex<(Option<SystemTime>, Configs)>,
 }
 
@@ -50,17 +58,23 @@ impl Tls {
     ///
     /// # Errors
     /// [`TlsError`].
-    pub fn new(files: TlsFiles, hosts: &[String]) -> Result<Self, TlsError> {
+    pub fn new(files: TlsFiles, hosts: &[String], authorities: Option<Arc<Authorities>>) -> Result<Self, TlsError> {
         let configs = match &files {
             TlsFiles::Files { cert_file, key_file, trusted_ca_file } => {
-                load(cert_file, key_file, trusted_ca_file.as_deref())?
+                load(cert_file, key_file, trusted_ca_file.as_deref(), authorities.as_ref())?
             }
             TlsFiles::Auto => {
                 let (certificate, key) = self_signed(hosts)?;
-                configs(None, vec![certificate], key)?
+                configs(None, vec![certificate], key, None)?
             }
         };
-        Ok(Tls { current: Mutex::new((newest_change(&files), configs)), files })
+        Ok(Tls { current: Mutex::new((newest_change(&files), configs)), files, authorities })
+    }
+
+    /// Whether the cell's CA signed the certificate that a chain begins with.
+    pub(crate) fn vouches_for(&self, chain: &[CertificateDer<'_>]) -> bool {
+        let of_cell = self.current.lock().1.of_cell.clone();
+        of_cell.is_some_and(|of_cell| authorities::verifies(&*of_cell, chain))
     }
 
     /// The configuration for this hello. Changed files are read first; unreadable ones keep the old certificate.
@@ -70,7 +84,7 @@ impl Tls {
         if let TlsFiles::Files { cert_file, key_file, trusted_ca_file } = &self.files
             && changed != current.0
         {
-            match load(cert_file, key_file, trusted_ca_file.as_deref()) {
+            match load(cert_file, key_file, trusted_ca_file.as_deref(), self.authorities.as_ref()) {
                 Ok(configs) => *current = (changed, configs),
                 Err(error) => tracing::warn!(%error, "keep the old certificate"),
             }
@@ -87,6 +101,14 @@ fn newest_change(files: &TlsFiles) -> Option<SystemTime> {
 
 fn newest_of<'a>(paths: impl Iterator<Item = &'a PathBuf>) -> Option<SystemTime> {
     paths.filter_map(|path| path.metadata().ok()?.modified().ok()).max()
+}
+
+/// The certificates of a PEM text.
+///
+/// # Errors
+/// What is wrong with it.
+pub(crate) fn certificates_of(pem: &str) -> Result<Vec<CertificateDer<'static>>, rustls::pki_types::pem::Error> {
+    CertificateDer::pem_slice_iter(pem.as_bytes()).collect()
 }
 
 fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
@@ -118,29 +140,44 @@ fn system_roots() -> RootCertStore {
     roots
 }
 
-fn load(cert_file: &Path, key_file: &Path, client_ca: Option<&Path>) -> Result<Configs, TlsError> {
-    configs(client_ca, certificates(cert_file)?, private_key(key_file)?)
+fn load(
+    cert_file: &Path,
+    key_file: &Path,
+    client_ca: Option<&Path>,
+    authorities: Option<&Arc<Authorities>>,
+) -> Result<Configs, TlsError> {
+    configs(client_ca, certificates(cert_file)?, private_key(key_file)?, authorities)
 }
 
-/// With a CA, clients must show a certificate of it.
+/// With a CA, clients must show a certificate of it, or of their tenant's.
 fn configs(
     client_ca: Option<&Path>,
     chain: Vec<CertificateDer<'static>>,
     key: PrivateKeyDer<'static>,
+    authorities: Option<&Arc<Authorities>>,
 ) -> Result<Configs, TlsError> {
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let builder = ServerConfig::builder_with_provider(Arc::clone(&provider)).with_safe_default_protocol_versions()?;
-    let builder = match client_ca {
-        Some(ca) => {
-            let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots_of(ca)?), provider);
-            builder.with_client_cert_verifier(verifier.build()?)
-        }
-        None => builder.with_no_client_auth(),
+    let of_cell = match client_ca {
+        Some(ca) => Some(WebPkiClientVerifier::builder_with_provider(Arc::new(roots_of(ca)?), provider).build()?),
+        None => None,
     };
-    let no_alpn = builder.with_single_cert(chain, key)?;
+    let builder = match (of_cell.clone(), authorities.cloned()) {
+        (Some(of_cell), Some(authorities)) => {
+            builder.with_client_cert_verifier(Arc::new(ByTenant { of_cell, authorities }))
+        }
+        (Some(of_cell), None) => builder.with_client_cert_verifier(of_cell),
+        (None, _) => builder.with_no_client_auth(),
+    };
+    let mut no_alpn = builder.with_single_cert(chain, key)?;
+    if of_cell.is_some() {
+        // A session that goes on would go by what was trusted when it began.
+        no_alpn.session_storage = Arc::new(NoServerSessionStorage {});
+        no_alpn.send_tls13_tickets = 0;
+    }
     let mut h2 = no_alpn.clone();
     h2.alpn_protocols = vec![b"h2".to_vec()];
-    Ok(Configs { h2: Arc::new(h2), no_alpn: Arc::new(no_alpn) })
+    Ok(Configs { h2: Arc::new(h2), no_alpn: Arc::new(no_alpn), of_cell })
 }
 
 /// A certificate that nobody but itself vouches for.

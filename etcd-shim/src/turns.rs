@@ -162,7 +162,12 @@ impl Turns {
             }
             return true;
         }
-        quiet_at_ms == 0 || u128::from(now_ms + 1 - quiet_at_ms.min(now_ms + 1)) > HELD_FOR.as_millis()
+        !lately(quiet_at_ms, now_ms)
+    }
+
+    /// Whether a quiet tenant did something lately.
+    pub(crate) fn has_quiet(&self, now: Instant) -> bool {
+        lately(self.quiet_at_ms.load(Ordering::Relaxed), self.ms(now))
     }
 
     /// Takes a place for a task that waits for nothing but that, or lets it wait for one.
@@ -203,6 +208,11 @@ impl Turns {
             next.wake_task();
         }
     }
+}
+
+/// `quiet_at_ms` as in [`Turns`].
+fn lately(quiet_at_ms: u64, now_ms: u64) -> bool {
+    quiet_at_ms > 0 && u128::from((now_ms + 1).saturating_sub(quiet_at_ms)) <= HELD_FOR.as_millis()
 }
 
 /// What came of asking for a place.

@@ -7,6 +7,7 @@ mod client;
 use std::path::{Path, PathBuf};
 
 use hyper_util::rt::TokioIo;
+use prost::Message as _;
 use rcgen::{CertificateParams, KeyPair};
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject as _;
@@ -16,6 +17,8 @@ use tenure_etcd_shim::Tenure;
 use tenure_etcd_shim::builder::ADMIN_SOCKET;
 use tenure_etcd_shim::flags::TlsFiles;
 use tenure_etcd_shim::issuer::IssuerFiles;
+use tenure_etcd_shim::proto::etcdserverpb::RangeRequest;
+use tenure_etcd_shim::wire::RangeResponse;
 use tokio::io::AsyncReadExt as _;
 use tokio::net::UnixStream;
 use tonic::Code;
@@ -266,6 +269,93 @@ async fn who_may_not_stay_is_sent_away() {
     assert!(scene.gets_in(&fourth).await);
 
     put(neighbour, "k").await.unwrap();
+    scene.tenure.stop().await;
+}
+
+// A hosting company's customer who brings a CA: it opens this tenant and nothing else, and the cell's CA does not open it any more.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_tenant_may_trust_a_ca_of_its_own() {
+    let mut scene = Scene::new().await;
+    scene.create("acme").await;
+    scene.create("globex").await;
+    let (of_cell, _) = scene.credentials("acme").await;
+    let (globex, _) = scene.credentials("globex").await;
+    let authority = Authority::new();
+    let own = authority.sign(&["tenure://tenant/acme"]);
+    assert!(!scene.gets_in(&own).await && scene.gets_in(&of_cell).await);
+
+    let (open, neighbour) = (scene.connect(&of_cell).await.unwrap(), scene.connect(&globex).await.unwrap());
+    let trust = |ca_pem: String| api::SetTrustedCaRequest { tenant: "acme".to_string(), ca_pem };
+    for _ in 0..2 {
+        let answer = scene.admin.set_trusted_ca(trust(authority.certificate.pem())).await.unwrap().into_inner();
+        let shown = answer.tenant.unwrap().trusted_ca_pem;
+        let shown = CertificateDer::from_pem_slice(shown.as_bytes()).unwrap();
+        assert_eq!(&shown, authority.certificate.der());
+    }
+    closed(open).await;
+    assert!(scene.gets_in(&own).await);
+    for other in [
+        of_cell,
+        authority.sign(&["tenure://tenant/globex"]),
+        authority.sign(&["tenure://tenant/acme", "tenure://tenant/globex"]),
+        authority.sign(&["tenure://tenant/acme", "tenure://admin"]),
+        authority.sign(&[]),
+    ] {
+        assert!(!scene.gets_in(&other).await);
+    }
+    let address = scene.tenure.addresses()[1];
+    for uris in [&["tenure://admin"][..], &["tenure://tenant/acme", "tenure://admin"], &["tenure://tenant/acme"]] {
+        if let Ok(stream) = connect(address, &scene.authority, Some(&authority.sign(uris)), b"h2").await {
+            assert!(client::unary(stream, "/tenure.admin.v1.Admin/ListTenants", &[]).await.is_err(), "{uris:?}");
+        }
+    }
+    put(neighbour, "k").await.unwrap();
+    assert!(scene.gets_in(&globex).await);
+
+    // What the cell signed would open nothing; and what is no certificate changes nothing.
+    let key = KeyPair::generate().unwrap();
+    let csr_der = CertificateParams::default().serialize_request(&key).unwrap().der().to_vec();
+    let request = api::IssueCredentialsRequest { tenant: "acme".to_string(), csr_der, ..Default::default() };
+    assert_eq!(scene.admin.issue_credentials(request).await.unwrap_err().code(), Code::FailedPrecondition);
+    let not_one = "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n";
+    for bad in ["certificate".to_string(), not_one.to_string(), authority.certificate.pem().repeat(100)] {
+        assert_eq!(scene.admin.set_trusted_ca(trust(bad)).await.unwrap_err().code(), Code::InvalidArgument);
+    }
+    assert!(scene.gets_in(&own).await);
+
+    let open = scene.connect(&own).await.unwrap();
+    scene.admin.set_trusted_ca(trust(String::new())).await.unwrap();
+    closed(open).await;
+    let (of_cell, _) = scene.credentials("acme").await;
+    assert!(!scene.gets_in(&own).await && scene.gets_in(&of_cell).await);
+    scene.tenure.stop().await;
+}
+
+// What a tenant is sent leaves later if it is more than it may have in a second; all of it leaves.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_large_answer_leaves_as_fast_as_it_may() {
+    let mut scene = Scene::new().await;
+    scene.create("acme").await;
+    let (acme, _) = scene.credentials("acme").await;
+    let client = scene.tenure.client("acme").unwrap();
+    for key in ["a", "b"] {
+        client.put(key, vec![7_u8; 300 << 10]).await.unwrap();
+    }
+    let throttled = async |scene: &mut Scene| {
+        let top = scene.admin.top(api::TopRequest { limit: 0 }).await.unwrap().into_inner();
+        top.rows.iter().find(|row| row.tenant == "acme").unwrap().throttled
+    };
+    let range = RangeRequest { key: "a".into(), range_end: "c".into(), ..RangeRequest::default() }.encode_to_vec();
+    for (limit, is_throttled) in [(0, false), (500 << 10, true)] {
+        let limits = api::Limits { response_bytes_per_second: Some(limit), ..Default::default() };
+        let update = api::UpdateTenantRequest { name: "acme".to_string(), limits: Some(limits), ..Default::default() };
+        scene.admin.update_tenant(update).await.unwrap();
+        let stream = scene.connect(&acme).await.unwrap();
+        let answer = client::unary(stream, "/etcdserverpb.KV/Range", &range).await.unwrap();
+        let answer = RangeResponse::decode(answer).unwrap();
+        assert_eq!(answer.kvs.iter().filter(|kv| kv.len() > 300 << 10).count(), 2, "{limit}");
+        assert_eq!(throttled(&mut scene).await > 0, is_throttled, "{limit}");
+    }
     scene.tenure.stop().await;
 }
 

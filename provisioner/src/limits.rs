@@ -45,7 +45,7 @@ pub fn parse(text: &str) -> Result<Setting, String> {
 }
 
 /// Names of all limits, as the API has them.
-pub const NAMES: [&str; 9] = [
+pub const NAMES: [&str; 10] = [
     "stored_bytes",
     "requests_per_second",
     "request_bytes_per_second",
@@ -55,6 +55,7 @@ pub const NAMES: [&str; 9] = [
     "connections",
     "leases",
     "request_bytes",
+    "response_bytes_per_second",
 ];
 
 /// The place of a limit in a message; `None` if there is no such limit.
@@ -69,6 +70,7 @@ pub fn place<'a>(limits: &'a mut Limits, name: &str) -> Option<&'a mut Option<u6
         "connections" => &mut limits.connections,
         "leases" => &mut limits.leases,
         "request_bytes" => &mut limits.request_bytes,
+        "response_bytes_per_second" => &mut limits.response_bytes_per_second,
         _ => return None,
     })
 }

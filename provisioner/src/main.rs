@@ -126,10 +126,12 @@ struct LimitArgs {
     leases: Option<String>,
     #[arg(long, value_name = "BYTES")]
     request_bytes: Option<String>,
+    #[arg(long, value_name = "BYTES")]
+    response_bytes_per_second: Option<String>,
 }
 
 impl LimitArgs {
-    fn given(&self) -> [(&'static str, &Option<String>); 9] {
+    fn given(&self) -> [(&'static str, &Option<String>); 10] {
         [
             ("stored_bytes", &self.stored_bytes),
             ("requests_per_second", &self.requests_per_second),
@@ -140,6 +142,7 @@ impl LimitArgs {
             ("connections", &self.connections),
             ("leases", &self.leases),
             ("request_bytes", &self.request_bytes),
+            ("response_bytes_per_second", &self.response_bytes_per_second),
         ]
     }
 
@@ -272,6 +275,16 @@ enum TenantCommand {
         /// All that were issued before now.
         #[arg(long, conflicts_with = "serial")]
         all: bool,
+    },
+    /// Has a CA of its own sign its clients' certificates, or the cell's again. Connections are closed and made anew.
+    TrustedCa {
+        name: String,
+        /// Its CA's certificate, or several, in PEM.
+        #[arg(long, required_unless_present = "of_cell")]
+        file: Option<PathBuf>,
+        /// The cell's.
+        #[arg(long, conflicts_with = "file")]
+        of_cell: bool,
     },
 }
 
@@ -596,6 +609,7 @@ async fn tenant(at: &At, format: Format, command: TenantCommand) -> anyhow::Resu
             Ok(())
         }
         TenantCommand::Revoke { name, serial, all } => revoke(at, format, name, serial.unwrap_or_default(), all).await,
+        TenantCommand::TrustedCa { name, file, of_cell: _ } => trust(at, format, name, file.as_deref()).await,
     }
 }
 
@@ -725,6 +739,20 @@ fn told(issued: &Credentials, dir: &Path) {
         "tenurectl: certificate {} in {dir}, valid until {until}: kube-apiserver $(cat {dir}/apiserver-flags) …",
         issued.serial
     );
+}
+
+async fn trust(at: &At, format: Format, name: String, file: Option<&Path>) -> anyhow::Result<()> {
+    let ca_pem = match file {
+        Some(file) => std::fs::read_to_string(file).with_context(|| format!("read {}", file.display()))?,
+        None => String::new(),
+    };
+    if file.is_some() && ca_pem.trim().is_empty() {
+        anyhow::bail!("no certificate in the file: name one in PEM, or say --of-cell for the cell's CA");
+    }
+    let (mut cell, _) = at.tenant(&name).await?;
+    let request = api::SetTrustedCaRequest { tenant: name, ca_pem };
+    let answer = cell.client.set_trusted_ca(request).await.map_err(|status| cell.cell.call_error(status))?;
+    show(format, &cell.cell, answer.into_inner().tenant)
 }
 
 async fn revoke(at: &At, format: Format, name: String, serial: String, all: bool) -> anyhow::Result<()> {

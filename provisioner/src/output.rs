@@ -152,6 +152,7 @@ pub fn tenant(cell: &str, tenant: &api::Tenant) -> Value {
         "usage": tenant.usage.as_ref().map(usage),
         "credentials_valid_from": moment(tenant.credentials_valid_from_ms),
         "revoked_serials": tenant.revoked_serials,
+        "trusted_ca_pem": tenant.trusted_ca_pem,
     })
 }
 

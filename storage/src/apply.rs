@@ -551,7 +551,8 @@ impl<E: Engine> StateMachine<E> {
             TenantCommand::Update { .. }
             | TenantCommand::SetPhase(_)
             | TenantCommand::RevokeSerial { .. }
-            | TenantCommand::RevokeBefore { .. } => {
+            | TenantCommand::RevokeBefore { .. }
+            | TenantCommand::SetTrustedCa { .. } => {
                 let Some(tenant) = self.registry.tenants.get_mut(&id) else { return Ok(Err(Refusal::TenantNotFound)) };
                 let mut profile = Profile::clone(&tenant.profile);
                 if let Err(refusal) = change_profile(&mut profile, command) {
@@ -662,6 +663,10 @@ fn change_profile(profile: &mut Profile, command: TenantCommand) -> Result<(), R
         TenantCommand::RevokeSerial { serial, ends_at_ms, now_ms } => profile.revoke(serial, ends_at_ms, now_ms),
         TenantCommand::RevokeBefore { valid_from_ms } => {
             profile.credentials_valid_from_ms = profile.credentials_valid_from_ms.max(valid_from_ms);
+            Ok(())
+        }
+        TenantCommand::SetTrustedCa { certificates } => {
+            profile.trusted_ca = certificates;
             Ok(())
         }
         TenantCommand::Create { .. } | TenantCommand::Delete | TenantCommand::Forget => {

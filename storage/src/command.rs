@@ -95,6 +95,10 @@ pub enum TenantCommand {
     RevokeBefore {
         valid_from_ms: i64,
     },
+    /// Who signs the certificates of its clients from now on, as certificates in DER; none: whoever signs for the cell.
+    SetTrustedCa {
+        certificates: Vec<Bytes>,
+    },
     /// Its data is gone and its name is free. The id is never used again.
     Delete,
     /// A deleted tenant's space has been given back: nothing is left to say of it.
@@ -306,6 +310,10 @@ fn encode_tenant(w: &mut Writer, command: &TenantCommand) {
         }
         TenantCommand::Delete => w.u8(6),
         TenantCommand::Forget => w.u8(7),
+        TenantCommand::SetTrustedCa { certificates } => {
+            w.u8(8);
+            profile::encode_certificates(w, certificates);
+        }
     }
 }
 
@@ -329,6 +337,7 @@ fn decode_tenant(r: &mut Reader) -> Result<TenantCommand, Fault> {
         5 => TenantCommand::RevokeBefore { valid_from_ms: r.i64()? },
         6 => TenantCommand::Delete,
         7 => TenantCommand::Forget,
+        8 => TenantCommand::SetTrustedCa { certificates: profile::decode_certificates(r)? },
         _ => return Err(r.corrupt("tenant command kind")),
     })
 }

@@ -59,6 +59,9 @@ pub const LABELS_MAX: usize = 64;
 /// Certificates of one tenant that are refused one by one. At the bound all older ones have to be refused together.
 pub const REVOKED_SERIALS_MAX: usize = 1_000;
 
+/// Certificates of a tenant's own CAs, all together, in DER.
+pub const TRUSTED_CA_BYTES_MAX: usize = 32 << 10;
+
 /// Longest tenant name in bytes: a DNS label, so that a name can be part of a host name.
 pub const TENANT_NAME_BYTES_MAX: usize = 63;
 

@@ -13,7 +13,8 @@ use crate::codec::{Reader, Writer};
 use crate::error::{Fault, Refusal};
 use crate::limits::{LABELS_MAX, REVOKED_SERIALS_MAX};
 
-const PROFILE_VERSION: u8 = 1;
+/// The second has CAs of the tenant's own. Who has none is written in the first, which older members read too.
+const PROFILE_VERSIONS: [u8; 2] = [1, 2];
 
 /// Whether a tenant may be used. The numbers are persisted.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -65,10 +66,11 @@ pub enum Limit {
     /// Enforced by `apply`.
     Leases,
     RequestBytes,
+    ResponseBytesPerSecond,
 }
 
 impl Limit {
-    pub const ALL: [Limit; 9] = [
+    pub const ALL: [Limit; 10] = [
         Limit::StoredBytes,
         Limit::RequestsPerSecond,
         Limit::RequestBytesPerSecond,
@@ -78,6 +80,7 @@ impl Limit {
         Limit::Connections,
         Limit::Leases,
         Limit::RequestBytes,
+        Limit::ResponseBytesPerSecond,
     ];
 
     /// As operators write it.
@@ -92,6 +95,7 @@ impl Limit {
             Limit::Connections => "connections",
             Limit::Leases => "leases",
             Limit::RequestBytes => "request_bytes",
+            Limit::ResponseBytesPerSecond => "response_bytes_per_second",
         }
     }
 
@@ -168,6 +172,18 @@ pub(crate) fn decode_labels(r: &mut Reader) -> Result<Labels, Fault> {
     Ok(r.list(|r| Ok((r.string()?, r.string()?)))?.into_iter().collect())
 }
 
+pub(crate) fn encode_certificates(w: &mut Writer, certificates: &[Bytes]) {
+    w.varint(certificates.len() as u64);
+    for certificate in certificates {
+        w.bytes(certificate);
+    }
+}
+
+/// Copies: they outlive the entry that they came in.
+pub(crate) fn decode_certificates(r: &mut Reader) -> Result<Vec<Bytes>, Fault> {
+    r.list(|r| Ok(Bytes::copy_from_slice(&r.bytes()?)))
+}
+
 /// See the module's essay. The default is what a tenant has that nobody said anything of.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Profile {
@@ -180,6 +196,8 @@ pub struct Profile {
     pub credentials_valid_from_ms: i64,
     /// Serial numbers of certificates that are refused, and when they end by themselves.
     pub revoked: BTreeMap<Bytes, i64>,
+    /// Who signs its clients' certificates, as certificates in DER; empty: whoever signs for the cell.
+    pub trusted_ca: Vec<Bytes>,
     /// The cell's limits, as they are shown to readers along with the tenant's own. Not part of what is stored of it.
     pub(crate) defaults: Arc<TenantLimits>,
 }
@@ -237,7 +255,7 @@ impl Profile {
 
     pub(crate) fn encode(&self) -> Bytes {
         let mut w = Writer::with_capacity(64);
-        w.u8(PROFILE_VERSION);
+        w.u8(PROFILE_VERSIONS[usize::from(!self.trusted_ca.is_empty())]);
         self.phase.encode(&mut w);
         self.limits.encode(&mut w);
         encode_labels(&mut w, &self.labels);
@@ -248,12 +266,16 @@ impl Profile {
             w.bytes(serial);
             w.i64(*ends_at_ms);
         }
+        if !self.trusted_ca.is_empty() {
+            encode_certificates(&mut w, &self.trusted_ca);
+        }
         w.finish()
     }
 
     pub(crate) fn decode(stored: Bytes) -> Result<Self, Fault> {
         let mut r = Reader::new(stored, "tenant profile");
-        if r.u8()? != PROFILE_VERSION {
+        let version = r.u8()?;
+        if !PROFILE_VERSIONS.contains(&version) {
             return Err(r.corrupt("tenant profile version"));
         }
         let profile = Profile {
@@ -263,6 +285,7 @@ impl Profile {
             created_at_ms: r.i64()?,
             credentials_valid_from_ms: r.i64()?,
             revoked: r.list(|r| Ok((Bytes::copy_from_slice(&r.bytes()?), r.i64()?)))?.into_iter().collect(),
+            trusted_ca: if version == PROFILE_VERSIONS[1] { decode_certificates(&mut r)? } else { Vec::new() },
             defaults: Arc::default(),
         };
         r.end()?;
@@ -287,6 +310,10 @@ mod tests {
             profile.limits.set(limit, Some(number as u64));
         }
         profile.revoke(Bytes::from_static(&[1, 2]), 10, 0).unwrap();
+        assert_eq!(Profile::decode(profile.encode()).unwrap(), profile);
+        assert_eq!(profile.encode()[0], 1, "what older members read");
+        profile.trusted_ca = vec![Bytes::from_static(b"first"), Bytes::from_static(b"second")];
+        assert_eq!(profile.encode()[0], 2);
         assert_eq!(Profile::decode(profile.encode()).unwrap(), profile);
         assert_eq!(Profile::decode(Profile::default().encode()).unwrap(), Profile::default());
         let mut longer = profile.encode().to_vec();

@@ -116,6 +116,10 @@ impl Script {
             "revoke-before" => {
                 TenantCommand::RevokeBefore { valid_from_ms: number(args.next_pos().ok_or("a moment")?)? }
             }
+            "trust" => {
+                let certificates = std::iter::from_fn(|| args.next_pos()).map(latin1).collect();
+                TenantCommand::SetTrustedCa { certificates }
+            }
             "delete" => TenantCommand::Delete,
             other => return Err(format!("tenant {other}").into()),
         };
@@ -132,7 +136,9 @@ impl Script {
                 profile.limits.iter().map(|(limit, value)| format!("{}={value}", limit.name())).collect();
             let (phase, labels, from) = (profile.phase, &profile.labels, profile.credentials_valid_from_ms);
             let revoked = profile.revoked.len();
-            let _ = writeln!(out, "{id} {name} {phase:?} {limits:?} {labels:?} from {from} revoked {revoked}");
+            let trusts =
+                profile.trusted_ca.iter().map(|ca| format!(" trusts {}", ca.escape_ascii())).collect::<String>();
+            let _ = writeln!(out, "{id} {name} {phase:?} {limits:?} {labels:?} from {from} revoked {revoked}{trusts}");
         }
         for (id, name) in store.deleted_tenants() {
             let _ = writeln!(out, "{id} {name} deleted");

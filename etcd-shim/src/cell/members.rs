@@ -224,8 +224,8 @@ impl Inner {
     async fn change_members(&self, change: MemberChange) -> Result<PeerAnswer, CellError> {
         let own = self.identity().member_id;
         let is_promotion = change.kind() == Kind::Promote;
-        // As in etcd, a promotion waits for a leader, and the others do not.
-        if self.leader_id() == 0 && !is_promotion {
+        // As in etcd, a promotion waits for a leader; the others do not, if what endangers the quorum is refused.
+        if self.leader_id() == 0 && !is_promotion && self.strict_reconfig_check {
             return Err(MembershipError::Unhealthy.into());
         }
         let changed = async {
@@ -287,7 +287,11 @@ impl Inner {
                 match self.raft.change_members(raft_change, seen, command.encode()).await {
                     Err(ChangeError::UnderWay) => sleep(ASK_AGAIN).await,
                     Ok(outcome) if !is_addition => {
-                        self.raft.joint_left().await?;
+                        // Made it is, by the members before it. If those that are left are no quorum, nobody can say so for as long as
+                        // some of them do not run; who has not asked for that to be refused is told what is so.
+                        if let Ok(left) = timeout(self.election_timeout, self.raft.joint_left()).await {
+                            left?;
+                        }
                         return Ok((id, Ok(outcome)));
                     }
                     other => return Ok::<_, CellError>((id, other)),

@@ -149,6 +149,15 @@ impl Cell {
         self.0.change_tenant(tenant.id(), TenantCommand::RevokeBefore { valid_from_ms }).await.map(drop)
     }
 
+    /// Has the certificates of a tenant's clients signed by these CAs, in DER, or with none by the cell's. Connections that were made
+    /// before are closed.
+    ///
+    /// # Errors
+    /// [`Refusal::TenantNotFound`].
+    pub async fn set_trusted_ca(&self, tenant: &Tenant, certificates: Vec<Bytes>) -> Result<(), CellError> {
+        self.0.change_tenant(tenant.id(), TenantCommand::SetTrustedCa { certificates }).await.map(drop)
+    }
+
     /// Deletes a tenant: its data is gone and its name is free on return. `default` is not deleted, members expect it.
     ///
     /// # Errors

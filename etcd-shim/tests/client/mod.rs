@@ -102,7 +102,9 @@ where
     let mut response = response.await?.into_body();
     let mut answer = BytesMut::new();
     while let Some(data) = response.data().await {
-        answer.extend_from_slice(&data?);
+        let data = data?;
+        response.flow_control().release_capacity(data.len())?;
+        answer.extend_from_slice(&data);
     }
     let Some(trailers) = response.trailers().await? else { return Err(h2::Reason::PROTOCOL_ERROR.into()) };
     assert_eq!(trailers.get("grpc-status").unwrap(), "0", "{trailers:?}");

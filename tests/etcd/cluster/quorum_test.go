@@ -48,6 +48,8 @@ func quorumLost(t *testing.T, kind harness.Kind, led bool) {
 	open := watchFrom(t, watching, client, first)
 	leading := watchFrom(t, clientv3.WithRequireLeader(watching), client, first)
 
+	kept := keptAlive(t, clientv3.WithRequireLeader(testContext(t)), left, grant.ID)
+
 	others := without(c.Members, left)
 	id := idOf(t, left)
 	for _, m := range others {
@@ -69,6 +71,8 @@ func quorumLost(t *testing.T, kind harness.Kind, led bool) {
 	if resp, more := <-leading; more {
 		t.Errorf("the watch goes on after its end: %v", resp)
 	}
+	_, err := kept.Recv()
+	equal(t, "error of the stream of keep alives that requires a leader", fmt.Sprint(err), "rpc error: code = Unavailable desc = "+noLeader)
 	again := <-client.Watch(clientv3.WithRequireLeader(watching), "key")
 	equal(t, "error of a new watch that requires a leader", fmt.Sprint(again.Err()), noLeader)
 	select {
@@ -86,6 +90,24 @@ func quorumLost(t *testing.T, kind harness.Kind, led bool) {
 	leaderAmong(t, c.Members)
 	put(t, newClient(t, others[0].Endpoint()), "key", "after")
 	goesOn(t, open)
+	after := etcdserverpb.NewLeaseClient(wireTo(t, left))
+	answered(t, "keep alive", func(ctx context.Context) (struct{}, error) { return struct{}{}, keepAlive(ctx, after, grant.ID) })
+}
+
+// keptAlive opens a stream of keep alives that has brought an answer.
+func keptAlive(t *testing.T, ctx context.Context, m *harness.Member, lease clientv3.LeaseID) etcdserverpb.Lease_LeaseKeepAliveClient {
+	t.Helper()
+	leases := etcdserverpb.NewLeaseClient(wireTo(t, m))
+	var stream etcdserverpb.Lease_LeaseKeepAliveClient
+	awaitNoError(t, "a stream of keep alives with its first answer", func() (err error) {
+		if stream, err = leases.LeaseKeepAlive(ctx); err != nil {
+			return err
+		}
+		_ = stream.Send(&etcdserverpb.LeaseKeepAliveRequest{ID: int64(lease)})
+		_, err = stream.Recv()
+		return err
+	})
+	return stream
 }
 
 // watchFrom opens a watch that has brought the value of a revision. While there is no leader, one that requires one ends.
@@ -138,15 +160,38 @@ func ofDeadline(err error) error {
 	return err
 }
 
+// wireTo is a connection to a member without what etcd's client does on its own.
+func wireTo(t *testing.T, m *harness.Member) *grpc.ClientConn {
+	t.Helper()
+	conn, err := grpc.NewClient(strings.TrimPrefix(m.Endpoint(), "http://"), grpc.WithTransportCredentials(insecure.NewCredentials()))
+	must(t, err)
+	t.Cleanup(func() { _ = conn.Close() })
+	return conn
+}
+
+// keepAlive asks once for a lease to live on, on a stream of its own. The lease must be there if there is an answer.
+func keepAlive(ctx context.Context, leases etcdserverpb.LeaseClient, lease clientv3.LeaseID) error {
+	stream, err := leases.LeaseKeepAlive(ctx)
+	if err != nil {
+		return err
+	}
+	defer stream.CloseSend()
+	// Why a stream ended is what its reader is told.
+	_ = stream.Send(&etcdserverpb.LeaseKeepAliveRequest{ID: int64(lease)})
+	resp, err := stream.Recv()
+	if err == nil && resp.TTL == 0 {
+		return errors.New("there is no such lease")
+	}
+	return err
+}
+
 // leaderless checks the answers, all asked for at the same time: most take as long as the member waits for a leader.
 //
 // They are asked for without etcd's client, which hides what the member says: it repeats what is unavailable, and also a
 // write that the member gave up by its own deadline. Of such a write the member must know that it is not applied.
 func leaderless(t *testing.T, m *harness.Member, id uint64, lease clientv3.LeaseID) {
 	t.Helper()
-	conn, err := grpc.NewClient(strings.TrimPrefix(m.Endpoint(), "http://"), grpc.WithTransportCredentials(insecure.NewCredentials()))
-	must(t, err)
-	defer conn.Close()
+	conn := wireTo(t, m)
 	kv, cluster, leases := etcdserverpb.NewKVClient(conn), etcdserverpb.NewClusterClient(conn), etcdserverpb.NewLeaseClient(conn)
 	maintenance := etcdserverpb.NewMaintenanceClient(conn)
 	ctx := testContext(t)
@@ -198,6 +243,8 @@ func leaderless(t *testing.T, m *harness.Member, id uint64, lease clientv3.Lease
 			_, err := leases.LeaseTimeToLive(ctx, &etcdserverpb.LeaseTimeToLiveRequest{ID: int64(lease)})
 			return err
 		}},
+		{"keep alive", noLeader, func() error { return keepAlive(ctx, leases, lease) }},
+		{"keep alive that requires a leader", noLeader, func() error { return keepAlive(leading, leases, lease) }},
 		{"member add", noQuorum, func() error {
 			_, err := cluster.MemberAdd(ctx, &etcdserverpb.MemberAddRequest{PeerURLs: []string{"http://127.0.0.1:1"}})
 			return err
@@ -205,6 +252,15 @@ func leaderless(t *testing.T, m *harness.Member, id uint64, lease clientv3.Lease
 		{"member remove", noQuorum, func() error {
 			_, err := cluster.MemberRemove(ctx, &etcdserverpb.MemberRemoveRequest{ID: id})
 			return err
+		}},
+		{"member promote", noLeader, func() error {
+			_, err := cluster.MemberPromote(ctx, &etcdserverpb.MemberPromoteRequest{ID: id})
+			return err
+		}},
+		// What changes no quorum needs one all the same, and is not given up before its client gives up.
+		{"brief member update", deadline, func() error {
+			_, err := cluster.MemberUpdate(brief, &etcdserverpb.MemberUpdateRequest{ID: id, PeerURLs: []string{m.PeerURL}})
+			return ofDeadline(err)
 		}},
 		{"member list", timedOut, func() error {
 			_, err := cluster.MemberList(ctx, &etcdserverpb.MemberListRequest{Linearizable: true})

@@ -1,0 +1,115 @@
+//! A tenant's limit on what this member sends it per second, at its sockets.
+//!
+//! What an answer's bytes cost is known when it is made, too late to refuse it. So they are taken from the tenant's bucket as they are
+//! written, and whoever owes does not write on until nothing is owed: its answers and events take longer, none is lost, and what
+//! waits meanwhile is bounded by `response_bytes_in_flight`, by what a watcher may be behind, and by flow control. A tenant with a
+//! limit writes [`WRITE_BYTES_MAX`] at a time, so that many connections owe little each.
+//!
+//! The limit is looked up with each write: it may change while a connection lasts. Without one a write costs that look.
+
+use std::io;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::time::{Instant, Sleep, sleep_until};
+
+use crate::cell::Tenant;
+use crate::throttle::TenantUse;
+
+/// What one write of a limited tenant takes.
+const WRITE_BYTES_MAX: usize = 64 << 10;
+
+/// Whose connection it is.
+#[derive(Clone)]
+pub(crate) struct Receiver {
+    pub(crate) tenant: Tenant,
+    pub(crate) used: Arc<TenantUse>,
+}
+
+impl Receiver {
+    fn is_limited(&self) -> bool {
+        self.used.limits_sending(&self.tenant.profile())
+    }
+
+    /// When it may write on.
+    fn sent(&self, bytes: usize) -> Option<Instant> {
+        let now = Instant::now();
+        let wait = self.used.sent(&self.tenant.profile(), bytes, now);
+        (!wait.is_zero()).then(|| now + wait)
+    }
+}
+
+/// A connection that writes no faster than its tenant may.
+pub(crate) struct SendRate<S> {
+    stream: S,
+    receiver: Option<Receiver>,
+    waits: Option<Pin<Box<Sleep>>>,
+}
+
+impl<S> SendRate<S> {
+    /// Without a receiver there is no limit.
+    pub(crate) fn new(stream: S, receiver: Option<Receiver>) -> Self {
+        SendRate { stream, receiver, waits: None }
+    }
+}
+
+impl<S: AsyncWrite + Unpin> SendRate<S> {
+    fn write(
+        &mut self,
+        task: &mut Context<'_>,
+        write: impl FnOnce(Pin<&mut S>, &mut Context<'_>, usize) -> Poll<io::Result<usize>>,
+    ) -> Poll<io::Result<usize>> {
+        if let Some(waits) = &mut self.waits {
+            ready!(waits.as_mut().poll(task));
+            self.waits = None;
+        }
+        let Some(receiver) = self.receiver.as_ref().filter(|receiver| receiver.is_limited()) else {
+            return write(Pin::new(&mut self.stream), task, usize::MAX);
+        };
+        let written = ready!(write(Pin::new(&mut self.stream), task, WRITE_BYTES_MAX))?;
+        self.waits = receiver.sent(written).map(|until| Box::pin(sleep_until(until)));
+        Poll::Ready(Ok(written))
+    }
+}
+
+impl<S: AsyncRead + Unpin> AsyncRead for SendRate<S> {
+    fn poll_read(mut self: Pin<&mut Self>, task: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_read(task, buffer)
+    }
+}
+
+impl<S: AsyncWrite + Unpin> AsyncWrite for SendRate<S> {
+    fn poll_write(mut self: Pin<&mut Self>, task: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        self.write(task, |stream, task, most| stream.poll_write(task, &bytes[..bytes.len().min(most)]))
+    }
+
+    // One slice at a time if there is a bound: the others would be cut somewhere in the middle.
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        task: &mut Context<'_>,
+        slices: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        self.write(task, |stream, task, most| {
+            let bytes: usize = slices.iter().map(|slice| slice.len()).sum();
+            if bytes <= most {
+                return stream.poll_write_vectored(task, slices);
+            }
+            let first = slices.iter().find(|slice| !slice.is_empty()).map_or(&[][..], |slice| slice);
+            stream.poll_write(task, &first[..first.len().min(most)])
+        })
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, task: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(task)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, task: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(task)
+    }
+}
