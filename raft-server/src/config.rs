@@ -63,8 +63,8 @@ pub struct Config {
     pub read_waiters_max: usize,
     /// Ticks until a read without a leader fails. Default 50, at least 1.
     pub read_timeout_ticks: usize,
-    /// Messages, reads and notices waiting for the raft thread. Beyond, peers' messages are dropped (raft repeats them)
-    /// and reads are refused. Default 4,096, range 64–1 Mi.
+    /// Messages and notices waiting for the raft thread. Beyond, peers' messages are dropped (raft repeats them). Default 4,096,
+    /// range 64–1 Mi.
     pub event_queue_max: usize,
     /// Entries from peers waiting for the log. Beyond, further ones are dropped (raft repeats them). Default 64 MiB.
     pub append_queue_bytes_max: usize,

@@ -25,7 +25,7 @@ impl Sleeper {
     fn wake(&self) {
         fence(Ordering::SeqCst);
         if self.asleep.load(Ordering::Relaxed)
-            && self.asleep.swap(false, Ordering::Relaxed)
+            && self.asleep.swap(false, Ordering::Acquire)
             && let Some(thread) = self.thread.get()
         {
             thread.unpark();
@@ -108,7 +108,8 @@ impl<E> EventReceiver<E> {
             if left.is_zero() {
                 return None;
             }
-            self.sleeper.asleep.store(true, Ordering::Relaxed);
+            // Whoever sees it sees the thread too.
+            self.sleeper.asleep.store(true, Ordering::Release);
             fence(Ordering::SeqCst);
             if self.receiver.is_empty() {
                 std::thread::park_timeout(left);

@@ -134,7 +134,7 @@ impl<R: Send + 'static> Handle<R> {
             // If the queue is full, raft's thread is awake and looks at the lanes after every event.
             let _ = self.shared.events.try_send(Event::Proposals);
         }
-        Ok(Pending::new(receiver, Arc::clone(&self.shared)))
+        Ok(Pending::new(receiver, Arc::clone(&self.shared.metrics)))
     }
 
     /// A point from which a local read is linearizable: when this resolves, every write acknowledged anywhere before the

@@ -110,12 +110,6 @@ impl Metrics {
         self.proposals_failed.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// Takes back a [`Metrics::count_unanswered`].
-    pub(crate) fn count_twice(&self) {
-        self.proposals_pending.fetch_add(1, Ordering::Relaxed);
-        self.proposals_failed.fetch_sub(1, Ordering::Relaxed);
-    }
-
     /// `etcd_server_slow_apply_total`: rounds of entries that took longer to apply than `slow_apply`.
     pub fn slow_applies(&self) -> u64 {
         self.slow_applies.load(Ordering::Relaxed)

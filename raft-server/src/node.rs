@@ -347,14 +347,19 @@ impl<R: Send + 'static> Node<R> {
         while self.begin_read_round() {
             self.on_all_ready()?;
         }
-        if !self.outgoing.is_empty() {
-            self.transport.send(std::mem::take(&mut self.outgoing));
-        }
+        self.flush();
         self.make_snapshot();
         // A read round of a single voter is confirmed at once.
         self.reads.on_applied(self.shared.status.applied_index.load(Ordering::Acquire));
         self.publish();
         Ok(())
+    }
+
+    /// Sends what there is to send: before this thread waits for the disk, and when it has nothing more to do.
+    pub(crate) fn flush(&mut self) {
+        if !self.outgoing.is_empty() {
+            self.transport.send(std::mem::take(&mut self.outgoing));
+        }
     }
 
     fn on_all_ready(&mut self) -> Result<(), Fault> {
@@ -562,7 +567,7 @@ impl<R: Send + 'static> Node<R> {
         // In another term it would be a command like any other, without raft's change.
         let only_in = Some(self.raw.raft.term);
         self.register(vec![Proposal { lane: 0, command, waiter: Waiter::Local(sender), only_in }]);
-        let _ = reply.send(Ok(Pending::new(receiver, Arc::clone(&self.shared))));
+        let _ = reply.send(Ok(Pending::new(receiver, Arc::clone(&self.shared.metrics))));
     }
 
     /// A leader that took over in the middle of a change completes it; raft itself does only for its own.
@@ -813,9 +818,10 @@ impl<R: Send + 'static> Node<R> {
         self.config.append_paused.load(Ordering::Relaxed)
     }
 
-    /// How many others are asked in a read round.
+    /// How many others may answer a read round: those that were heard of lately.
     fn others(&self) -> usize {
-        self.raw.raft.prs().iter().count().saturating_sub(1)
+        let own = self.config.id;
+        self.raw.raft.prs().iter().filter(|(id, of)| **id != own && of.recent_active).count()
     }
 
     /// A read round has ended: those who have not answered it may have something to ask.

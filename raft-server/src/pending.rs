@@ -2,7 +2,7 @@
 //!
 //! Either whoever answers takes it out of the count of those pending, or, if the one that waits goes away first, [`Pending`] does: then
 //! the proposal counts as failed too, whatever becomes of it. Both may happen at once; the channel between them decides: an answer
-//! that could be sent was sent to somebody.
+//! that could be sent was sent to somebody. It holds the counters alone, not the member: who waits for a member that is gone hears so.
 
 use std::future::Future;
 use std::pin::Pin;
@@ -12,19 +12,19 @@ use std::task::{Context, Poll, ready};
 use tokio::sync::oneshot;
 
 use crate::error::ProposeError;
-use crate::shared::Shared;
+use crate::metrics::Metrics;
 
 /// Resolves with what became of a proposal.
 pub(crate) struct Pending<R> {
     answer: oneshot::Receiver<Result<R, ProposeError>>,
-    shared: Arc<Shared<R>>,
+    metrics: Arc<Metrics>,
     over: bool,
 }
 
 impl<R> Pending<R> {
     /// Of a proposal that has just been counted.
-    pub(crate) fn new(answer: oneshot::Receiver<Result<R, ProposeError>>, shared: Arc<Shared<R>>) -> Self {
-        Pending { answer, shared, over: false }
+    pub(crate) fn new(answer: oneshot::Receiver<Result<R, ProposeError>>, metrics: Arc<Metrics>) -> Self {
+        Pending { answer, metrics, over: false }
     }
 
     /// As awaiting it, on a thread without an async runtime.
@@ -47,7 +47,7 @@ impl<R> Pending<R> {
     /// Nobody will answer, or nobody will hear it.
     fn give_up(&mut self) {
         if !std::mem::replace(&mut self.over, true) {
-            self.shared.metrics.count_unanswered();
+            self.metrics.count_unanswered();
         }
     }
 }

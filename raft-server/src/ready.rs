@@ -91,6 +91,7 @@ impl<R: Send + 'static> Node<R> {
             written_here = self.is_sole_voter() && self.outbox.is_empty();
             self.outbox.written = number;
             if written_here {
+                self.flush();
                 writer::write(&self.log, &self.shared.metrics, &write)?;
             } else {
                 self.writes.push(number, write);
@@ -210,6 +211,7 @@ impl<R: Send + 'static> Node<R> {
             changed = true;
         }
         if changed {
+            self.flush();
             self.log.store().append(&LogWrite { conf: Some(self.conf.clone()), ..LogWrite::default() })?;
         }
         Ok(())

@@ -23,7 +23,6 @@ use crate::handle::{Handle, Limits};
 use crate::lanes::Lanes;
 use crate::log::{BOOTSTRAP_INDEX, Conf, EngineLog, Log, LogStore, LogWrite, Position, RaftStorage, Recovered};
 use crate::logger;
-use crate::metrics::Metrics;
 use crate::node::{Event, Node, Snapshots};
 use crate::proposals::Waiting;
 use crate::read_index::ReadRounds;
@@ -147,7 +146,7 @@ pub(crate) fn assemble<S: StateMachine>(
         joint,
         removed: watch::Sender::new(false),
         leadership: watch::Sender::new(Leadership::default()),
-        metrics: Metrics::default(),
+        metrics: Arc::default(),
         events: event_sender,
         stopping: AtomicBool::new(false),
         faulted: AtomicBool::new(false),

@@ -80,7 +80,7 @@ pub(crate) struct Shared<R> {
     /// Whether this member was in the group and no longer is.
     pub(crate) removed: watch::Sender<bool>,
     pub(crate) leadership: watch::Sender<Leadership>,
-    pub(crate) metrics: Metrics,
+    pub(crate) metrics: Arc<Metrics>,
     pub(crate) events: EventSender<Event<R>>,
     pub(crate) stopping: AtomicBool,
     pub(crate) faulted: AtomicBool,
@@ -124,13 +124,13 @@ impl<R: Send + 'static> Shared<R> {
     }
 
     /// Answers proposals that were applied. What waits on the runtime is a reply for each of those who wait, no more.
-    pub(crate) fn complete(self: &Arc<Self>, answered: Answered<R>) {
+    pub(crate) fn complete(&self, answered: Answered<R>) {
         // Before they hear of it; those who went away have counted themselves.
         self.metrics.proposals_pending.fetch_sub(answered.len().cast_signed() as i64, Ordering::Relaxed);
-        let shared = Arc::clone(self);
+        let metrics = Arc::clone(&self.metrics);
         let send = move || {
             let gone = send_replies(answered);
-            shared.metrics.proposals_pending.fetch_add(gone, Ordering::Relaxed);
+            metrics.proposals_pending.fetch_add(gone, Ordering::Relaxed);
         };
         match &self.reply_runtime {
             // Dropped with its runtime, it drops the senders, and who waits learns that.
@@ -143,10 +143,11 @@ impl<R: Send + 'static> Shared<R> {
     pub(crate) fn refuse(&self, proposals: impl IntoIterator<Item = Proposal<R>>, error: ProposeError) {
         for proposal in proposals {
             if let Waiter::Local(reply) = proposal.waiter {
-                self.metrics.count_unanswered();
-                if reply.send(Err(error)).is_err() {
-                    // Who went away has counted itself.
-                    self.metrics.count_twice();
+                // Before anybody hears of it; who went away has counted itself.
+                self.metrics.proposals_pending.fetch_sub(1, Ordering::Relaxed);
+                match reply.send(Err(error)) {
+                    Ok(()) => drop(self.metrics.proposals_failed.fetch_add(1, Ordering::Relaxed)),
+                    Err(_) => drop(self.metrics.proposals_pending.fetch_add(1, Ordering::Relaxed)),
                 }
             }
         }

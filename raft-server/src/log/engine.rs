@@ -6,7 +6,8 @@
 //!
 //! Recovery. A batch that a crash cut off ends the newest file, and recovery cuts it away; a broken batch anywhere
 //! else is a [`Fault`]. raft-engine cannot tell a torn tail from bit rot in the newest file; what a synced write has noted beside
-//! the log ([`mark`](super::mark)) can, and less than that is a [`Fault`] too.
+//! the log ([`mark`](super::mark)) can, and less than that is a [`Fault`] too. The file is copied before it is cut, and the copy kept if
+//! it comes to that.
 //!
 //! Records, beside the entries (names and layouts are persisted):
 //!
@@ -18,7 +19,7 @@
 //! | `tr` | index u64 le, term u64 le: everything up to here is gone |
 //! | `in` | index u64 le, term u64 le, then as `cf`: the snapshot that is being installed; absent otherwise |
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use parking_lot::Mutex;
@@ -52,6 +53,8 @@ pub struct EngineLog {
     batch: Mutex<LogBatch>,
     /// What the log holds at least.
     mark: Mutex<MarkFile>,
+    /// The newest file as it was before its end was cut off.
+    kept: Option<PathBuf>,
 }
 
 struct EntryIndex;
@@ -86,13 +89,31 @@ impl EngineLog {
             enable_log_recycle: true,
             ..Config::default()
         };
-        let engine = Engine::open(config).map_err(fault)?;
-        let mark = MarkFile::open(Path::new(dir))?;
-        Ok(EngineLog { engine, batch: Mutex::new(LogBatch::default()), mark: Mutex::new(mark) })
+        let strict = Config { recovery_mode: RecoveryMode::AbsoluteConsistency, ..config.clone() };
+        let (engine, kept) = match Engine::open(strict) {
+            Ok(engine) => (engine, None),
+            // A tail, most likely, which the next attempt cuts off: if it should be more, it must not be gone.
+            Err(raft_engine::Error::Corruption(_)) => {
+                let kept = keep_newest_file(Path::new(dir))?;
+                (Engine::open(config).map_err(fault)?, kept)
+            }
+            Err(error) => return Err(fault(error)),
+        };
+        let mark = Mutex::new(MarkFile::open(Path::new(dir))?);
+        Ok(EngineLog { engine, batch: Mutex::new(LogBatch::default()), mark, kept })
     }
 
     fn record(&self, key: &[u8]) -> Option<Vec<u8>> {
         self.engine.get(GROUP, key)
+    }
+
+    /// The log ends here, and reached further.
+    fn lost(&self, last_index: u64) -> Fault {
+        if let Some(kept) = &self.kept {
+            tracing::error!(file = %kept.display(), "the newest file of the raft log, as it was found, is kept");
+        }
+        let what = "raft log: what was on the disk is lost after entry";
+        Fault::Corrupt { what, key: last_index.to_be_bytes().to_vec() }
     }
 
     /// Notes what a write has brought that is on the disk now.
@@ -125,7 +146,7 @@ impl LogStore for EngineLog {
     fn recover(&self) -> Result<Recovered, Fault> {
         let marked = self.mark.lock().said();
         let Some(identity) = self.record(IDENTITY_KEY) else {
-            return if marked == Mark::default() { Ok(Recovered::default()) } else { Err(lost(0)) };
+            return if marked == Mark::default() { Ok(Recovered::default()) } else { Err(self.lost(0)) };
         };
         let (version, id) = identity.split_first().ok_or_else(|| corrupt(IDENTITY_KEY))?;
         if *version != LAYOUT_VERSION {
@@ -152,7 +173,10 @@ impl LogStore for EngineLog {
             _ => return Err(corrupt(b"first index")),
         };
         if !marked.is_met_by(last_index, &hard_state) {
-            return Err(lost(last_index));
+            return Err(self.lost(last_index));
+        }
+        if let Some(kept) = &self.kept {
+            let _ = std::fs::remove_file(kept);
         }
         Ok(Recovered { member_id, hard_state, conf, truncated, last_index, installing })
     }
@@ -284,12 +308,15 @@ fn take_u64<'a>(bytes: &'a [u8], key: &[u8]) -> Result<(u64, &'a [u8]), Fault> {
     Ok((u64::from_le_bytes(*number), rest))
 }
 
-/// The log ends here, and reached further.
-fn lost(last_index: u64) -> Fault {
-    Fault::Corrupt {
-        what: "raft log: what was on the disk is lost after entry",
-        key: last_index.to_be_bytes().to_vec(),
-    }
+/// Copies the newest file of entries beside itself, under a name that is no log file's.
+fn keep_newest_file(dir: &Path) -> Result<Option<PathBuf>, Fault> {
+    let mut files: Vec<PathBuf> =
+        std::fs::read_dir(dir)?.map(|file| Ok(file?.path())).collect::<std::io::Result<_>>()?;
+    files.retain(|path| path.extension().is_some_and(|kind| kind == "raftlog"));
+    let Some(newest) = files.into_iter().max() else { return Ok(None) };
+    let kept = newest.with_extension("rotten");
+    std::fs::copy(&newest, &kept)?;
+    Ok(Some(kept))
 }
 
 fn corrupt(key: &[u8]) -> Fault {

@@ -5,9 +5,10 @@
 //! entries that were acknowledged, or a vote. So each synced write notes in a small file what the log holds at least, and what is
 //! recovered must not be less.
 //!
-//! What must hold: the mark never says more than the disk has. It is written after the sync; and before a write that shortens the
-//! log it is lowered first. It is not synced itself: it costs a write into the system's memory, which survives the end of the
-//! process, and of which a power failure may leave an old version, which says less, or rubbish, which says nothing.
+//! What must hold: no version of the mark says more than the disk has. It is written after the sync, and that is not synced: it costs a
+//! write into the system's memory, which survives the end of the process; a power failure may leave an older version, which says
+//! less, or rubbish, which says nothing. Before a write that shortens the log, which is rare, the mark is lowered and synced: every
+//! older version would say more.
 //!
 //! ```text
 //! check u32 le (CRC-32 of the rest), last index u64 le, term u64 le, vote u64 le
@@ -95,9 +96,13 @@ impl MarkFile {
         Ok(())
     }
 
-    /// Before a write that leaves the log with nothing behind this index.
+    /// Before a write that leaves the log with nothing behind this index. On the disk on return.
     pub(super) fn lower(&mut self, last_index: u64) -> io::Result<()> {
-        if last_index < self.said.last_index { self.say(Mark { last_index, ..self.said }) } else { Ok(()) }
+        if last_index < self.said.last_index {
+            self.say(Mark { last_index, ..self.said })?;
+            self.file.sync_data()?;
+        }
+        Ok(())
     }
 }
 

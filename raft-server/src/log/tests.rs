@@ -182,6 +182,12 @@ fn rot_is_not_taken_for_a_torn_tail() {
             let fault = open().recover().unwrap_err().to_string();
             assert!(fault.contains("what was on the disk is lost after entry"), "{at}: {fault}");
         }
+        let kept = fs::read(file.with_extension("rotten")).unwrap();
+        assert!(
+            kept == damaged || kept.len() < damaged.len(),
+            "as it was found, or, the second time, what was left of it"
+        );
+        fs::remove_file(file.with_extension("rotten")).unwrap();
     }
     fs::write(&file, &content).unwrap();
     assert_eq!(all_entries(&open()), unhurt);
