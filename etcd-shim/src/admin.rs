@@ -580,6 +580,14 @@ fn trusted_ca(pem: &str) -> Result<Vec<Bytes>, Status> {
     if certificates.iter().map(Bytes::len).sum::<usize>() > TRUSTED_CA_BYTES_MAX {
         return Err(wrong(format!("want up to {TRUSTED_CA_BYTES_MAX} bytes of certificates")));
     }
+    let is_ca = |der: &Bytes| {
+        let parsed = x509_parser::parse_x509_certificate(der).ok();
+        let constraints = parsed.and_then(|(_, of)| Some(of.basic_constraints().ok()??.value.ca));
+        constraints == Some(true)
+    };
+    if !certificates.iter().all(is_ca) {
+        return Err(wrong("want certificates of CAs (basic constraints CA:TRUE)".to_string()));
+    }
     if !certificates.is_empty() {
         verifier_of(&certificates).map_err(|error| wrong(error.to_string()))?;
     }

@@ -6,9 +6,9 @@
 //! instance, goes to the cell's CA like one that names none. Listeners of the admin API know no tenants' CAs at all.
 //!
 //! Life of a connection: during its handshake [`ByTenant`] chooses by the certificate. A tenant can also be told by the listener or by
-//! the server name, so when the tenant of the connection is known, and has CAs of its own, its certificate is held against them once
-//! more ([`crate::listen`]). When they change, connections that were made before are closed. Sessions are not resumed where
-//! certificates are asked for: that would go by what was trusted once.
+//! the server name, and what it trusts can change meanwhile, so when the tenant of the connection is known its certificate is verified
+//! once more ([`crate::listen`]). When the tenant's CAs change, connections that were made before are closed. Sessions are not resumed
+//! where certificates are asked for: that would go by what was trusted once.
 
 use std::fmt;
 use std::sync::{Arc, OnceLock};
@@ -50,7 +50,7 @@ impl fmt::Debug for Authorities {
 /// What verifies certificates that these CAs signed.
 ///
 /// # Errors
-/// [`TlsError`], if one of them is no CA.
+/// [`TlsError`], if one of them cannot be read.
 pub(crate) fn verifier_of(authorities: &[Bytes]) -> Result<Arc<dyn ClientCertVerifier>, TlsError> {
     let mut roots = RootCertStore::empty();
     for der in authorities {

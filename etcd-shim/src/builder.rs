@@ -436,7 +436,7 @@ impl Builder {
             let tls = self.tls.clone().map(|files| Tls::new(files, &hosts, authorities));
             tls.transpose().map(|tls| tls.map(Arc::new))
         };
-        // An administrator's certificate is the cell's, whatever tenants trust.
+        // Certificates of administrators, and of whoever watches members, are the cell's, whatever tenants trust.
         let (tls, of_admins) = (with(Some(Arc::clone(authorities)))?, with(None)?);
         let client_cert_auth = self.tls.as_ref().is_some_and(TlsFiles::client_cert_auth);
         let mut listeners = Vec::with_capacity(self.listen.len());
@@ -446,7 +446,8 @@ impl Builder {
                 return Err(StartError::NoCertificate(text.clone()));
             }
             let (tenant, domain) = (tenant.clone(), self.cell_domain.clone());
-            let tls = if *serves == Serves::Admin { of_admins.clone() } else { tls.clone() };
+            let of_cell = matches!(serves, Serves::Admin | Serves::Metrics);
+            let tls = if of_cell { of_admins.clone() } else { tls.clone() };
             listeners.push(Listener::bind(&url, tenant, *serves, tls, client_cert_auth, domain).await?);
         }
         Ok(listeners)

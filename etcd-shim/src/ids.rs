@@ -55,6 +55,20 @@ mod tests {
         assert_eq!(format!("{:x}", cluster_id(&[member])), "cdf818194e3a8c32");
     }
 
+    /// What etcd logs of three members, one of them with two URLs, with `--initial-cluster-token tkn`.
+    #[test]
+    fn three_members_have_etcds_ids() {
+        let urls = [
+            &["http://127.0.0.1:23801"][..],
+            &["http://127.0.0.1:23802", "http://localhost:23812"],
+            &["http://127.0.0.1:23803"],
+        ];
+        let urls = urls.map(|urls| urls.iter().map(ToString::to_string).collect::<Vec<_>>());
+        let ids = urls.map(|urls| member_id(&urls, "tkn"));
+        assert_eq!(ids.map(|id| format!("{id:x}")), ["6c120a4f29d80e03", "40bc8bb5fb0ea0c7", "4be80d0b5085b838"]);
+        assert_eq!(format!("{:x}", cluster_id(&ids)), "e67a70e0b23494dc");
+    }
+
     #[test]
     fn order_of_the_configuration_does_not_matter() {
         let urls = |urls: [&str; 2]| urls.map(str::to_string);

@@ -387,11 +387,9 @@ where
         let shown = Shown { user, ..Shown::default() };
         return identified(terms, services, stream, shown, watcher, alive).await;
     };
-    // Looked at before the handshake: what changes during it is noticed.
-    let seen = *services.cell.tenants_changed().borrow();
     match tokio::time::timeout(HANDSHAKE_TIMEOUT, handshake(tls, stream)).await {
         Ok(Ok((stream, shown))) => {
-            let shown = Shown { user, seen, ..shown };
+            let shown = Shown { user, ..shown };
             identified(terms, services, stream, shown, watcher, alive).await;
         }
         Ok(Err(error)) => tracing::debug!(%error, "TLS handshake"),
@@ -407,8 +405,6 @@ struct Shown {
     /// The name it calls the server by.
     server_name: Option<String>,
     user: Option<u32>,
-    /// How many changes of tenants there were before its certificate was verified.
-    seen: u64,
 }
 
 type Secured<S> = (tokio_rustls::server::TlsStream<S>, Shown);
@@ -503,20 +499,18 @@ struct Guest {
 
 impl Guest {
     fn admit(terms: &Terms, services: &Services, identity: ConnectionIdentity, shown: Shown) -> Result<Self, NoTenant> {
-        let Shown { certificate, chain, seen, .. } = shown;
+        let Shown { certificate, chain, .. } = shown;
         let (changed, made) = (services.cell.tenants_changed(), services.cell.tenants_made());
-        let seen_now = *changed.borrow();
         let tenant = services.cell.tenant(identity.tenant());
         // Who belongs to no tenant waits for one of that name.
         let changes = if tenant.is_some() { changed } else { made };
         let trusted_ca = tenant.as_ref().map(|tenant| tenant.profile().trusted_ca.clone()).unwrap_or_default();
-        let is_vouched_for = match certificate.is_some() {
-            false => true,
-            // It may have come in by the listener's name or the server's, with a certificate of the cell's CA.
-            true if !trusted_ca.is_empty() => authorities::vouch_for(&trusted_ca, &chain),
-            // It may have been verified by a CA that the tenant has no more.
-            true if seen_now != seen => terms.tls.as_ref().is_some_and(|tls| tls.vouches_for(&chain)),
-            true => true,
+        // Once more, now that the tenant is known and its changes are followed: it may have come in by the listener's name or the server's,
+        // or been verified by a CA that the tenant has no more.
+        let is_vouched_for = match (&certificate, trusted_ca.is_empty()) {
+            (None, _) => true,
+            (Some(_), false) => authorities::vouch_for(&trusted_ca, &chain),
+            (Some(_), true) => terms.tls.as_ref().is_some_and(|tls| tls.vouches_for(&chain)),
         };
         if !is_vouched_for {
             return Err(NoTenant::OtherAuthority);

@@ -8,7 +8,7 @@
 //!   when it has ended, so it is charged then (start-time fair queueing, Goyal, Vin and Cheng 1996): each tenant has a *tag*, the time
 //!   that it was served for, and one that comes back starts where the others are. It is charged time, not bytes: a count of a
 //!   million keys answers in ten bytes;
-//! - one tenant may have as many reads running as leave half of the threads to the others; and, while there are quiet tenants
+//! - one tenant may have as many reads running as leave half of the threads to the others; and, while there are other, quiet tenants
 //!   ([`crate::turns`]), half of the processors, since every other thread of this member waits for those too;
 //! - one tenant may have [`TENANT_QUEUED_MAX`] reads waiting, all together [`QUEUED_MAX`]. At either bound the next
 //!   read is refused with [`CellError::TooManyRequests`]. A tenant's bound is far below the common one, so it takes many tenants at
@@ -28,6 +28,7 @@ use tokio::sync::oneshot;
 
 use crate::cell_error::CellError;
 use crate::priority::{READING, step_back};
+use crate::throttle::slot_of;
 use crate::turns::Turns;
 
 /// Reads of one tenant that wait for a thread. The next one is refused.
@@ -185,7 +186,7 @@ impl Shared {
         if waiting >= TENANT_QUEUED_MAX {
             return Err(CellError::TooManyRequests);
         }
-        if queue.push(tenant, job, self.running_max()) {
+        if queue.push(tenant, job, self.running_max(tenant)) {
             drop(queue);
             self.work.notify_one();
         }
@@ -198,14 +199,14 @@ impl Shared {
                 tracing::error!(%tenant, "a read panicked");
                 0
             });
-            let running_max = self.running_max();
+            let running_max = self.running_max(tenant);
             self.queue.lock().finish(tenant, cost_ns, running_max);
         }
     }
 
-    /// How many reads of one tenant may run now.
-    fn running_max(&self) -> usize {
-        if self.turns.has_quiet(Instant::now()) {
+    /// How many reads of a tenant may run now.
+    fn running_max(&self, tenant: TenantId) -> usize {
+        if self.turns.has_quiet_beside(slot_of(tenant), Instant::now()) {
             self.tenant_running_beside_quiet_max
         } else {
             self.tenant_running_max
@@ -219,7 +220,7 @@ impl Shared {
             if queue.stopping {
                 return None;
             }
-            if let Some(next) = queue.start_next(self.running_max()) {
+            if let Some(next) = queue.start_next(|tenant| self.running_max(tenant)) {
                 if !queue.turns.is_empty() {
                     self.work.notify_one();
                 }
@@ -259,12 +260,12 @@ impl Queue {
         self.turns.insert(turn);
     }
 
-    fn start_next(&mut self, tenant_running_max: usize) -> Option<(TenantId, Job)> {
+    fn start_next(&mut self, running_max: impl Fn(TenantId) -> usize) -> Option<(TenantId, Job)> {
         let (tag_ns, tenant, reads) = loop {
             let Turn { tag_ns, tenant, .. } = self.turns.pop_first()?;
             let reads = self.tenants.get_mut(&tenant)?;
             reads.turn = None;
-            if reads.running < tenant_running_max {
+            if reads.running < running_max(tenant) {
                 break (tag_ns, tenant, reads);
             }
         };
@@ -272,7 +273,7 @@ impl Queue {
         reads.running += 1;
         self.queued -= 1;
         self.clock_ns = self.clock_ns.max(tag_ns);
-        if !reads.waiting.is_empty() && reads.running < tenant_running_max {
+        if !reads.waiting.is_empty() && reads.running < running_max(tenant) {
             self.give_turn(tenant);
         }
         while let Some((tag_ns, debtor)) = self.debtors.first().copied()
@@ -340,15 +341,15 @@ mod tests {
         for _ in 0..5 {
             queue.push(A, Box::new(|| MS), 2);
         }
-        assert!(queue.start_next(2).is_some());
-        assert!(queue.start_next(1).is_none(), "it had a turn, and may not");
+        assert!(queue.start_next(|_| 2).is_some());
+        assert!(queue.start_next(|_| 1).is_none(), "it had a turn, and may not");
         queue.push(A, Box::new(|| MS), 2);
-        assert!(queue.start_next(2).is_some(), "and now it may");
+        assert!(queue.start_next(|_| 2).is_some(), "and now it may");
         queue.finish(A, MS, 1);
-        assert!(queue.start_next(1).is_none(), "one runs still");
+        assert!(queue.start_next(|_| 1).is_none(), "one runs still");
         queue.finish(A, MS, 1);
         let mut read = 2;
-        while queue.start_next(1).is_some() {
+        while queue.start_next(|_| 1).is_some() {
             queue.finish(A, MS, 1);
             read += 1;
         }
@@ -402,7 +403,7 @@ mod tests {
             queue.push(*tenant, Box::new(move || cost_ns), 2);
         }
         let mut order = Vec::new();
-        while let Some((tenant, job)) = queue.start_next(2) {
+        while let Some((tenant, job)) = queue.start_next(|_| 2) {
             queue.finish(tenant, job(), 2);
             order.push(tenant);
         }
@@ -438,7 +439,7 @@ mod tests {
         }
         let mut order = Vec::new();
         for _ in 0..4 {
-            let (tenant, job) = queue.start_next(2).unwrap();
+            let (tenant, job) = queue.start_next(|_| 2).unwrap();
             queue.finish(tenant, job(), 2);
             order.push(tenant);
             if tenant == A {

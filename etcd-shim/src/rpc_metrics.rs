@@ -108,14 +108,14 @@ struct TenantCounters {
     used: Arc<TenantUse>,
 }
 
-impl Default for TenantCounters {
-    fn default() -> Self {
+impl TenantCounters {
+    fn new(tenant: TenantId) -> Self {
         TenantCounters {
             methods: METHODS.iter().map(|_| MethodCounters::default()).collect(),
             received_bytes: AtomicU64::new(0),
             sent_bytes: AtomicU64::new(0),
             latency: DurationHistogram::default(),
-            used: Arc::default(),
+            used: Arc::new(TenantUse::of(tenant)),
         }
     }
 }
@@ -164,7 +164,7 @@ impl RpcMetrics {
         if let Some(counters) = self.0.read().get(&tenant) {
             return Arc::clone(counters);
         }
-        Arc::clone(self.0.write().entry(tenant).or_default())
+        Arc::clone(self.0.write().entry(tenant).or_insert_with(|| Arc::new(TenantCounters::new(tenant))))
     }
 
     /// A call begins; `path` is that of its HTTP request. `None` if there is no such method: it is not counted.
@@ -194,7 +194,7 @@ impl RpcMetrics {
 
     /// Appends the tenant's counters in Prometheus' text form.
     pub fn render(&self, tenant: TenantId, out: &mut String) {
-        let none = Arc::new(TenantCounters::default());
+        let none = Arc::new(TenantCounters::new(tenant));
         let counters = self.0.read().get(&tenant).cloned().unwrap_or(none);
         let family = |out: &mut String, name: &str, value: &dyn Fn(&MethodCounters) -> &AtomicU64| {
             let _ = writeln!(out, "# TYPE {name} counter");

@@ -3,14 +3,16 @@
 //! What an answer's bytes cost is known when it is made, too late to refuse it. So they are taken from the tenant's bucket as they are
 //! written, and whoever owes does not write on until nothing is owed: its answers and events take longer, none is lost, and what
 //! waits meanwhile is bounded by `response_bytes_in_flight`, by what a watcher may be behind, and by flow control. A tenant with a
-//! limit writes [`WRITE_BYTES_MAX`] at a time, so that many connections owe little each.
+//! limit writes [`WRITE_BYTES_MAX`] at a time, and looks before each write what all its connections owe together.
 //!
-//! The limit is looked up with each write: it may change while a connection lasts. Without one a write costs that look.
+//! The limit is looked up with each write, and every [`LOOK_AGAIN`] while one waits: it may change while a connection lasts.
+//! Without one a write costs that look.
 
 use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
+use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::{Instant, Sleep, sleep_until};
@@ -20,6 +22,9 @@ use crate::throttle::TenantUse;
 
 /// What one write of a limited tenant takes.
 const WRITE_BYTES_MAX: usize = 64 << 10;
+
+/// Longest wait until it is looked again what is owed.
+const LOOK_AGAIN: Duration = Duration::from_millis(100);
 
 /// Whose connection it is.
 #[derive(Clone)]
@@ -33,11 +38,11 @@ impl Receiver {
         self.used.limits_sending(&self.tenant.profile())
     }
 
-    /// When it may write on.
+    /// Bytes were sent. When to look again whether it may write on; `None`: it may.
     fn sent(&self, bytes: usize) -> Option<Instant> {
         let now = Instant::now();
         let wait = self.used.sent(&self.tenant.profile(), bytes, now);
-        (!wait.is_zero()).then(|| now + wait)
+        (!wait.is_zero()).then(|| now + wait.min(LOOK_AGAIN))
     }
 }
 
@@ -61,15 +66,21 @@ impl<S: AsyncWrite + Unpin> SendRate<S> {
         task: &mut Context<'_>,
         write: impl FnOnce(Pin<&mut S>, &mut Context<'_>, usize) -> Poll<io::Result<usize>>,
     ) -> Poll<io::Result<usize>> {
-        if let Some(waits) = &mut self.waits {
-            ready!(waits.as_mut().poll(task));
-            self.waits = None;
+        loop {
+            if let Some(waits) = &mut self.waits {
+                ready!(waits.as_mut().poll(task));
+                self.waits = None;
+            }
+            let Some(receiver) = self.receiver.as_ref().filter(|receiver| receiver.is_limited()) else {
+                return write(Pin::new(&mut self.stream), task, usize::MAX);
+            };
+            let Some(until) = receiver.sent(0) else { break };
+            self.waits = Some(Box::pin(sleep_until(until)));
         }
-        let Some(receiver) = self.receiver.as_ref().filter(|receiver| receiver.is_limited()) else {
-            return write(Pin::new(&mut self.stream), task, usize::MAX);
-        };
         let written = ready!(write(Pin::new(&mut self.stream), task, WRITE_BYTES_MAX))?;
-        self.waits = receiver.sent(written).map(|until| Box::pin(sleep_until(until)));
+        if let Some(receiver) = &self.receiver {
+            receiver.sent(written);
+        }
         Poll::Ready(Ok(written))
     }
 }

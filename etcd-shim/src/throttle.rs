@@ -15,11 +15,11 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use parking_lot::Mutex;
-use tenure_storage::{Limit, Profile};
+use tenure_storage::{Limit, Profile, TenantId};
 use tokio::time::Instant;
 
 use crate::cell_error::CellError;
-use crate::turns::Recent;
+use crate::turns::{QUIET_SLOTS, Recent};
 
 /// Longest wait for a rate; then the client is told to try again.
 pub const WAIT_MAX: Duration = Duration::from_secs(1);
@@ -149,9 +149,25 @@ pub struct TenantUse {
     held_back: [AtomicU64; Reason::ALL.len()],
     cpu_ns: AtomicU64,
     recent: Recent,
+    slot: usize,
+}
+
+/// See [`TenantUse::slot`].
+pub(crate) fn slot_of(tenant: TenantId) -> usize {
+    tenant.0 as usize % QUIET_SLOTS
 }
 
 impl TenantUse {
+    /// Nothing yet, of this tenant.
+    pub(crate) fn of(tenant: TenantId) -> Self {
+        TenantUse { slot: slot_of(tenant), ..TenantUse::default() }
+    }
+
+    /// Which of [`QUIET_SLOTS`] the tenant is in.
+    pub(crate) fn slot(&self) -> usize {
+        self.slot
+    }
+
     /// Lets one request in, after a wait if need be. What it gives counts as an open request for as long as it lives.
     ///
     /// # Errors
@@ -163,7 +179,10 @@ impl TenantUse {
         };
         if let Some(per_second) = limit_of(profile, Limit::RequestsPerSecond) {
             match self.requests.try_take(1, per_second, WAIT_MAX, Instant::now()) {
-                None => return Err(self.refuse_later(Reason::Requests).await),
+                None => {
+                    drop(open);
+                    return Err(self.refuse_later(Reason::Requests).await);
+                }
                 Some(Duration::ZERO) => {}
                 Some(wait) => {
                     self.count(Reason::Requests);
@@ -173,7 +192,10 @@ impl TenantUse {
         }
         if let Some(per_second) = limit_of(profile, Limit::RequestBytesPerSecond) {
             match self.bytes.try_take(0, per_second, WAIT_MAX, Instant::now()) {
-                None => return Err(self.refuse_later(Reason::Bytes).await),
+                None => {
+                    drop(open);
+                    return Err(self.refuse_later(Reason::Bytes).await);
+                }
                 Some(Duration::ZERO) => {}
                 Some(wait) => {
                     self.count(Reason::Bytes);

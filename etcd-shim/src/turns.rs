@@ -36,6 +36,9 @@ const HALF_LIFE: Duration = Duration::from_millis(50);
 const LEVELS: usize = 5;
 const QUIET_NS: u64 = 400_000;
 
+/// Tenants are told apart by so much, where it matters who is quiet: see [`Turns::has_quiet_beside`].
+pub(crate) const QUIET_SLOTS: usize = 16;
+
 /// For so long after a quiet tenant did something, others are held for it.
 const HELD_FOR: Duration = Duration::from_secs(1);
 
@@ -127,6 +130,8 @@ pub struct Turns {
     started: Instant,
     /// When a quiet tenant did something last, in milliseconds since the start, plus one; 0: never.
     quiet_at_ms: AtomicU64,
+    /// The same by [`TenantUse::slot`].
+    quiet_by_slot: [AtomicU64; QUIET_SLOTS],
     held: Mutex<Held>,
 }
 
@@ -145,29 +150,34 @@ impl Default for Turns {
 
 impl Turns {
     fn with_places(places: usize) -> Self {
-        Turns { places, started: Instant::now(), quiet_at_ms: AtomicU64::new(0), held: Mutex::default() }
+        let quiet_by_slot = std::array::from_fn(|_| AtomicU64::new(0));
+        Turns { places, started: Instant::now(), quiet_at_ms: AtomicU64::new(0), quiet_by_slot, held: Mutex::default() }
     }
 
     fn ms(&self, now: Instant) -> u64 {
         u64::try_from(now.saturating_duration_since(self.started).as_millis()).unwrap_or(u64::MAX)
     }
 
-    /// Whether a task of this class may become ready whenever it is.
-    fn lets_in(&self, level: u8, now: Instant) -> bool {
+    /// Whether a task of a tenant of this class may become ready whenever it is.
+    fn lets_in(&self, used: &TenantUse, level: u8, now: Instant) -> bool {
         let now_ms = self.ms(now);
         let quiet_at_ms = self.quiet_at_ms.load(Ordering::Relaxed);
         if level == 0 {
-            if quiet_at_ms != now_ms + 1 {
-                self.quiet_at_ms.store(now_ms + 1, Ordering::Relaxed);
+            for at_ms in [&self.quiet_at_ms, &self.quiet_by_slot[used.slot()]] {
+                if at_ms.load(Ordering::Relaxed) != now_ms + 1 {
+                    at_ms.store(now_ms + 1, Ordering::Relaxed);
+                }
             }
             return true;
         }
         !lately(quiet_at_ms, now_ms)
     }
 
-    /// Whether a quiet tenant did something lately.
-    pub(crate) fn has_quiet(&self, now: Instant) -> bool {
-        lately(self.quiet_at_ms.load(Ordering::Relaxed), self.ms(now))
+    /// Whether a quiet tenant, other than that of this slot, did something lately.
+    pub(crate) fn has_quiet_beside(&self, slot: usize, now: Instant) -> bool {
+        let now_ms = self.ms(now);
+        let by_slot = self.quiet_by_slot.iter().enumerate();
+        by_slot.filter(|(other, _)| *other != slot).any(|(_, at_ms)| lately(at_ms.load(Ordering::Relaxed), now_ms))
     }
 
     /// Takes a place for a task that waits for nothing but that, or lets it wait for one.
@@ -318,7 +328,7 @@ impl Wake for Woken {
         }
         let now = Instant::now();
         let level = self.used.recent().level(now);
-        if self.turns.lets_in(level, now) {
+        if self.turns.lets_in(&self.used, level, now) {
             if self.state.compare_exchange(WAITS, READY, Ordering::AcqRel, Ordering::Relaxed).is_ok() {
                 self.wake_task();
             }
@@ -370,7 +380,7 @@ impl Turn {
         let is_in = match woken.state.load(Ordering::Acquire) {
             NEW => {
                 let level = woken.used.recent().level(began);
-                woken.turns.lets_in(level, began) || woken.turns.take(woken, NEW, level) == Taken::Place
+                woken.turns.lets_in(&woken.used, level, began) || woken.turns.take(woken, NEW, level) == Taken::Place
             }
             // Polled for another reason than that it was woken, such as that its connection has to go; its place comes later.
             _ => true,

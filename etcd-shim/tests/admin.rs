@@ -318,7 +318,8 @@ async fn a_tenant_may_trust_a_ca_of_its_own() {
     let request = api::IssueCredentialsRequest { tenant: "acme".to_string(), csr_der, ..Default::default() };
     assert_eq!(scene.admin.issue_credentials(request).await.unwrap_err().code(), Code::FailedPrecondition);
     let not_one = "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n";
-    for bad in ["certificate".to_string(), not_one.to_string(), authority.certificate.pem().repeat(100)] {
+    let leaf = authority.sign(&["tenure://tenant/acme"]).pem;
+    for bad in ["certificate".to_string(), not_one.to_string(), leaf, authority.certificate.pem().repeat(100)] {
         assert_eq!(scene.admin.set_trusted_ca(trust(bad)).await.unwrap_err().code(), Code::InvalidArgument);
     }
     assert!(scene.gets_in(&own).await);

@@ -121,7 +121,8 @@ impl Credentials {
         Ok(())
     }
 
-    /// A Secret that holds them, and the part of a kube-apiserver's pod that uses it.
+    /// A Secret that holds them, and a JSON patch (RFC 6902) that has the first container of a Deployment's pods use it. A merge patch would
+    /// put the flags of etcd in the place of all others.
     pub fn kubernetes(&self, namespace: &str, secret: &str) -> [Value; 2] {
         let secret_object = json!({
             "apiVersion": "v1",
@@ -135,17 +136,14 @@ impl Credentials {
             "type": "Opaque",
             "stringData": { CA_CERT: self.ca_pem, CLIENT_CERT: self.certificate_pem, CLIENT_KEY: self.key_pem },
         });
-        let patch = json!({
-            "spec": { "template": { "spec": {
-                "containers": [{
-                    "name": "kube-apiserver",
-                    "args": apiserver_flags(&self.endpoints, MOUNT_PATH),
-                    "volumeMounts": [{ "name": "tenure", "mountPath": MOUNT_PATH, "readOnly": true }],
-                }],
-                "volumes": [{ "name": "tenure", "secret": { "secretName": secret, "defaultMode": 0o400 } }],
-            } } },
-        });
-        [secret_object, patch]
+        let add = |to: &str, value: Value| json!({ "op": "add", "path": format!("/spec/template/spec/{to}/-"), "value": value });
+        let flags = apiserver_flags(&self.endpoints, MOUNT_PATH).into_iter();
+        let mut patch: Vec<Value> = flags.map(|flag| add("containers/0/args", json!(flag))).collect();
+        let mount = json!({ "name": "tenure", "mountPath": MOUNT_PATH, "readOnly": true });
+        patch.push(add("containers/0/volumeMounts", mount));
+        let volume = json!({ "name": "tenure", "secret": { "secretName": secret, "defaultMode": 0o400 } });
+        patch.push(add("volumes", volume));
+        [secret_object, Value::Array(patch)]
     }
 }
 
@@ -207,10 +205,10 @@ mod tests {
     fn a_pod_mounts_what_its_flags_name() {
         let [secret, patch] = credentials().kubernetes("hosted-acme", "acme-etcd");
         assert_eq!(secret["stringData"].as_object().unwrap().len(), 3);
-        let spec = &patch["spec"]["template"]["spec"];
-        assert_eq!(spec["volumes"][0]["secret"]["secretName"], "acme-etcd");
-        let mount = spec["containers"][0]["volumeMounts"][0]["mountPath"].as_str().unwrap();
-        let args = spec["containers"][0]["args"].as_array().unwrap();
-        assert!(args.iter().skip(1).all(|arg| arg.as_str().unwrap().contains(mount)));
+        let [args @ .., mount, volume] = patch.as_array().unwrap().as_slice() else { panic!("{patch}") };
+        assert_eq!(volume["value"]["secret"]["secretName"], "acme-etcd");
+        let mounted_at = mount["value"]["mountPath"].as_str().unwrap();
+        assert_eq!(args.len(), 4);
+        assert!(args.iter().skip(1).all(|arg| arg["value"].as_str().unwrap().contains(mounted_at)));
     }
 }

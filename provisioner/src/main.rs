@@ -172,7 +172,8 @@ struct Out {
     /// Directory of ca.crt, client.crt, client.key and apiserver-flags.
     #[arg(long)]
     out: Option<PathBuf>,
-    /// Prints a Secret and a patch of a kube-apiserver's Deployment instead.
+    /// Prints a Secret and a JSON patch of a kube-apiserver's Deployment instead: it adds to the arguments, mounts and volumes that
+    /// its first container has.
     #[arg(long, value_parser = ["kubernetes"])]
     format: Option<String>,
     /// Of the Secret.
@@ -355,29 +356,41 @@ impl At {
 
     /// Those of them that answer; a warning for each that does not, an error if none does.
     async fn reached(&self) -> anyhow::Result<Vec<Reached>> {
-        let chosen = self.chosen()?;
-        let answers = join_all(chosen.iter().map(Cell::reach)).await;
-        let (mut reached, mut last) = (Vec::new(), None);
-        let alone = answers.len() == 1;
-        for answer in answers {
-            match answer {
-                Ok(cell) => reached.push(cell),
-                Err(error) => {
-                    if !alone {
-                        eprintln!("tenurectl: warning: {error}");
-                    }
-                    last = Some(error);
-                }
-            }
-        }
-        match last {
-            Some(error) if reached.is_empty() => Err(error.into()),
-            _ => Ok(reached),
-        }
+        reach_all(&self.chosen()?).await
+    }
+
+    /// As [`At::reached`], but every endpoint of each cell by itself.
+    async fn reached_members(&self) -> anyhow::Result<Vec<Reached>> {
+        let of = |cell: Cell| {
+            let one = |endpoint: &String| Cell { endpoints: vec![endpoint.clone()], ..cell.clone() };
+            cell.endpoints.iter().map(one).collect::<Vec<_>>()
+        };
+        reach_all(&self.chosen()?.into_iter().flat_map(of).collect::<Vec<_>>()).await
     }
 
     async fn tenant(&self, name: &str) -> anyhow::Result<(Reached, api::Tenant)> {
         Ok(find(self.reached().await?, name).await?)
+    }
+}
+
+async fn reach_all(chosen: &[Cell]) -> anyhow::Result<Vec<Reached>> {
+    let answers = join_all(chosen.iter().map(Cell::reach)).await;
+    let (mut reached, mut last) = (Vec::new(), None);
+    let alone = answers.len() == 1;
+    for answer in answers {
+        match answer {
+            Ok(cell) => reached.push(cell),
+            Err(error) => {
+                if !alone {
+                    eprintln!("tenurectl: warning: {error}");
+                }
+                last = Some(error);
+            }
+        }
+    }
+    match last {
+        Some(error) if reached.is_empty() => Err(error.into()),
+        _ => Ok(reached),
     }
 }
 
@@ -386,7 +399,7 @@ async fn run(cli: Cli) -> anyhow::Result<()> {
     match command {
         Command::Cell(command) => cell(&at, output, command).await,
         Command::Tenant(command) => tenant(&at, output, command).await,
-        Command::Top(options) => top::run(at.reached().await?, &options, output).await,
+        Command::Top(options) => top::run(at.reached_members().await?, &options, output).await,
         Command::Completion { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "tenurectl", &mut std::io::stdout());
             Ok(())
@@ -725,7 +738,7 @@ fn deliver(format: Format, issued: &Credentials, to: &Out, replace: bool) -> any
             Format::Table | Format::Yaml => {
                 let (secret, patch) = (output::data(Format::Yaml, &secret), output::data(Format::Yaml, &patch));
                 format!(
-                    "{secret}---\n# kubectl patch deployment kube-apiserver --patch-file: put this into a file\n{patch}"
+                    "{secret}---\n# kubectl patch deployment NAME --type json --patch-file FILE, with what follows\n{patch}"
                 )
             }
         })?;

@@ -1,10 +1,14 @@
 //! `tenurectl top`: what each tenant does now, from what members have counted at two moments.
+//!
+//! Each member counts what it serves itself, so every endpoint is asked, and what they say is added up. One that does not answer is left
+//! out until it does; two endpoints of one member count once.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::io::{IsTerminal as _, Write as _};
 use std::time::Duration;
 
 use anyhow::Context as _;
+use futures::future::join_all;
 use serde_json::{Value, json};
 use tenure_admin_api::v1::TopRequest;
 use tenure_admin_api::v1::top_response::Row;
@@ -48,40 +52,70 @@ struct Rates {
     cpu_percent: f64,
 }
 
-type Seen = HashMap<(String, String), Row>;
-
-/// Every tenant's counters now, and when: of the member that each cell was reached by.
-async fn look(cells: &mut [Reached]) -> anyhow::Result<(Seen, i64)> {
-    let (mut seen, mut now_ms) = (Seen::new(), 0);
-    for cell in cells {
-        let answer = cell.client.top(TopRequest { limit: u32::MAX }).await;
-        let answer = answer.map_err(|status| cell.cell.call_error(status))?.into_inner();
-        now_ms = answer.now_ms;
-        seen.extend(answer.rows.into_iter().map(|row| ((cell.cell.name.clone(), row.tenant.clone()), row)));
-    }
-    Ok((seen, now_ms))
+/// What one member has counted, by tenant, and when it said so.
+#[derive(Default)]
+struct Counted {
+    now_ms: i64,
+    rows: HashMap<String, Row>,
 }
 
-fn rates(before: &(Seen, i64), now: &(Seen, i64), sort: Sort) -> Vec<Rates> {
-    let seconds = ((now.1 - before.1) as f64 / 1e3).max(1e-3);
-    let mut all: Vec<Rates> = now
-        .0
-        .iter()
-        .map(|((cell, tenant), row)| {
+/// By cell and member.
+type Seen = BTreeMap<(String, String), Counted>;
+
+/// Every tenant's counters now, of all members that answer.
+///
+/// # Errors
+/// If none does.
+async fn look(members: &mut [Reached]) -> anyhow::Result<Seen> {
+    let asked = members.iter_mut().map(async |of| {
+        let answer = of.client.top(TopRequest { limit: u32::MAX }).await;
+        answer.map(|answer| (of.cell.name.clone(), answer.into_inner())).map_err(|status| of.cell.call_error(status))
+    });
+    let (mut seen, mut last) = (Seen::new(), None);
+    for answer in join_all(asked).await {
+        match answer {
+            Ok((cell, answer)) => {
+                let rows = answer.rows.into_iter().map(|row| (row.tenant.clone(), row)).collect();
+                seen.insert((cell, answer.member), Counted { now_ms: answer.now_ms, rows });
+            }
+            Err(error) => last = Some(error),
+        }
+    }
+    match last {
+        Some(error) if seen.is_empty() => Err(error.into()),
+        _ => Ok(seen),
+    }
+}
+
+fn rates(before: &Seen, now: &Seen, sort: Sort) -> Vec<Rates> {
+    let mut all: BTreeMap<(&str, &str), Rates> = BTreeMap::new();
+    for (of, counted) in now {
+        let then = before.get(of);
+        let seconds = then.map_or(0.0, |then| (counted.now_ms - then.now_ms) as f64 / 1e3).max(1e-3);
+        for (tenant, row) in &counted.rows {
+            let sum = all.entry((&of.0, tenant)).or_insert_with(|| Rates {
+                cell: of.0.clone(),
+                row: Row { watchers: 0, connections: 0, ..row.clone() },
+                requests: 0.0,
+                bytes: 0.0,
+                throttled: 0.0,
+                cpu_percent: 0.0,
+            });
+            sum.row.watchers += row.watchers;
+            sum.row.connections += row.connections;
+            // One that was not there before says what it does from the next look on.
+            let Some(then) = then else { continue };
             let empty = Row::default();
-            let old = before.0.get(&(cell.clone(), tenant.clone())).unwrap_or(&empty);
+            let old = then.rows.get(tenant).unwrap_or(&empty);
             // A member that was started anew counts from nothing.
             let rate = |of: fn(&Row) -> u64| of(row).saturating_sub(of(old)) as f64 / seconds;
-            Rates {
-                cell: cell.clone(),
-                requests: rate(|row| row.requests),
-                bytes: rate(|row| row.received_bytes.saturating_add(row.sent_bytes)),
-                throttled: rate(|row| row.throttled),
-                cpu_percent: rate(|row| row.cpu_us) / 1e4,
-                row: row.clone(),
-            }
-        })
-        .collect();
+            sum.requests += rate(|row| row.requests);
+            sum.bytes += rate(|row| row.received_bytes.saturating_add(row.sent_bytes));
+            sum.throttled += rate(|row| row.throttled);
+            sum.cpu_percent += rate(|row| row.cpu_us) / 1e4;
+        }
+    }
+    let mut all: Vec<Rates> = all.into_values().collect();
     let key = |rates: &Rates| match sort {
         Sort::Requests => rates.requests,
         Sort::Bytes => rates.bytes,
@@ -149,16 +183,16 @@ fn text(format: Format, all: &[Rates]) -> String {
 }
 
 /// Looks until it is interrupted, which ends it in good order.
-pub(crate) async fn run(mut cells: Vec<Reached>, options: &Options, format: Format) -> anyhow::Result<()> {
+pub(crate) async fn run(mut members: Vec<Reached>, options: &Options, format: Format) -> anyhow::Result<()> {
     let interval = Duration::try_from_secs_f64(options.interval).context("--interval: want seconds")?;
-    let mut before = look(&mut cells).await?;
+    let mut before = look(&mut members).await?;
     let is_live = !options.once && std::io::stdout().is_terminal();
     loop {
         tokio::select! {
             () = tokio::time::sleep(interval) => {}
             interrupted = tokio::signal::ctrl_c() => return interrupted.context("wait for an interrupt"),
         }
-        let now = look(&mut cells).await?;
+        let now = look(&mut members).await?;
         let mut all = rates(&before, &now, options.sort);
         all.truncate(options.rows);
         let mut out = std::io::stdout().lock();
@@ -171,5 +205,37 @@ pub(crate) async fn run(mut cells: Vec<Reached>, options: &Options, format: Form
             return Ok(());
         }
         before = now;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn counted(now_ms: i64, rows: &[(&str, u64, u64)]) -> Counted {
+        let row = |(tenant, requests, watchers): &(&str, u64, u64)| {
+            let (tenant, requests, watchers) = ((*tenant).to_string(), *requests, *watchers);
+            (tenant.clone(), Row { tenant, requests, watchers, keys: 7, ..Row::default() })
+        };
+        Counted { now_ms, rows: rows.iter().map(row).collect() }
+    }
+
+    // Two members serve acme, one of them was started anew, and a third one comes.
+    #[test]
+    fn what_members_say_is_added_up() {
+        let of = |member: &str| ("east".to_string(), member.to_string());
+        let before = Seen::from([
+            (of("m1"), counted(1_000, &[("acme", 100, 1), ("globex", 10, 0)])),
+            (of("m2"), counted(5_000, &[("acme", 900, 1)])),
+        ]);
+        let now = Seen::from([
+            (of("m1"), counted(3_000, &[("acme", 120, 2), ("globex", 10, 0)])),
+            (of("m2"), counted(6_000, &[("acme", 30, 3)])),
+            (of("m3"), counted(9_000, &[("acme", 5_000, 4)])),
+        ]);
+        let all = rates(&before, &now, Sort::Requests);
+        let shown: Vec<_> =
+            all.iter().map(|of| (of.row.tenant.as_str(), of.requests, of.row.watchers, of.row.keys)).collect();
+        assert_eq!(shown, [("acme", 10.0, 9, 7), ("globex", 0.0, 0, 7)]);
     }
 }

@@ -85,7 +85,7 @@ func dryRun(t *testing.T, cp *controlPlane, object *unstructured.Unstructured) e
 	resource := schema.GroupVersionResource{
 		Group: kind.Group, Version: kind.Version, Resource: map[string]string{
 			"StatefulSet": "statefulsets", "Service": "services", "PodDisruptionBudget": "poddisruptionbudgets",
-			"ServiceAccount": "serviceaccounts",
+			"ServiceAccount": "serviceaccounts", "Secret": "secrets",
 		}[kind.Kind],
 	}
 	body, err := yaml.Marshal(object.Object)

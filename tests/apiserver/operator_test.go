@@ -12,8 +12,12 @@ import (
 	"syscall"
 	"testing"
 
+	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
+	"k8s.io/apimachinery/pkg/types"
+	"sigs.k8s.io/yaml"
 
 	"tenure.dev/tests/harness"
 )
@@ -76,6 +80,8 @@ func TestOperator(t *testing.T) {
 		}
 	}
 
+	inPod(t, all[2], tenurectl(t, append([]string{"tenant", "credentials", "initech", "--format", "kubernetes"}, admin...)...))
+
 	// New credentials while it runs: kube-apiserver reads its files anew, and the old certificate is refused at once.
 	acme := all[0]
 	tenurectl(t, append([]string{"tenant", "rotate", "acme", "--revoke-old", "--out", filepath.Join(dir, "acme")}, admin...)...)
@@ -107,6 +113,57 @@ func TestOperator(t *testing.T) {
 		t.Errorf("globex was deleted and is in the list:\n%s", list)
 	}
 	all[2].waitReady(t)
+}
+
+// inPod checks that Kubernetes takes what was printed for a kube-apiserver in a pod, and that the flags it had are kept.
+func inPod(t *testing.T, cp *controlPlane, printed string) {
+	t.Helper()
+	documents := strings.SplitN(printed, "\n---\n", 2)
+	if len(documents) != 2 {
+		t.Fatalf("want a Secret and a patch:\n%s", printed)
+	}
+	secret := &unstructured.Unstructured{}
+	if err := yaml.Unmarshal([]byte(documents[0]), &secret.Object); err != nil {
+		t.Fatal(err)
+	}
+	if err := dryRun(t, cp, secret); err != nil {
+		t.Errorf("the Secret: %v", err)
+	}
+	labels := map[string]string{"app": "kube-apiserver"}
+	pod := corev1.PodSpec{
+		Containers: []corev1.Container{{
+			Name: "kube-apiserver", Image: "kube-apiserver", Args: []string{"--v=2"},
+			VolumeMounts: []corev1.VolumeMount{{Name: "pki", MountPath: "/pki"}},
+		}},
+		Volumes: []corev1.Volume{{Name: "pki"}},
+	}
+	deployments := cp.core.AppsV1().Deployments("default")
+	_, err := deployments.Create(t.Context(), &appsv1.Deployment{
+		ObjectMeta: metav1.ObjectMeta{Name: "kube-apiserver"},
+		Spec: appsv1.DeploymentSpec{
+			Selector: &metav1.LabelSelector{MatchLabels: labels},
+			Template: corev1.PodTemplateSpec{ObjectMeta: metav1.ObjectMeta{Labels: labels}, Spec: pod},
+		},
+	}, metav1.CreateOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	patch, err := yaml.YAMLToJSON([]byte(documents[1]))
+	if err != nil {
+		t.Fatal(err)
+	}
+	patched, err := deployments.Patch(t.Context(), "kube-apiserver", types.JSONPatchType, patch, metav1.PatchOptions{FieldValidation: "Strict"})
+	if err != nil {
+		t.Fatalf("the patch: %v\n%s", err, documents[1])
+	}
+	spec := patched.Spec.Template.Spec
+	args := strings.Join(spec.Containers[0].Args, " ")
+	if !strings.HasPrefix(args, "--v=2 --etcd-servers=https://") || strings.Count(args, "--etcd-") != 4 {
+		t.Errorf("arguments of the patched kube-apiserver: %s", args)
+	}
+	if volumes := spec.Volumes; len(volumes) != 2 || volumes[1].Secret == nil || volumes[1].Secret.SecretName != secret.GetName() {
+		t.Errorf("volumes of the patched kube-apiserver: %v", volumes)
+	}
 }
 
 // tenurectl runs it as an operator does and gives what it printed.

@@ -287,8 +287,9 @@ impl Inner {
                 match self.raft.change_members(raft_change, seen, command.encode()).await {
                     Err(ChangeError::UnderWay) => sleep(ASK_AGAIN).await,
                     Ok(outcome) if !is_addition => {
-                        // Made it is, by the members before it. If those that are left are no quorum, nobody can say so for as long as
-                        // some of them do not run; who has not asked for that to be refused is told what is so.
+                        // Made it is, by the members before it. If those that are left are no quorum, as without the strict check they
+                        // may be, nobody leaves the joint configuration for as long as some of them do not run; the client is told what is
+                        // so.
                         if let Ok(left) = timeout(self.election_timeout, self.raft.joint_left()).await {
                             left?;
                         }
