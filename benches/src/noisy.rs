@@ -28,7 +28,7 @@ const QUIET_RATE: f64 = 500.0;
 /// asks for.
 const LIMIT_REQUESTS_PER_SECOND: u64 = 1_000;
 const LIMIT_REQUEST_BYTES_PER_SECOND: u64 = 8 << 20;
-const LIMIT_RESPONSE_BYTES_PER_SECOND: u64 = 32 << 20;
+const LIMIT_RESPONSE_BYTES_PER_SECOND: u64 = 16 << 20;
 
 /// Keys of 1 KiB that the noisy tenant lists: 10 MB an answer.
 const LISTED_KEYS: u64 = 10_000;

@@ -65,6 +65,9 @@ pub const QUOTA_BYTES_DEFAULT: i64 = 2 << 30;
 /// What etcd adds to two election timeouts to get the time a request may take.
 const REQUEST_TIMEOUT_BASE: Duration = Duration::from_secs(5);
 
+/// How much longer than its time a read waits for raft's thread to say that there is no leader.
+const READ_GRACE: Duration = Duration::from_secs(1);
+
 /// Longest time to replay the log and elect a leader at start.
 const START_TIMEOUT: Duration = Duration::from_secs(120);
 
@@ -844,8 +847,8 @@ impl Inner {
         if self.raft.read_point_now().is_some() {
             return Ok(());
         }
-        // Rounds end by themselves after as many ticks, but for a raft's thread that stands still.
-        let deadline = Instant::now() + self.request_timeout;
+        // Rounds end by themselves after as many ticks, and count those who waited so long. This is for a thread that stands still.
+        let deadline = Instant::now() + self.request_timeout + READ_GRACE;
         match timeout_at(deadline, self.raft.read_barrier()).await {
             Ok(Ok(_)) => Ok(()),
             Ok(Err(raft::ReadError::Timeout)) | Err(_) => Err(CellError::TimeoutRead),
