@@ -127,15 +127,15 @@ impl<R: Send + 'static> Shared<R> {
     pub(crate) fn complete(&self, answered: Answered<R>) {
         // Before they hear of it; those who went away have counted themselves.
         self.metrics.proposals_pending.fetch_sub(answered.len().cast_signed() as i64, Ordering::Relaxed);
-        let metrics = Arc::clone(&self.metrics);
+        let (metrics, several) = (Arc::clone(&self.metrics), answered.len() > 1);
         let send = move || {
             let gone = send_replies(answered);
             metrics.proposals_pending.fetch_add(gone, Ordering::Relaxed);
         };
         match &self.reply_runtime {
             // Dropped with its runtime, it drops the senders, and who waits learns that.
-            Some(runtime) => drop(runtime.spawn(async move { send() })),
-            None => send(),
+            Some(runtime) if several => drop(runtime.spawn(async move { send() })),
+            Some(_) | None => send(),
         }
     }
 
