@@ -17,6 +17,7 @@ use tenure_etcd_shim::proto::etcdserverpb::{CompactionRequest, DefragmentRequest
 use crate::client::Workload;
 use crate::fields::{integer, submessages};
 use crate::load::{self, Load, Measured, Stage, Target};
+use crate::noise::Noise;
 use crate::server::{Kind, Server, Setup};
 use crate::{chart, cluster, noisy, process, report, scale, tls};
 
@@ -473,12 +474,14 @@ impl Comparison<'_> {
             let txn =
                 Load { rate: Some(TAIL_RATE), duration: 3 * self.plan.duration, ..base(self.plan, Workload::KubeTxn) };
             let quiet = load::block_on(load::run(&target, &txn, &told))?;
-            let disturbing = std::thread::spawn({
-                let (target, list) = (target.clone(), Load { duration: txn.warm_up + txn.duration, ..list });
-                move || load::block_on(disturb(&target, &list))
+            let lists = Noise::begin(&self.plan.bench, &target.addresses[0], &list, txn.warm_up + txn.duration)?;
+            let maintained = std::thread::spawn({
+                let target = target.clone();
+                move || load::block_on(maintain(&target))
             });
             let disturbed = load::block_on(load::run(&target, &txn, &told))?;
-            let lists = disturbing.join().map_err(|_| anyhow::anyhow!("the disturbance panicked"))??;
+            maintained.join().map_err(|_| anyhow::anyhow!("the compaction panicked"))??;
+            let lists = lists.operations()?;
             let p999 = |measured: &Measured| measured.latency_us.value_at_quantile(0.999);
             let ratio = p999(&disturbed) as f64 / p999(&quiet).max(1) as f64;
             self.audience.line(&format!(
@@ -532,21 +535,15 @@ impl Comparison<'_> {
     }
 }
 
-/// Compacts everything, physically, flushes and rewrites the engine, and lists all the while. Answers how many lists were had.
-async fn disturb(target: &Target, list: &Load) -> anyhow::Result<u64> {
-    let quiet = |_: Stage, _: f64| {};
+/// Compacts everything, physically, flushes and rewrites the engine.
+async fn maintain(target: &Target) -> anyhow::Result<()> {
     let header =
         load::call(target, "/etcdserverpb.KV/Range", &RangeRequest { key: "x".into(), ..RangeRequest::default() })
             .await?;
     let revision = integer(submessages(&header, 1).next().unwrap_or_default(), 3).cast_signed();
-    let compaction = CompactionRequest { revision, physical: true };
-    let maintain = async {
-        load::call(target, "/etcdserverpb.KV/Compact", &compaction).await?;
-        load::call(target, "/etcdserverpb.Maintenance/Defragment", &DefragmentRequest::default()).await
-    };
-    let (maintained, listed) = tokio::join!(maintain, load::run_filled(target, list, &quiet));
-    maintained?;
-    Ok(listed?.operations)
+    load::call(target, "/etcdserverpb.KV/Compact", &CompactionRequest { revision, physical: true }).await?;
+    load::call(target, "/etcdserverpb.Maintenance/Defragment", &DefragmentRequest::default()).await?;
+    Ok(())
 }
 
 /// Tenured's figures divided by etcd's.

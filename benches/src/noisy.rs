@@ -1,12 +1,10 @@
 //! Fifty quiet tenants and one that is not: what its floods do to their latency.
 //!
 //! The quiet ones make kube txns at a steady rate, all together far from what the server can do, and their p99 is taken alone and
-//! under each kind of noise. etcd has prefixes instead of tenants. The noise is made by processes of their own, which get what the others leave of the
-//! processors ([`process::only_when_idle`]). Figures are ratios of one run, side by side. Tenured is measured twice: as it is, and with limits of the cell for
+//! under each kind of noise ([`crate::noise`]). etcd has prefixes instead of tenants. Figures are ratios of one run, side by side. Tenured is measured twice: as it is, and with limits of the cell for
 //! all its tenants, as an operator would set them (`tenurectl cell limits`).
 
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -16,9 +14,10 @@ use tenure_admin_api::v1 as api;
 use crate::client::Workload;
 use crate::compare::{Audience, Plan, base};
 use crate::load::{self, Load, Measured, Stage, Target};
+use crate::noise::Noise;
+use crate::report;
 use crate::scale::admin;
 use crate::server::{Kind, Server, Setup};
-use crate::{process, report};
 
 /// Tenants that behave, and their kube txns a second, all together.
 const QUIET_TENANTS: usize = 50;
@@ -76,49 +75,8 @@ pub fn run(plan: &Plan, audience: &dyn Audience) -> anyhow::Result<Vec<Value>> {
     Ok(figures)
 }
 
-/// A process that floods a server, until it is dropped. What it is refused, or cut off from, is its own trouble.
-struct Noise(Child);
-
 /// Longer than any measurement.
-const NOISE_SECONDS: &str = "3600";
-
-impl Noise {
-    fn begin(bench: &Path, address: &str, load: &Load) -> anyhow::Result<Noise> {
-        let mut command = Command::new(bench);
-        command.args(["run", &load.workload.name(), "--filled", "--prefix", PREFIX, "--endpoints", address]);
-        command.args(["--warm-up", "0", "--duration", NOISE_SECONDS]);
-        let numbers = [
-            ("--clients", load.clients),
-            ("--connections", load.connections as u64),
-            ("--keys", load.keys),
-            ("--value-bytes", load.value_bytes as u64),
-            ("--watchers", load.watchers),
-        ];
-        for (name, number) in numbers {
-            command.args([name, &number.to_string()]);
-        }
-        if let Some(rate) = load.rate {
-            command.args(["--rate", &rate.to_string()]);
-        }
-        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-        // A process has the priority of the thread that starts it.
-        let begun = std::thread::spawn(move || {
-            if let Err(error) = process::only_when_idle() {
-                eprintln!("the noise competes with what is measured: {error}");
-            }
-            command.spawn()
-        });
-        let begun = begun.join().map_err(|_| anyhow::anyhow!("starting the noise panicked"))?;
-        Ok(Noise(begun.context("start the noise")?))
-    }
-}
-
-impl Drop for Noise {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
+const NOISE_DURATION: Duration = Duration::from_secs(3600);
 
 /// Holds every tenant to what it may.
 async fn limit(data_dir: &Path) -> anyhow::Result<()> {
@@ -178,7 +136,8 @@ fn of_server(
     let together: Vec<&Load> = noises.iter().map(|(_, noise)| noise).collect();
     let each = noises.iter().map(|(kind, noise)| (*kind, vec![noise]));
     for (kind, loads) in each.chain([("together", together)]) {
-        let noise = loads.into_iter().map(|noise| Noise::begin(&plan.bench, &noisy_target.addresses[0], noise));
+        let noise =
+            loads.into_iter().map(|noise| Noise::begin(&plan.bench, &noisy_target.addresses[0], noise, NOISE_DURATION));
         let noise: Vec<Noise> = noise.collect::<anyhow::Result<_>>()?;
         std::thread::sleep(NOISE_BEFORE);
         let measured = load::block_on(load::run(&quiet_target, &quiet, &told))?;
