@@ -744,6 +744,11 @@ impl Given {
                 };
                 Ok(Some(PeerTlsFiles::Files { cert_file, key_file, trusted_ca_file, client }))
             }
+            // Certificates made at start are signed by nobody, and cleartext shows none.
+            (None, None) if client_cert_auth || trusted_ca_file.is_some() => {
+                let name = if client_cert_auth { "client-cert-auth" } else { "trusted-ca-file" };
+                Err(FlagError(format!("--peer-{name} needs --peer-cert-file and --peer-key-file")))
+            }
             (None, None) => Ok(self.is_set("peer-auto-tls")?.then_some(PeerTlsFiles::Auto)),
             (Some(_), None) | (None, Some(_)) => {
                 Err(FlagError("--peer-cert-file and --peer-key-file must both be given, or neither".to_string()))

@@ -17,6 +17,7 @@ mod delivery;
 pub mod disk;
 pub mod flags;
 pub mod gate;
+mod handshakes;
 pub mod http_endpoints;
 pub mod ids;
 pub mod inflight;

@@ -32,6 +32,7 @@ use crate::authorities;
 use crate::cell::{Cell, Tenant};
 use crate::gate;
 use crate::gate::Running;
+use crate::handshakes::Handshakes;
 use crate::http_endpoints::{Endpoints, HttpAccess};
 use crate::inflight::InFlight;
 use crate::ping_guard::{OpenRequests, PingGuard};
@@ -54,8 +55,14 @@ const BACKLOG: u32 = 1_024;
 /// tenant leave files for the others, and for the store.
 const FILES_PER_CONNECTION: u64 = 4;
 
-/// How long a client may take to finish its TLS handshake, or an HTTP/1 client its headers.
-const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long a client may take to finish its TLS handshake.
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How long an HTTP/1 client may take to send its headers.
+const HEADER_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Handshakes under way on a listener; beyond that the oldest are given up.
+const HANDSHAKES_MAX: usize = 512;
 
 /// How long running requests may go on after the stop: etcd's own.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(7);
@@ -124,6 +131,7 @@ struct Terms {
     client_cert_auth: bool,
     /// What stands behind the tenant in a server name.
     cell_domain: Option<String>,
+    handshakes: Arc<Handshakes>,
 }
 
 /// What a listener answers.
@@ -172,7 +180,14 @@ impl Listener {
         };
         let secure = matches!(url.scheme(), "https" | "unixs");
         let tls = tls.filter(|_| secure);
-        let terms = Terms { tenant, serves, tls, client_cert_auth: client_cert_auth && secure, cell_domain };
+        let terms = Terms {
+            tenant,
+            serves,
+            tls,
+            client_cert_auth: client_cert_auth && secure,
+            cell_domain,
+            handshakes: Handshakes::new(HANDSHAKES_MAX),
+        };
         Ok(Listener { socket, terms })
     }
 
@@ -185,7 +200,14 @@ impl Listener {
         let socket = bind_socket_file(path.clone())?;
         std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600))?;
         let (serves, tls) = (Serves::Admin, None);
-        let terms = Terms { tenant: None, serves, tls, client_cert_auth: false, cell_domain: None };
+        let terms = Terms {
+            tenant: None,
+            serves,
+            tls,
+            client_cert_auth: false,
+            cell_domain: None,
+            handshakes: Handshakes::new(HANDSHAKES_MAX),
+        };
         Ok(Listener { socket, terms })
     }
 
@@ -387,13 +409,15 @@ where
         let shown = Shown { user, ..Shown::default() };
         return identified(terms, services, stream, shown, watcher, alive).await;
     };
-    match tokio::time::timeout(HANDSHAKE_TIMEOUT, handshake(tls, stream)).await {
-        Ok(Ok((stream, shown))) => {
+    let handshake = tokio::time::timeout(HANDSHAKE_TIMEOUT, handshake(tls, stream));
+    match terms.handshakes.run(handshake).await {
+        Some(Ok(Ok((stream, shown)))) => {
             let shown = Shown { user, ..shown };
             identified(terms, services, stream, shown, watcher, alive).await;
         }
-        Ok(Err(error)) => tracing::debug!(%error, "TLS handshake"),
-        Err(_) => tracing::debug!("TLS handshake took too long"),
+        Some(Ok(Err(error))) => tracing::debug!(%error, "TLS handshake"),
+        Some(Err(_)) => tracing::debug!("TLS handshake took too long"),
+        None => tracing::debug!("TLS handshake made room for others"),
     }
 }
 
@@ -615,7 +639,7 @@ async fn served<S>(
         Serves::Grpc => builder = builder.http2_only(),
         Serves::Http => builder = builder.http1_only(),
     }
-    builder.http1().timer(TokioTimer::new()).header_read_timeout(HANDSHAKE_TIMEOUT);
+    builder.http1().timer(TokioTimer::new()).header_read_timeout(HEADER_TIMEOUT);
     builder
         .http2()
         .timer(TokioTimer::new())

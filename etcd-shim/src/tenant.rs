@@ -92,6 +92,11 @@ pub(crate) fn sole_tenant_of(certificate: &PeerCertificate) -> Option<&str> {
     ours.next().is_none().then_some(name)
 }
 
+/// Whether a certificate names somebody whom the cell serves, a tenant or an administrator: its members' name nobody.
+pub(crate) fn is_served(certificate: &PeerCertificate) -> bool {
+    certificate.uris.iter().any(|uri| uri.starts_with(OUR_URIS))
+}
+
 /// Whether a certificate is an administrator's.
 ///
 /// # Errors

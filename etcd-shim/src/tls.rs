@@ -5,6 +5,7 @@
 //!
 //! Whose certificates count, [`crate::authorities`] says.
 
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -14,14 +15,17 @@ use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, Server
 use rustls::crypto::{verify_tls12_signature, verify_tls13_signature};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
-use rustls::server::danger::ClientCertVerifier;
+use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
 use rustls::server::{ClientHello, NoServerSessionStorage, WebPkiClientVerifier};
-use rustls::{ClientConfig, DigitallySignedStruct, RootCertStore, ServerConfig, SignatureScheme};
+use rustls::{
+    CertificateError, ClientConfig, DigitallySignedStruct, DistinguishedName, RootCertStore, ServerConfig,
+    SignatureScheme,
+};
 use tenure_raft_server::transport::peers::PeerTls;
 
 use crate::authorities::{self, Authorities, ByTenant};
 use crate::flags::TlsFiles;
-use crate::tenant::PeerCertificate;
+use crate::tenant::{PeerCertificate, is_served};
 
 /// Why the files do not make a TLS server.
 #[derive(Debug, thiserror::Error)]
@@ -50,7 +54,7 @@ pub struct Tls {
     files: TlsFiles,
     /// Where tenants' own CAs are looked up; `None`: the cell's CA is all there is.
     authorities: Option<Arc<Authorities>>,
-    current: Mutex<(Option<SystemTime>, Configs)>,
+    current: Mutex<(FileStates, Configs)>,
 }
 
 impl Tls {
@@ -59,6 +63,8 @@ impl Tls {
     /// # Errors
     /// [`TlsError`].
     pub fn new(files: TlsFiles, hosts: &[String], authorities: Option<Arc<Authorities>>) -> Result<Self, TlsError> {
+        // Before they are read: what changes meanwhile is read again.
+        let states = files.states();
         let configs = match &files {
             TlsFiles::Files { cert_file, key_file, trusted_ca_file } => {
                 load(cert_file, key_file, trusted_ca_file.as_deref(), authorities.as_ref())?
@@ -68,7 +74,7 @@ impl Tls {
                 configs(None, vec![certificate], key, None)?
             }
         };
-        Ok(Tls { current: Mutex::new((newest_change(&files), configs)), files, authorities })
+        Ok(Tls { current: Mutex::new((states, configs)), files, authorities })
     }
 
     /// Whether the cell's CA signed the certificate that a chain begins with.
@@ -80,12 +86,12 @@ impl Tls {
     /// The configuration for this hello. Changed files are read first; unreadable ones keep the old certificate.
     pub fn choose(&self, hello: &ClientHello<'_>) -> Arc<ServerConfig> {
         let mut current = self.current.lock();
-        let changed = newest_change(&self.files);
+        let states = self.files.states();
         if let TlsFiles::Files { cert_file, key_file, trusted_ca_file } = &self.files
-            && changed != current.0
+            && states != current.0
         {
             match load(cert_file, key_file, trusted_ca_file.as_deref(), self.authorities.as_ref()) {
-                Ok(configs) => *current = (changed, configs),
+                Ok(configs) => *current = (states, configs),
                 Err(error) => tracing::warn!(%error, "keep the old certificate"),
             }
         }
@@ -94,13 +100,22 @@ impl Tls {
     }
 }
 
-fn newest_change(files: &TlsFiles) -> Option<SystemTime> {
-    let TlsFiles::Files { cert_file, key_file, trusted_ca_file, .. } = files else { return None };
-    newest_of([Some(cert_file), Some(key_file), trusted_ca_file.as_ref()].into_iter().flatten())
+/// What tells a file from another one under its name, whichever is older: when it was written and where it is. `None`: there is none.
+type FileStates = Vec<Option<(SystemTime, u64)>>;
+
+impl TlsFiles {
+    fn states(&self) -> FileStates {
+        let TlsFiles::Files { cert_file, key_file, trusted_ca_file } = self else { return FileStates::new() };
+        states_of([cert_file, key_file].into_iter().chain(trusted_ca_file))
+    }
 }
 
-fn newest_of<'a>(paths: impl Iterator<Item = &'a PathBuf>) -> Option<SystemTime> {
-    paths.filter_map(|path| path.metadata().ok()?.modified().ok()).max()
+fn states_of<'a>(paths: impl Iterator<Item = &'a PathBuf>) -> FileStates {
+    let state = |path: &PathBuf| {
+        let metadata = path.metadata().ok()?;
+        Some((metadata.modified().ok()?, metadata.ino()))
+    };
+    paths.map(state).collect()
 }
 
 /// The certificates of a PEM text.
@@ -206,7 +221,7 @@ pub enum PeerTlsFiles {
 #[derive(Debug)]
 pub struct MemberTls {
     files: PeerTlsFiles,
-    current: Mutex<(Option<SystemTime>, MemberConfigs)>,
+    current: Mutex<(FileStates, MemberConfigs)>,
 }
 
 #[derive(Clone, Debug)]
@@ -221,17 +236,17 @@ impl MemberTls {
     /// # Errors
     /// [`TlsError`].
     pub fn new(files: PeerTlsFiles, hosts: &[String]) -> Result<Self, TlsError> {
-        let changed = files.newest_change();
-        Ok(MemberTls { current: Mutex::new((changed, MemberConfigs::load(&files, hosts)?)), files })
+        let states = files.states();
+        Ok(MemberTls { current: Mutex::new((states, MemberConfigs::load(&files, hosts)?)), files })
     }
 
     /// Changed files are read first; unreadable ones keep the old certificates.
     fn current(&self) -> MemberConfigs {
         let mut current = self.current.lock();
-        let changed = self.files.newest_change();
-        if changed != current.0 {
+        let states = self.files.states();
+        if states != current.0 {
             match MemberConfigs::load(&self.files, &[]) {
-                Ok(configs) => *current = (changed, configs),
+                Ok(configs) => *current = (states, configs),
                 Err(error) => tracing::warn!(%error, "keep the old certificate of this member"),
             }
         }
@@ -250,10 +265,12 @@ impl PeerTls for MemberTls {
 }
 
 impl PeerTlsFiles {
-    fn newest_change(&self) -> Option<SystemTime> {
-        let PeerTlsFiles::Files { cert_file, key_file, trusted_ca_file, client } = self else { return None };
+    fn states(&self) -> FileStates {
+        let PeerTlsFiles::Files { cert_file, key_file, trusted_ca_file, client } = self else {
+            return FileStates::new();
+        };
         let client = client.iter().flat_map(|(cert_file, key_file)| [cert_file, key_file]);
-        newest_of([cert_file, key_file].into_iter().chain(trusted_ca_file).chain(client))
+        states_of([cert_file, key_file].into_iter().chain(trusted_ca_file).chain(client))
     }
 }
 
@@ -270,7 +287,7 @@ impl MemberConfigs {
                     Some(ca) => {
                         let roots = Arc::new(roots_of(ca)?);
                         let verifier = WebPkiClientVerifier::builder_with_provider(Arc::clone(&roots), provider);
-                        (server.with_client_cert_verifier(verifier.build()?), roots)
+                        (server.with_client_cert_verifier(Arc::new(MembersAlone(verifier.build()?))), roots)
                     }
                     None => (server.with_no_client_auth(), Arc::new(system_roots())),
                 };
@@ -290,6 +307,57 @@ impl MemberConfigs {
         server.alpn_protocols = vec![b"h2".to_vec()];
         client.alpn_protocols = vec![b"h2".to_vec()];
         Ok(MemberConfigs { server: Arc::new(server), client: Arc::new(client) })
+    }
+}
+
+/// Takes no certificate of somebody whom the cell serves. Often one CA signs for members and clients, and a tenant that passed for a
+/// member would have all tenants' data.
+#[derive(Debug)]
+struct MembersAlone(Arc<dyn ClientCertVerifier>);
+
+impl ClientCertVerifier for MembersAlone {
+    fn root_hint_subjects(&self) -> &[DistinguishedName] {
+        self.0.root_hint_subjects()
+    }
+
+    fn verify_client_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        now: UnixTime,
+    ) -> Result<ClientCertVerified, rustls::Error> {
+        let verified = self.0.verify_client_cert(end_entity, intermediates, now)?;
+        match read_certificate(end_entity) {
+            Some(certificate) if !is_served(&certificate) => Ok(verified),
+            Some(_) | None => {
+                tracing::warn!(
+                    "refuse a connection to the members: its certificate is a tenant's or an administrator's"
+                );
+                Err(CertificateError::ApplicationVerificationFailure.into())
+            }
+        }
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        self.0.verify_tls12_signature(message, certificate, signature)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        self.0.verify_tls13_signature(message, certificate, signature)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.0.supported_verify_schemes()
     }
 }
 
@@ -334,8 +402,13 @@ impl ServerCertVerifier for AnyCertificate {
 
 /// What a verified certificate says; empty if it cannot be read.
 pub fn peer_certificate(der: &CertificateDer<'_>) -> PeerCertificate {
+    read_certificate(der).unwrap_or_default()
+}
+
+/// `None`: it cannot be read.
+fn read_certificate(der: &CertificateDer<'_>) -> Option<PeerCertificate> {
     use x509_parser::extensions::GeneralName;
-    let Ok((_, certificate)) = x509_parser::parse_x509_certificate(der) else { return PeerCertificate::default() };
+    let (_, certificate) = x509_parser::parse_x509_certificate(der).ok()?;
     let names = certificate.subject_alternative_name().ok().flatten().map(|san| &san.value.general_names);
     let uri = |name: &GeneralName<'_>| if let GeneralName::URI(uri) = name { Some(uri.to_string()) } else { None };
     let uris = names.into_iter().flatten().filter_map(uri);
@@ -344,5 +417,5 @@ pub fn peer_certificate(der: &CertificateDer<'_>) -> PeerCertificate {
     let serial = certificate.raw_serial().iter().copied().skip_while(|byte| *byte == 0).collect();
     let common_name = certificate.subject().iter_common_name().next().and_then(|name| name.as_str().ok());
     let common_name = common_name.map(str::to_string);
-    PeerCertificate { uris: uris.collect(), common_name, serial, not_before_ms }
+    Some(PeerCertificate { uris: uris.collect(), common_name, serial, not_before_ms })
 }

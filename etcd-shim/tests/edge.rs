@@ -12,10 +12,13 @@ use tenure_etcd_shim::Tenure;
 use tenure_etcd_shim::flags::TlsFiles;
 use tenure_etcd_shim::listen::ConnectionLimits;
 use tenure_etcd_shim::proto::etcdserverpb::RangeRequest;
+use tenure_etcd_shim::tls::{MemberTls, PeerTlsFiles};
+use tenure_raft_server::transport::peers::PeerTls as _;
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
-use tokio::net::TcpStream;
+use tokio::net::{TcpListener, TcpStream};
+use tokio_rustls::TlsAcceptor;
 
-use client::{Authority, connect, put, unary, write};
+use client::{Authority, Identity, connect, put, unary, write};
 
 /// A served store with one TLS listener and a tenant `acme`.
 async fn serve_tls(dir: &Path, server: &Authority, clients: Option<&Authority>) -> Tenure {
@@ -35,6 +38,20 @@ async fn http1<S: AsyncRead + AsyncWrite + Unpin>(mut stream: S, path: &str) -> 
     let mut answer = Vec::new();
     stream.read_to_end(&mut answer).await?;
     Ok(String::from_utf8_lossy(&answer).into_owned())
+}
+
+/// What a TLS server of these files says to somebody who connects with a certificate: whether it lets them in.
+async fn members_let_in(files: PeerTlsFiles, authority: &Authority, identity: Option<&Identity>) -> bool {
+    let tls = MemberTls::new(files, &[]).unwrap();
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let accepted = async {
+        let (stream, _) = listener.accept().await.unwrap();
+        TlsAcceptor::from(tls.server()).accept(stream).await.is_ok()
+    };
+    // In TLS 1.3 the client is done before the server has looked at its certificate.
+    let (accepted, _connected) = tokio::join!(accepted, connect(address, authority, identity, b"h2"));
+    accepted
 }
 
 async fn revision(tenure: &Tenure, tenant: &str) -> i64 {
@@ -139,5 +156,86 @@ async fn a_client_that_pings_too_often_is_sent_away() {
     let goaway = b"\x00\x00\x00\x0btoo_many_pings";
     assert!(answer.windows(goaway.len()).any(|bytes| bytes == goaway), "{}", answer.escape_ascii());
     put(TcpStream::connect(tenure.addresses()[0]).await.unwrap(), "k").await.unwrap();
+    tenure.stop().await;
+}
+
+// One CA signs for members and clients in a cell as `tenurectl cell init` makes it: a tenant that could speak to members' ports as one of
+// them would have every tenant's data.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn members_take_nobody_whom_they_serve() {
+    let dir = tempfile::tempdir().unwrap();
+    let authority = Authority::new();
+    let own = authority.sign(&[]);
+    let files = PeerTlsFiles::Files {
+        cert_file: write(dir.path(), "peer.crt", &own.pem),
+        key_file: write(dir.path(), "peer.key", &own.key.serialize_pem()),
+        trusted_ca_file: Some(write(dir.path(), "ca.crt", &authority.certificate.pem())),
+        client: None,
+    };
+    assert!(members_let_in(files.clone(), &authority, Some(&own)).await);
+    assert!(members_let_in(files.clone(), &authority, Some(&authority.sign(&["spiffe://example/m2"]))).await);
+    for uris in [
+        &["tenure://tenant/acme"][..],
+        &["tenure://admin"],
+        &["spiffe://example/m2", "tenure://tenant/acme"],
+        &["tenure://something/else"],
+    ] {
+        assert!(!members_let_in(files.clone(), &authority, Some(&authority.sign(uris))).await, "{uris:?}");
+    }
+    assert!(!members_let_in(files.clone(), &authority, Some(&Authority::new().sign(&[]))).await);
+    assert!(!members_let_in(files, &authority, None).await);
+}
+
+// Silent clients, more than handshakes may be under way: whoever comes with a certificate gets in all the same.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn silent_clients_keep_nobody_out() {
+    let dir = tempfile::tempdir().unwrap();
+    let authority = Authority::new();
+    let tenure = serve_tls(dir.path(), &authority, None).await;
+    let address = tenure.addresses()[0];
+    let mut silent = Vec::new();
+    for _ in 0..600 {
+        silent.push(TcpStream::connect(address).await.unwrap());
+    }
+    put(connect(address, &authority, None, b"h2").await.unwrap(), "k").await.unwrap();
+    // The first of them was closed, though it did nothing wrong but wait.
+    assert_eq!(silent[0].read(&mut [0; 1]).await.unwrap(), 0);
+    tenure.stop().await;
+}
+
+// A certificate is replaced by one that is older than the key beside it, as tools do that keep the times of files; then the CA.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn files_that_change_are_read_again_whatever_their_age() {
+    let dir = tempfile::tempdir().unwrap();
+    let (before, after) = (Authority::new(), Authority::new());
+    let tenure = serve_tls(dir.path(), &before, Some(&before)).await;
+    let address = tenure.addresses()[0];
+    let acme = |authority: &Authority| authority.sign(&["tenure://tenant/acme"]);
+    let is_served =
+        async |server: &Authority, client: &Authority| match connect(address, server, Some(&acme(client)), b"h2").await
+        {
+            Ok(stream) => put(stream, "k").await.is_ok(),
+            Err(_) => false,
+        };
+    let replace = |name: &str, pem: &str, years: u64| {
+        let path = write(dir.path(), &format!("{name}.new"), pem);
+        let old = std::time::SystemTime::now() - Duration::from_secs(years * 365 * 86_400);
+        std::fs::File::options().write(true).open(&path).unwrap().set_modified(old).unwrap();
+        std::fs::rename(path, dir.path().join(name)).unwrap();
+    };
+    assert!(is_served(&before, &before).await);
+
+    // Half of a pair: the old one serves on.
+    let identity = after.sign(&[]);
+    replace("server.crt", &identity.pem, 2);
+    assert!(is_served(&before, &before).await && !is_served(&after, &before).await);
+    replace("server.key", &identity.key.serialize_pem(), 3);
+    assert!(is_served(&after, &before).await && !is_served(&before, &before).await);
+
+    let both = [before.certificate.pem(), after.certificate.pem()].concat();
+    replace("ca.crt", &both, 4);
+    assert!(is_served(&after, &before).await && is_served(&after, &after).await);
+    replace("ca.crt", &after.certificate.pem(), 5);
+    assert!(is_served(&after, &after).await && !is_served(&after, &before).await);
     tenure.stop().await;
 }
