@@ -502,7 +502,7 @@ impl Cell {
                 Ok(Outcome { result: Err(Refusal::MemberNotFound), .. }) => return Err(OpenError::Removed),
                 Ok(Outcome { result: Err(refusal), .. }) => return Err(OpenError::SetUp(refusal.into())),
                 // A new cell's first leader may be gone before it has said much.
-                Err(CellError::TimeoutWrite | CellError::LeaderChanged) => {}
+                Err(CellError::TimeoutWrite | CellError::TimeoutApply | CellError::LeaderChanged) => {}
                 Err(error) => return Err(OpenError::SetUp(error)),
             }
         }
@@ -817,7 +817,9 @@ impl Inner {
         }
         let envelope = Envelope { tenant, member_id: self.identity().member_id, command }.encode();
         let deadline = Instant::now() + self.request_timeout;
-        // As in etcd, a write without a leader waits for one, as long as it may.
+        // As in etcd, a write without a leader waits for one, as long as it may, and is said to have found none, or to have been given
+        // to one that did not get it through.
+        let had_leader = self.raft.status().leader_id != 0;
         let written = async {
             match term {
                 Some(term) => self.raft.propose_in_term(term, lane, envelope).await,
@@ -826,6 +828,7 @@ impl Inner {
         };
         match timeout_at(deadline, written).await {
             Ok(written) => written.map_err(CellError::from),
+            Err(_) if had_leader => Err(CellError::TimeoutApply),
             Err(_) => Err(CellError::TimeoutWrite),
         }
     }

@@ -17,9 +17,12 @@ pub enum CellError {
     /// The leader changed while the write was on its way: it may or may not happen.
     #[error("leader changed")]
     LeaderChanged,
-    /// A write was not answered in time: it may or may not happen.
+    /// A write found no leader in time: it may or may not happen.
     #[error("write timed out")]
     TimeoutWrite,
+    /// A write that a leader was there for was not answered in time: it may or may not happen.
+    #[error("write timed out under way")]
+    TimeoutApply,
     /// A read was not answered in time; asking again is safe.
     #[error("read timed out")]
     TimeoutRead,

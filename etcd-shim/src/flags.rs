@@ -17,7 +17,7 @@ use crate::ids::{CLUSTER_TOKEN_DEFAULT, PEER_URL_DEFAULT};
 use crate::issuer::IssuerFiles;
 use crate::listen::ConnectionLimits;
 use crate::logging::{LogFormat, LogOutput, LogSettings};
-use crate::service::{MAX_REQUEST_BYTES, MAX_TXN_OPS};
+use crate::service::{MAX_REQUEST_BYTES, MAX_TXN_OPS, REQUEST_BYTES_BOUND};
 use crate::tls::PeerTlsFiles;
 use crate::urls::{check_member_url, has_port};
 
@@ -149,7 +149,7 @@ const FLAGS: &[Group] = &[
                 Kind::Number,
                 "free bytes on the disk below which writes are refused (default 268435456, or a tenth of the disk)",
             ),
-            ("max-request-bytes", Kind::Number, "largest write (default 1572864)"),
+            ("max-request-bytes", Kind::Number, "largest write (default 1572864, at most 15728640)"),
             ("max-txn-ops", Kind::Number, "most operations of a txn (default 128)"),
             ("watch-progress-notify-interval", Kind::Duration, "period of watch progress (default 10m)"),
         ],
@@ -541,6 +541,16 @@ impl Given {
         }
     }
 
+    /// A write travels between members as one command of the log, which has a bound.
+    fn max_request_bytes(&self) -> Result<usize, FlagError> {
+        let bytes = self.number("max-request-bytes", MAX_REQUEST_BYTES)?;
+        if bytes > REQUEST_BYTES_BOUND {
+            let want = format!("want at most {REQUEST_BYTES_BOUND}");
+            return Err(bad("max-request-bytes", &bytes.to_string(), &want));
+        }
+        Ok(bytes)
+    }
+
     /// Refuses what is not built and asked for; answers what is given without having an effect.
     fn check_unused(&self) -> Result<Vec<&'static str>, FlagError> {
         for (name, _, harmless) in NOT_BUILT {
@@ -628,7 +638,7 @@ impl Given {
             },
             force_new_cluster: self.is_set("force-new-cluster")?,
             quota_backend_bytes: self.number("quota-backend-bytes", 0)?,
-            max_request_bytes: self.number("max-request-bytes", MAX_REQUEST_BYTES)?,
+            max_request_bytes: self.max_request_bytes()?,
             max_txn_ops: self.number("max-txn-ops", MAX_TXN_OPS)?,
             progress_period: self.progress_period()?,
             heartbeat_interval,
@@ -925,6 +935,19 @@ mod tests {
             (&["--initial-cluster-state=old"], "for flag -initial-cluster-state: want new or existing"),
             (&["--peer-key-file=k"], "--peer-cert-file and --peer-key-file must both be given, or neither"),
             (&["--listen-peer-urls=https://127.0.0.1:1"], "TLS needs --peer-cert-file and --peer-key-file"),
+            (&["--peer-client-cert-auth"], "--peer-client-cert-auth needs --peer-cert-file and --peer-key-file"),
+            (
+                &["--peer-auto-tls", "--peer-trusted-ca-file=c"],
+                "--peer-trusted-ca-file needs --peer-cert-file and --peer-key-file",
+            ),
+            (
+                &["--peer-cert-file=c", "--peer-key-file=k", "--peer-client-cert-auth"],
+                "--peer-client-cert-auth needs --peer-trusted-ca-file",
+            ),
+            (
+                &["--max-request-bytes=15728641"],
+                "invalid value \"15728641\" for flag -max-request-bytes: want at most 15728640",
+            ),
             (&["--max-txn-ops=x"], "invalid value \"x\" for flag -max-txn-ops: want a number"),
             (&["--client-cert-auth=maybe"], "invalid value \"maybe\" for flag -client-cert-auth: want true or false"),
             (&["--cert-file=c"], "--cert-file and --key-file must both be given, or neither"),

@@ -77,7 +77,7 @@ impl From<CellError> for Status {
             CellError::NoLeader => (Code::Unavailable, "etcdserver: no leader"),
             CellError::LeaderChanged => (Code::Unavailable, "etcdserver: leader changed"),
             CellError::TimeoutWrite => (Code::DeadlineExceeded, "context deadline exceeded"),
-            CellError::TimeoutRead => (Code::Unavailable, "etcdserver: request timed out"),
+            CellError::TimeoutApply | CellError::TimeoutRead => (Code::Unavailable, "etcdserver: request timed out"),
             CellError::TooManyRequests => (Code::ResourceExhausted, "etcdserver: too many requests"),
             CellError::TooLarge => (Code::InvalidArgument, "etcdserver: request is too large"),
             CellError::Stopped => (Code::Unavailable, "etcdserver: server stopped"),
@@ -147,44 +147,91 @@ mod tests {
 
     #[test]
     fn errors_have_etcds_code_and_text() {
-        let cases: Vec<(Status, Code, &str)> = vec![
+        let refused = [
             (
-                CellError::from(Refusal::Compacted { compact_revision: 7 }).into(),
+                Refusal::Compacted { compact_revision: 7 },
                 Code::OutOfRange,
                 "etcdserver: mvcc: required revision has been compacted",
             ),
+            (Refusal::FutureRevision, Code::OutOfRange, "etcdserver: mvcc: required revision is a future revision"),
+            (Refusal::LeaseNotFound(LeaseId(5)), Code::NotFound, "etcdserver: requested lease not found"),
+            (Refusal::LeaseExists(LeaseId(5)), Code::FailedPrecondition, "etcdserver: lease already exists"),
+            (Refusal::KeyNotFound, Code::InvalidArgument, "etcdserver: key not found"),
+            (Refusal::NoSpace, Code::ResourceExhausted, "etcdserver: mvcc: database space exceeded"),
+            (Refusal::Corrupt, Code::DataLoss, "etcdserver: corrupt cluster"),
+            (Refusal::TxnTooLarge, Code::InvalidArgument, "etcdserver: request is too large"),
+            (Refusal::MemberNotFound, Code::NotFound, "etcdserver: member not found"),
+            (Refusal::MemberExists, Code::FailedPrecondition, "etcdserver: member ID already exist"),
+            (Refusal::PeerUrlExists, Code::FailedPrecondition, "etcdserver: Peer URLs already exists"),
+            (Refusal::MemberNotLearner, Code::FailedPrecondition, "etcdserver: can only promote a learner member"),
+            (Refusal::ReadOnly, Code::PermissionDenied, "etcdserver: tenant is read-only"),
+            (Refusal::Suspended, Code::PermissionDenied, "etcdserver: tenant is suspended"),
+            (Refusal::TooManyLeases, Code::ResourceExhausted, "etcdserver: too many requests"),
+        ];
+        let failed = [
+            (CellError::NoLeader, Code::Unavailable, "etcdserver: no leader"),
+            (CellError::LeaderChanged, Code::Unavailable, "etcdserver: leader changed"),
+            (CellError::TimeoutWrite, Code::DeadlineExceeded, "context deadline exceeded"),
+            (CellError::TimeoutApply, Code::Unavailable, "etcdserver: request timed out"),
+            (CellError::TimeoutRead, Code::Unavailable, "etcdserver: request timed out"),
+            (CellError::TooManyRequests, Code::ResourceExhausted, "etcdserver: too many requests"),
+            (CellError::TooLarge, Code::InvalidArgument, "etcdserver: request is too large"),
+            (CellError::Stopped, Code::Unavailable, "etcdserver: server stopped"),
             (
-                CellError::from(Refusal::FutureRevision).into(),
-                Code::OutOfRange,
-                "etcdserver: mvcc: required revision is a future revision",
+                CellError::Membership(MembershipError::BadUrls),
+                Code::InvalidArgument,
+                "etcdserver: given member URLs are invalid",
+            ),
+            (CellError::Membership(MembershipError::Unhealthy), Code::Unavailable, "etcdserver: unhealthy cluster"),
+            (
+                CellError::Membership(MembershipError::NotEnoughStarted),
+                Code::FailedPrecondition,
+                "etcdserver: re-configuration failed due to not enough started members",
             ),
             (
-                CellError::from(Refusal::LeaseNotFound(LeaseId(5))).into(),
-                Code::NotFound,
-                "etcdserver: requested lease not found",
+                CellError::Membership(MembershipError::TooManyLearners),
+                Code::FailedPrecondition,
+                "etcdserver: too many learner members in cluster",
             ),
-            (CellError::from(Refusal::KeyNotFound).into(), Code::InvalidArgument, "etcdserver: key not found"),
             (
-                CellError::from(Refusal::NoSpace).into(),
-                Code::ResourceExhausted,
-                "etcdserver: mvcc: database space exceeded",
+                CellError::Membership(MembershipError::LearnerNotReady),
+                Code::FailedPrecondition,
+                "etcdserver: can only promote a learner member which is in sync with leader",
             ),
-            (CellError::from(Refusal::Corrupt).into(), Code::DataLoss, "etcdserver: corrupt cluster"),
-            (CellError::TimeoutWrite.into(), Code::DeadlineExceeded, "context deadline exceeded"),
-            (CellError::TimeoutRead.into(), Code::Unavailable, "etcdserver: request timed out"),
-            (CheckError::EmptyKey.into(), Code::InvalidArgument, "etcdserver: key is not provided"),
-            (CheckError::KeyNotFound.into(), Code::InvalidArgument, "etcdserver: key not found"),
-            (CheckError::DuplicateKey.into(), Code::InvalidArgument, "etcdserver: duplicate key given in txn request"),
-            (CheckError::TooManyOps.into(), Code::InvalidArgument, "etcdserver: too many operations in txn request"),
-            (CheckError::RequestTooLarge.into(), Code::InvalidArgument, "etcdserver: request is too large"),
-            (CheckError::LeaseTtlTooLarge.into(), Code::OutOfRange, "etcdserver: too large lease TTL"),
+            (CellError::Membership(MembershipError::NotLeader), Code::FailedPrecondition, "etcdserver: not leader"),
             (
-                CheckError::StreamSortOrder.into(),
-                Code::Unimplemented,
-                "RangeStream does not support custom sort orders",
+                CellError::Membership(MembershipError::Learner),
+                Code::FailedPrecondition,
+                "etcdserver: rpc not supported for learner",
+            ),
+            (
+                CellError::Membership(MembershipError::BadTransferee),
+                Code::FailedPrecondition,
+                "etcdserver: bad leader transferee",
+            ),
+            (
+                CellError::Membership(MembershipError::TransferTimeout),
+                Code::Unknown,
+                "etcdserver: request timed out, leader transfer took too long",
             ),
         ];
-        for (status, code, text) in cases {
+        let refused = refused.into_iter().map(|(refusal, code, text)| (CellError::from(refusal), code, text));
+        let failed = refused.chain(failed).map(|(error, code, text)| (Status::from(error), code, text));
+        let checked = [
+            (CheckError::EmptyKey, Code::InvalidArgument, "etcdserver: key is not provided"),
+            (CheckError::KeyNotFound, Code::InvalidArgument, "etcdserver: key not found"),
+            (CheckError::ValueProvided, Code::InvalidArgument, "etcdserver: value is provided"),
+            (CheckError::LeaseProvided, Code::InvalidArgument, "etcdserver: lease is provided"),
+            (CheckError::DuplicateKey, Code::InvalidArgument, "etcdserver: duplicate key given in txn request"),
+            (CheckError::TooManyOps, Code::InvalidArgument, "etcdserver: too many operations in txn request"),
+            (CheckError::InvalidSortOption, Code::InvalidArgument, "etcdserver: invalid sort option"),
+            (CheckError::RequestTooLarge, Code::InvalidArgument, "etcdserver: request is too large"),
+            (CheckError::LeaseTtlTooLarge, Code::OutOfRange, "etcdserver: too large lease TTL"),
+            (CheckError::StreamSortOrder, Code::Unimplemented, "RangeStream does not support custom sort orders"),
+            (CheckError::StreamRevisionFilter, Code::Unimplemented, "RangeStream does not support revision filters"),
+        ];
+        let checked = checked.into_iter().map(|(error, code, text)| (Status::from(error), code, text));
+        for (status, code, text) in failed.chain(checked) {
             assert_eq!((status.code(), status.message()), (code, text));
         }
     }

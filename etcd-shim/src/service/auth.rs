@@ -44,8 +44,9 @@ impl Auth for AuthService {
 
     async fn authenticate(
         &self,
-        _: Request<pb::AuthenticateRequest>,
+        request: Request<pb::AuthenticateRequest>,
     ) -> Result<Response<pb::AuthenticateResponse>, Status> {
+        self.context.tenant_of(&request)?;
         Err(auth_not_enabled())
     }
 

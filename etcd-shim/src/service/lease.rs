@@ -53,6 +53,7 @@ fn leader_is_missing(error: CellError) -> CellError {
         | CellError::NoLeader
         | CellError::LeaderChanged
         | CellError::TimeoutWrite
+        | CellError::TimeoutApply
         | CellError::TooManyRequests
         | CellError::TooLarge
         | CellError::Membership(_)

@@ -61,6 +61,7 @@ async fn alarms_of(tenant: &Tenant, kind: AlarmKind) -> Result<AlarmResponse, St
         | CellError::NoLeader
         | CellError::LeaderChanged
         | CellError::TimeoutWrite
+        | CellError::TimeoutApply
         | CellError::TooManyRequests
         | CellError::TooLarge
         | CellError::Membership(_)

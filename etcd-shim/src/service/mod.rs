@@ -37,6 +37,9 @@ pub const STORAGE_VERSION: &str = "3.7.0";
 /// Largest write in bytes, unless `--max-request-bytes` says otherwise: etcd's default.
 pub const MAX_REQUEST_BYTES: usize = 3 << 19;
 
+/// What that may be set to. A command of the log has up to 16 MiB, with what goes with it.
+pub const REQUEST_BYTES_BOUND: usize = 15 << 20;
+
 /// Most operations of a txn, per level, unless `--max-txn-ops` says otherwise: etcd's default.
 pub const MAX_TXN_OPS: usize = 128;
 
@@ -79,7 +82,7 @@ impl Context {
     }
 
     /// The tenant whose connection this request came in on. Also the place where a request that wants a leader is turned
-    /// away while there is none (contract 3.1), and where a learner refuses, because every method passes here first.
+    /// away while there is none (contract 3.1), and where a learner refuses, because every method that is built passes here first.
     ///
     /// # Errors
     /// `PermissionDenied` if the connection belongs to no tenant, or to one that does not exist; [`CellError::NoLeader`].

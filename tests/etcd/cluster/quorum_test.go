@@ -55,10 +55,17 @@ func quorumLost(t *testing.T, kind harness.Kind, led bool) {
 	for _, m := range others {
 		m.Kill()
 	}
+	// While it still knows of a leader, be it itself: the write is on its way and gets nowhere.
+	underway := make(chan error, 1)
+	go func() {
+		_, err := etcdserverpb.NewKVClient(wireTo(t, left)).Put(testContext(t), &etcdserverpb.PutRequest{Key: []byte("underway")})
+		underway <- err
+	}()
 	await(t, "the last member to know that it has no leader", func() bool {
 		status, err := statusOf(t, left)
 		return err == nil && status.Leader == 0
 	})
+	equal(t, "error of a write that was on its way", fmt.Sprint(<-underway), "rpc error: code = Unavailable desc = etcdserver: request timed out")
 	leaderless(t, left, id, grant.ID)
 	// A client's own get repeats itself until its context ends.
 	brief, cancelBrief := context.WithTimeout(context.Background(), time.Second)
