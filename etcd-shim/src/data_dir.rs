@@ -11,16 +11,24 @@
 //! `IDENTITY` is text, so that an operator can read it, in exactly this form:
 //!
 //! ```text
-//! tenure-data 2
+//! tenure-data 3
 //! member 8e9e05c52164694d
 //! cluster cdf818194e3a8c32
 //! token etcd-cluster
 //! check 5f3a9c01
 //! ```
 //!
-//! The number in the first line is the version of the whole directory's layout; a program that does not know it refuses
-//! to start. Version 1 had no `token`, the `--initial-cluster-token` of the first start; it is read, and stays as it is. `check` is the CRC-32 of everything before its line, as eight hexadecimal digits. The file is written beside
-//! its place, synced and renamed, so it is there whole or not at all.
+//! The number in the first line is the version of the whole directory's layout, its log and its state; a program that does not know it
+//! refuses to start. An older one is read, and becomes the newest when the directory is opened: what is written from then on a program of
+//! before would misread. `token`, the `--initial-cluster-token` of the first start, is missing where that was in version 1. `check` is the
+//! CRC-32 of everything before its line, as eight hexadecimal digits. The file is written beside its place, synced and renamed, so it is
+//! there whole or not at all.
+//!
+//! | version | new in it |
+//! |---|---|
+//! | 1 | |
+//! | 2 | the token |
+//! | 3 | tenants that operators make: their states, limits and revoked certificates, and the cell's; CAs of tenants; `log/synced` |
 //!
 //! A directory without `IDENTITY` must be empty (but for `LOCK`): a mistyped `--data-dir` must not be filled with files,
 //! and a directory of etcd's must not be taken for one of ours.
@@ -36,9 +44,8 @@ const LOCK: &str = "LOCK";
 const IDENTITY: &str = "IDENTITY";
 const IDENTITY_NEW: &str = "IDENTITY.new";
 
-/// Version of the layout that this program writes. It reads the one before it too.
-const LAYOUT_VERSION: u32 = 2;
-const LAYOUT_VERSION_WITHOUT_TOKEN: u32 = 1;
+/// Version of the layout that this program writes. It reads those before it too.
+const LAYOUT_VERSION: u32 = 3;
 
 /// Why a data directory cannot be used. Each is one clear line for the operator.
 #[derive(Debug, thiserror::Error)]
@@ -87,10 +94,21 @@ impl DataDir {
         }
         let lock = take_lock(path)?;
         let identity = match read_identity(path)? {
-            Some((identity, _)) => identity,
+            Some(found) => {
+                if found.version < LAYOUT_VERSION {
+                    write_identity(path, &Written { version: LAYOUT_VERSION, ..found.clone() })?;
+                    tracing::info!(
+                        from = found.version,
+                        to = LAYOUT_VERSION,
+                        "the data directory has another layout from now on"
+                    );
+                }
+                found.identity
+            }
             None => {
                 check_empty(path)?;
-                write_identity(path, first, token)?;
+                let token = Some(written(token));
+                write_identity(path, &Written { version: LAYOUT_VERSION, identity: first, token })?;
                 first
             }
         };
@@ -107,12 +125,12 @@ impl DataDir {
     /// # Errors
     /// As [`DataDir::open`], and [`DataDirError::OtherToken`].
     pub fn identity_in(path: &Path, token: &str) -> Result<Option<Identity>, DataDirError> {
-        match read_identity(path)? {
-            Some((_, Some(found))) if found != written(token) && token != CLUSTER_TOKEN_DEFAULT => {
+        let Some(found) = read_identity(path)? else { return Ok(None) };
+        match found.token {
+            Some(found) if found != written(token) && token != CLUSTER_TOKEN_DEFAULT => {
                 Err(DataDirError::OtherToken { path: path.to_path_buf(), found, given: token.to_string() })
             }
-            Some((identity, _)) => Ok(Some(identity)),
-            None => Ok(None),
+            Some(_) | None => Ok(Some(found.identity)),
         }
     }
 
@@ -176,20 +194,28 @@ fn written(token: &str) -> String {
     token.escape_default().to_string()
 }
 
-/// The token as it is written; without one: as version 1 was.
-fn encode_identity(identity: Identity, token: Option<&str>) -> String {
-    let Identity { member_id, cluster_id } = identity;
-    let version = if token.is_some() { LAYOUT_VERSION } else { LAYOUT_VERSION_WITHOUT_TOKEN };
-    let mut body = format!("tenure-data {version}\nmember {member_id:016x}\ncluster {cluster_id:016x}\n");
-    if let Some(token) = token {
-        body.push_str(&format!("token {token}\n"));
-    }
-    let check = crc32fast::hash(body.as_bytes());
-    format!("{body}check {check:08x}\n")
+/// What the file says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Written {
+    version: u32,
+    identity: Identity,
+    /// In the form in which it is written.
+    token: Option<String>,
 }
 
-/// The identity and, since version 2, the token, in the form in which it is written.
-fn read_identity(directory: &Path) -> Result<Option<(Identity, Option<String>)>, DataDirError> {
+impl Written {
+    fn encode(&self) -> String {
+        let Written { version, identity: Identity { member_id, cluster_id }, token } = self;
+        let mut body = format!("tenure-data {version}\nmember {member_id:016x}\ncluster {cluster_id:016x}\n");
+        if let Some(token) = token {
+            body.push_str(&format!("token {token}\n"));
+        }
+        let check = crc32fast::hash(body.as_bytes());
+        format!("{body}check {check:08x}\n")
+    }
+}
+
+fn read_identity(directory: &Path) -> Result<Option<Written>, DataDirError> {
     let path = directory.join(IDENTITY);
     let text = match fs::read_to_string(&path) {
         Ok(text) => text,
@@ -199,25 +225,24 @@ fn read_identity(directory: &Path) -> Result<Option<(Identity, Option<String>)>,
     let mut lines = text.lines();
     let mut field = |name: &str| lines.next()?.strip_prefix(name)?.strip_prefix(' ');
     // The version comes first: of another layout nothing else is known, not even that it has a checksum.
-    let has_token = match field("tenure-data") {
-        Some(version) if version == LAYOUT_VERSION.to_string() => true,
-        Some(version) if version == LAYOUT_VERSION_WITHOUT_TOKEN.to_string() => false,
-        Some(version) => return Err(DataDirError::UnknownVersion { version: version.to_string(), path }),
-        None => return Err(DataDirError::Damaged(path)),
+    let Some(version) = field("tenure-data") else { return Err(DataDirError::Damaged(path)) };
+    let version = match version.parse() {
+        Ok(known @ 1..=LAYOUT_VERSION) => known,
+        Ok(_) | Err(_) => return Err(DataDirError::UnknownVersion { version: version.to_string(), path }),
     };
     let mut id = |name: &str| field(name).and_then(|digits| u64::from_str_radix(digits, 16).ok());
     let identity = id("member").zip(id("cluster")).map(|(member_id, cluster_id)| Identity { member_id, cluster_id });
-    let token = has_token.then(|| field("token").unwrap_or_default().to_string());
-    match identity {
-        Some(identity) if encode_identity(identity, token.as_deref()) == text => Ok(Some((identity, token))),
+    let token = field("token").map(str::to_string);
+    match identity.map(|identity| Written { version, identity, token }) {
+        Some(found) if found.encode() == text => Ok(Some(found)),
         Some(_) | None => Err(DataDirError::Damaged(path)),
     }
 }
 
-fn write_identity(directory: &Path, identity: Identity, token: &str) -> Result<(), DataDirError> {
+fn write_identity(directory: &Path, identity: &Written) -> Result<(), DataDirError> {
     let new = directory.join(IDENTITY_NEW);
     let mut file = File::create(&new).map_err(io("create", &new))?;
-    file.write_all(encode_identity(identity, Some(&written(token))).as_bytes()).map_err(io("write", &new))?;
+    file.write_all(identity.encode().as_bytes()).map_err(io("write", &new))?;
     file.sync_all().map_err(io("sync", &new))?;
     let path = directory.join(IDENTITY);
     fs::rename(&new, &path).map_err(io("rename", &new))?;
@@ -268,26 +293,32 @@ mod tests {
         drop(DataDir::open(scratch.path(), FIRST, TOKEN).unwrap());
         let path = scratch.path().join(IDENTITY);
         let good = fs::read_to_string(&path).unwrap();
-        for bad in ["", "tenure-data 2\n", &good.replace("8e9e", "8e9f"), &good[..good.len() - 1]] {
+        for bad in ["", "tenure-data 3\n", &good.replace("8e9e", "8e9f"), &good[..good.len() - 1]] {
             fs::write(&path, bad).unwrap();
             assert!(matches!(DataDir::open(scratch.path(), FIRST, TOKEN), Err(DataDirError::Damaged(_))), "{bad:?}");
         }
-        fs::write(&path, good.replace("tenure-data 2", "tenure-data 3")).unwrap();
-        let error = DataDir::open(scratch.path(), FIRST, TOKEN).unwrap_err();
-        assert!(matches!(&error, DataDirError::UnknownVersion { version, .. } if version == "3"), "{error}");
+        for (version, unknown) in [("0", "0"), ("4", "4"), ("x y", "x y")] {
+            fs::write(&path, good.replace("tenure-data 3", &format!("tenure-data {version}"))).unwrap();
+            let error = DataDir::open(scratch.path(), FIRST, TOKEN).unwrap_err();
+            assert!(matches!(&error, DataDirError::UnknownVersion { version, .. } if version == unknown), "{error}");
+        }
     }
 
-    /// What the release before wrote.
+    // What earlier releases wrote. From then on they refuse the directory: they would not see what tenants' states are.
     #[test]
-    fn a_directory_without_a_token_is_read_and_stays() {
-        const VERSION_1: &str = "tenure-data 1\nmember 8e9e05c52164694d\ncluster cdf818194e3a8c32\ncheck 42b6d483\n";
-        let scratch = tempfile::tempdir().unwrap();
-        let path = scratch.path().join(IDENTITY);
-        fs::write(&path, VERSION_1).unwrap();
-        assert_eq!(DataDir::identity_in(scratch.path(), TOKEN).unwrap(), Some(FIRST));
-        let opened = DataDir::open(scratch.path(), Identity { member_id: 1, cluster_id: 2 }, TOKEN).unwrap();
-        assert_eq!(opened.identity(), FIRST);
-        assert_eq!(fs::read_to_string(&path).unwrap(), VERSION_1);
+    fn an_older_layout_is_read_and_becomes_the_newest() {
+        let version_1 = "tenure-data 1\nmember 8e9e05c52164694d\ncluster cdf818194e3a8c32\ncheck 42b6d483\n";
+        let version_2 = Written { version: 2, identity: FIRST, token: Some(written(TOKEN)) }.encode();
+        for (text, token) in [(version_1, None), (&version_2, Some(written(TOKEN)))] {
+            let scratch = tempfile::tempdir().unwrap();
+            let path = scratch.path().join(IDENTITY);
+            fs::write(&path, text).unwrap();
+            assert_eq!(DataDir::identity_in(scratch.path(), TOKEN).unwrap(), Some(FIRST));
+            assert_eq!(fs::read_to_string(&path).unwrap(), text, "only asked");
+            let opened = DataDir::open(scratch.path(), Identity { member_id: 1, cluster_id: 2 }, TOKEN).unwrap();
+            assert_eq!(opened.identity(), FIRST);
+            assert_eq!(read_identity(scratch.path()).unwrap(), Some(Written { version: 3, identity: FIRST, token }));
+        }
     }
 
     #[test]

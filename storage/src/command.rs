@@ -255,7 +255,7 @@ fn decode_command(r: &mut Reader) -> Result<Command, Fault> {
         11 => Command::Members(decode_members(r)?),
         12 => Command::Tenant(decode_tenant(r)?),
         13 => Command::SetDefaults { limits: decode_limit_changes(r)? },
-        _ => return Err(r.corrupt("command kind")),
+        _ => return Err(r.corrupt("command kind, or one of a later release")),
     })
 }
 
@@ -338,7 +338,7 @@ fn decode_tenant(r: &mut Reader) -> Result<TenantCommand, Fault> {
         6 => TenantCommand::Delete,
         7 => TenantCommand::Forget,
         8 => TenantCommand::SetTrustedCa { certificates: profile::decode_certificates(r)? },
-        _ => return Err(r.corrupt("tenant command kind")),
+        _ => return Err(r.corrupt("tenant command kind, or one of a later release")),
     })
 }
 
@@ -398,7 +398,7 @@ fn decode_members(r: &mut Reader) -> Result<MembersCommand, Fault> {
             client_urls: r.list(Reader::string)?,
             tenant_urls: r.list(|r| Ok((r.string()?, r.string()?)))?,
         },
-        _ => return Err(r.corrupt("members command kind")),
+        _ => return Err(r.corrupt("members command kind, or one of a later release")),
     })
 }
 
