@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use anyhow::Context as _;
 use serde_json::{Value, json};
 use tenure_etcd_shim::proto::etcdserverpb::{CompactionRequest, DefragmentRequest, RangeRequest};
 
@@ -148,6 +149,7 @@ pub(crate) fn base(plan: &Plan, workload: Workload) -> Load {
         warm_up: plan.warm_up,
         duration: plan.duration,
         prefix: format!("/bench/{}/", workload.name()),
+        cut: None,
     }
 }
 
@@ -474,14 +476,15 @@ impl Comparison<'_> {
             let txn =
                 Load { rate: Some(TAIL_RATE), duration: 3 * self.plan.duration, ..base(self.plan, Workload::KubeTxn) };
             let quiet = load::block_on(load::run(&target, &txn, &told))?;
-            let lists = Noise::begin(&self.plan.bench, &target.addresses[0], &list, txn.warm_up + txn.duration)?;
+            let mut lists = Noise::begin(&self.plan.bench, &target.addresses[0], &list)?;
+            lists.stand()?;
             let maintained = std::thread::spawn({
                 let target = target.clone();
                 move || load::block_on(maintain(&target))
             });
             let disturbed = load::block_on(load::run(&target, &txn, &told))?;
             maintained.join().map_err(|_| anyhow::anyhow!("the compaction panicked"))??;
-            let lists = lists.operations()?;
+            let lists = lists.end().and_then(|lists| lists["operations"].as_u64()).context("the lists failed")?;
             let p999 = |measured: &Measured| measured.latency_us.value_at_quantile(0.999);
             let ratio = p999(&disturbed) as f64 / p999(&quiet).max(1) as f64;
             self.audience.line(&format!(

@@ -16,7 +16,7 @@ pub mod floor;
 pub mod http2;
 pub mod idle;
 pub mod load;
-mod noise;
+pub mod noise;
 pub mod noisy;
 pub mod process;
 pub mod report;

@@ -17,6 +17,7 @@ use std::io;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
@@ -88,6 +89,8 @@ pub struct Load {
     pub duration: Duration,
     /// Start of all keys.
     pub prefix: String,
+    /// Once it is set, measuring ends early.
+    pub cut: Option<Arc<AtomicBool>>,
 }
 
 /// What a run gave. Latencies are in microseconds.
@@ -410,7 +413,8 @@ impl Session {
 
     async fn wait(&self, stage: Stage, duration: Duration, progress: Progress<'_>) -> anyhow::Result<()> {
         let from = Instant::now();
-        while from.elapsed() < duration {
+        let is_cut = || self.run.load.cut.as_ref().is_some_and(|cut| cut.load(Ordering::Relaxed));
+        while from.elapsed() < duration && !is_cut() {
             self.check()?;
             progress(stage, from.elapsed().as_secs_f64() / duration.as_secs_f64());
             let left = duration.saturating_sub(from.elapsed());

@@ -1,8 +1,10 @@
 //! `tenure-bench`: drives servers of the etcd v3 API and says what they did. See the library's essay.
 
+use std::cell::Cell;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -11,6 +13,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use tenure_benches::client::Workload;
 use tenure_benches::floor::Floor;
 use tenure_benches::load::{self, Load, Stage, Target};
+use tenure_benches::noise::STANDING;
 use tenure_benches::{compare, idle, report, tls};
 
 /// As in tenured: what it does is measured here too.
@@ -115,6 +118,9 @@ struct RunArgs {
     /// Print JSON, one line a workload, instead of the table.
     #[arg(long)]
     json: bool,
+    /// Print a line when connections and watches are open and the load begins; end it when the standard input ends.
+    #[arg(long)]
+    announce: bool,
 }
 
 #[derive(Args)]
@@ -197,6 +203,15 @@ fn run(args: &RunArgs) -> anyhow::Result<()> {
     if !args.json {
         say(&report::head());
     }
+    let cut = args.announce.then(|| {
+        let cut = Arc::new(AtomicBool::new(false));
+        let told = Arc::clone(&cut);
+        std::thread::spawn(move || {
+            let _ = std::io::copy(&mut std::io::stdin(), &mut std::io::sink());
+            told.store(true, Ordering::Relaxed);
+        });
+        cut
+    });
     for workload in &args.workloads {
         let load = Load {
             workload: *workload,
@@ -212,9 +227,16 @@ fn run(args: &RunArgs) -> anyhow::Result<()> {
             warm_up: Duration::from_secs_f64(args.warm_up),
             duration: Duration::from_secs_f64(args.duration),
             prefix: format!("{}{}/", args.prefix, workload.name()),
+            cut: cut.clone(),
         };
         let bar = progress_bar();
-        let told = |stage: Stage, part: f64| show(&bar, &workload.name(), stage, part);
+        let announced = Cell::new(!args.announce);
+        let told = |stage: Stage, part: f64| {
+            if stage != Stage::Preparing && !announced.replace(true) {
+                say(STANDING);
+            }
+            show(&bar, &workload.name(), stage, part);
+        };
         let measured = if args.filled {
             load::block_on(load::run_filled(&target, &load, &told))
         } else {

@@ -37,7 +37,7 @@ const NOISY_WATCHERS: u64 = 10_000;
 /// Of the noise's keys.
 const PREFIX: &str = "/noisy/";
 
-/// The noise begins so long before what is measured: ten thousand watches take a while to open.
+/// The noise stands for so long before what is measured.
 const NOISE_BEFORE: Duration = Duration::from_secs(1);
 
 /// A kind of noise; together they are all of it.
@@ -74,9 +74,6 @@ pub fn run(plan: &Plan, audience: &dyn Audience) -> anyhow::Result<Vec<Value>> {
     }
     Ok(figures)
 }
-
-/// Longer than any measurement.
-const NOISE_DURATION: Duration = Duration::from_secs(3600);
 
 /// Holds every tenant to what it may.
 async fn limit(data_dir: &Path) -> anyhow::Result<()> {
@@ -132,24 +129,32 @@ fn of_server(
     let p99 = |measured: &Measured| measured.latency_us.value_at_quantile(0.99);
     let alone = load::block_on(load::run(&quiet_target, &quiet, &told))?;
     let mut lines = vec![format!("alone {} µs", p99(&alone))];
-    let mut under = Vec::new();
+    let (mut under, mut noise_made) = (Vec::new(), Vec::new());
     let together: Vec<&Load> = noises.iter().map(|(_, noise)| noise).collect();
     let each = noises.iter().map(|(kind, noise)| (*kind, vec![noise]));
     for (kind, loads) in each.chain([("together", together)]) {
-        let noise =
-            loads.into_iter().map(|noise| Noise::begin(&plan.bench, &noisy_target.addresses[0], noise, NOISE_DURATION));
-        let noise: Vec<Noise> = noise.collect::<anyhow::Result<_>>()?;
+        let begin = |noise: &Load| Noise::begin(&plan.bench, &noisy_target.addresses[0], noise);
+        let mut noise: Vec<Noise> = loads.into_iter().map(begin).collect::<anyhow::Result<_>>()?;
+        noise.iter_mut().try_for_each(Noise::stand)?;
         std::thread::sleep(NOISE_BEFORE);
         let measured = load::block_on(load::run(&quiet_target, &quiet, &told))?;
-        drop(noise);
+        let made: Vec<Value> = noise.into_iter().map(|noise| noise.end().unwrap_or_default()).collect();
         let ratio = p99(&measured) as f64 / p99(&alone).max(1) as f64;
         lines.push(format!("{kind} {} µs (× {ratio:.1})", p99(&measured)));
+        if let [made] = &made[..] {
+            noise_made.push(match made["units_per_second"].as_f64() {
+                Some(units) => format!("{kind} {units:.0} {}", made["unit"].as_str().unwrap_or("units")),
+                None => format!("{kind} cut off"),
+            });
+        }
         under.push(json!({
             "noise": kind,
             "p99_ratio": ratio,
+            "made": made,
             "quiet": report::json(Workload::KubeTxn, name, &measured),
         }));
     }
     audience.line(&format!("{name:<17} {}", lines.join(", ")));
+    audience.line(&format!("{:<17} the noise: {}", "", noise_made.join(", ")));
     Ok(json!({ "server": name, "alone": report::json(Workload::KubeTxn, name, &alone), "under": under }))
 }

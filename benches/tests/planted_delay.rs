@@ -71,6 +71,7 @@ fn puts(rate: Option<f64>) -> Load {
         warm_up: Duration::from_millis(200),
         duration: Duration::from_millis(800),
         prefix: "/bench/".to_string(),
+        cut: None,
     }
 }
 
