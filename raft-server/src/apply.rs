@@ -7,6 +7,9 @@
 //! Each round takes all that is committed, up to `apply_bytes_max`, in one [`StateMachine::apply`]; publishes the applied
 //! index; only then answers, so whoever has a reply finds its effect in the state.
 //!
+//! Of a sole voter raft's thread does such a round itself if it is small and nothing is left from before ([`ApplyHere`]); a lock on the
+//! applier keeps the two apart, and raft's thread never waits for it.
+//!
 //! Whose reply it is. An entry proposed here is known by its place; a command that this member forwarded by its origin, which
 //! the entry carries. An entry of a new term says of all that still waits from earlier ones that it was lost: it goes
 //! back to the lanes ([`proposals`](crate::proposals)).
@@ -144,6 +147,17 @@ impl ApplySignal {
         self.bell.notify_one();
     }
 
+    /// As [`ApplySignal::raise`], for entries that the caller applies itself: the apply thread sleeps on. Gives whether the caller may:
+    /// nothing else is to be done after `applied`.
+    fn raise_quietly(&self, applied: u64, commit_index: u64) -> bool {
+        let mut level = self.state.lock();
+        let is_idle = !level.replaced && level.install.is_none() && level.commit_index <= applied;
+        if is_idle {
+            level.commit_index = commit_index;
+        }
+        is_idle
+    }
+
     pub(crate) fn stop(&self) {
         self.state.lock().stopping = true;
         self.bell.notify_one();
@@ -203,33 +217,67 @@ pub(crate) struct Applier<S: StateMachine> {
     pub(crate) term: u64,
 }
 
-impl<S: StateMachine> Applier<S> {
-    /// Runs until the signal is stopped.
+/// The apply thread: runs until the signal is stopped.
+///
+/// # Errors
+/// The state machine's or the log's; the member must stop.
+pub(crate) fn run<S: StateMachine>(applier: &Mutex<Applier<S>>, mut notify: impl FnMut(Progress)) -> Result<(), Fault> {
+    let (shared, signal) = {
+        let applier = applier.lock();
+        (Arc::clone(&applier.shared), Arc::clone(&applier.signal))
+    };
+    while let Some(work) = signal.wait_beyond(shared.status.applied_index.load(Ordering::Acquire)) {
+        applier.lock().work(work, &mut notify)?;
+    }
+    applier.lock().end()
+}
+
+/// The applier as raft's thread reaches it.
+pub(crate) trait ApplyHere: Send + Sync {
+    /// Applies what is committed up to here, on the calling thread, unless the apply thread is at work or behind. `None`: nothing was
+    /// done, and the signal is to be raised.
     ///
     /// # Errors
-    /// The state machine's or the log's; the member must stop.
-    pub(crate) fn run(mut self, mut notify: impl FnMut(Progress)) -> Result<(), Fault> {
-        while self.step(&mut notify)? {}
-        if self.flush_on_stop && !self.shared.faulted() {
-            let durable = self.state_machine.flush()?;
-            self.shared.status.durable_index.store(durable, Ordering::Release);
+    /// As [`run`].
+    fn try_apply(&self, commit_index: u64) -> Result<Option<Progress>, Fault>;
+}
+
+impl<S: StateMachine> ApplyHere for Mutex<Applier<S>> {
+    fn try_apply(&self, commit_index: u64) -> Result<Option<Progress>, Fault> {
+        let Some(mut applier) = self.try_lock() else { return Ok(None) };
+        if !applier.signal.raise_quietly(applier.applied(), commit_index) {
+            return Ok(None);
         }
-        Ok(())
+        let mut progress = Progress::Applied;
+        while applier.applied() < commit_index {
+            applier.work(Work::Apply(commit_index), &mut |made| {
+                if matches!(made, Progress::Durable) {
+                    progress = made;
+                }
+            })?;
+        }
+        Ok(Some(progress))
+    }
+}
+
+impl<S: StateMachine> Applier<S> {
+    fn applied(&self) -> u64 {
+        self.shared.status.applied_index.load(Ordering::Relaxed)
     }
 
-    /// Waits for work and does one round of it. Gives whether to go on.
-    ///
-    /// # Errors
-    /// As [`Applier::run`].
-    pub(crate) fn step(&mut self, notify: &mut impl FnMut(Progress)) -> Result<bool, Fault> {
-        let applied = self.shared.status.applied_index.load(Ordering::Relaxed);
-        match self.signal.wait_beyond(applied) {
-            None => return Ok(false),
-            Some(Work::Install(install)) => {
+    /// One round.
+    fn work(&mut self, work: Work, notify: &mut impl FnMut(Progress)) -> Result<(), Fault> {
+        match work {
+            Work::Install(install) => {
                 self.install(install)?;
                 notify(Progress::Installed);
             }
-            Some(Work::Apply(commit_index)) => {
+            Work::Apply(commit_index) => {
+                let applied = self.applied();
+                if commit_index <= applied {
+                    // Raft's thread was here meanwhile.
+                    return Ok(());
+                }
                 // Nothing, if a snapshot was announced meanwhile and has taken the entries' place in the log.
                 if let Some(entries) = self.log.entries_between(applied + 1, commit_index + 1, self.apply_bytes_max)? {
                     self.apply(entries)?;
@@ -240,7 +288,27 @@ impl<S: StateMachine> Applier<S> {
                 }
             }
         }
-        Ok(true)
+        Ok(())
+    }
+
+    fn end(&mut self) -> Result<(), Fault> {
+        if self.flush_on_stop && !self.shared.faulted() {
+            let durable = self.state_machine.flush()?;
+            self.shared.status.durable_index.store(durable, Ordering::Release);
+        }
+        Ok(())
+    }
+
+    /// Waits for work and does one round of it; for a driver that steps the threads' work itself.
+    ///
+    /// # Errors
+    /// As [`run`].
+    #[cfg(test)]
+    pub(crate) fn step(&mut self, notify: &mut impl FnMut(Progress)) -> Result<(), Fault> {
+        match self.signal.wait_beyond(self.applied()) {
+            Some(work) => self.work(work, notify),
+            None => Ok(()),
+        }
     }
 
     /// Applies, publishes, answers.

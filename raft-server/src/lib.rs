@@ -5,9 +5,9 @@
 //!
 //! Life of a write. [`Handle::propose`] puts the command in its lane's queue (`lanes`). Raft's thread (`node`) takes
 //! a fair batch of many lanes, frames it as one entry (`frame`) and proposes it. The log thread (`writer`) writes and
-//! syncs it (`log`) while the next batch fills and peers get their copy ([`transport`]); a sole voter does that on raft's
-//! thread, with fewer changes of threads. When a quorum has it, the apply
-//! thread (`apply`) hands it to the state machine and answers who waited (`proposals`).
+//! syncs it (`log`) while the next batch fills and peers get their copy ([`transport`]). When a quorum has it, the apply
+//! thread (`apply`) hands it to the state machine and answers who waited (`proposals`). A sole voter writes the log on raft's
+//! thread, and applies there what is little: fewer changes of threads, and nobody's messages wait for it.
 //!
 //! Life of a read. [`Handle::read_barrier`] waits until all that was acknowledged before is applied here (`read_index`);
 //! the caller then reads the state itself.

@@ -26,7 +26,7 @@ use raft::{RawNode, SnapshotStatus, StateRole};
 use tenure_storage::Fault;
 use tokio::sync::{oneshot, watch};
 
-use crate::apply::{self, ApplySignal};
+use crate::apply::{self, ApplyHere, ApplySignal};
 use crate::config::Config;
 use crate::error::{ChangeError, ProposeError, ReadError};
 use crate::events::EventReceiver;
@@ -113,6 +113,8 @@ pub(crate) struct Node<R> {
     pub(crate) log: Arc<Log>,
     pub(crate) writes: Arc<WriteQueue>,
     pub(crate) apply: Arc<ApplySignal>,
+    /// For what this thread applies itself; see [`Node::let_apply`].
+    pub(crate) applier: Option<Arc<dyn ApplyHere>>,
     pub(crate) transport: Box<dyn Transport>,
     /// What this turn has to send: goes together, so that what is for one member goes in one frame.
     pub(crate) outgoing: Vec<PeerMessage>,

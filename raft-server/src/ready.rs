@@ -51,6 +51,10 @@ impl Outbox {
     }
 }
 
+/// Most bytes of entries that raft's thread applies itself: a few writes of usual size. What is more takes longer than the change of
+/// threads that it spares, and meanwhile the next batch could be on its way to the disk.
+const APPLY_HERE_BYTES_MAX: usize = 1_500;
+
 /// Whether a message that raft holds until the disk has been written says nothing of the disk. Who answers a heartbeat says that
 /// it had not voted in a later term by then, and votes wait for the disk; who asks for a read promises nothing.
 fn is_no_promise(message: &Message) -> bool {
@@ -106,8 +110,27 @@ impl<R: Send + 'static> Node<R> {
             // Before anybody can see it applied.
             self.shared.status.last_index.fetch_max(last.index, Ordering::Release);
             self.shared.status.commit_index.fetch_max(last.index, Ordering::Release);
-            self.apply.raise(last.index);
+            let bytes = committed.iter().map(|entry| entry.data.len() + entry.context.len()).sum();
+            self.let_apply(last.index, bytes)?;
         }
+        Ok(())
+    }
+
+    /// Has entries applied that are committed, and durable here: by the apply thread, or on this one if there is little of it and
+    /// this member is the only voter. Then nobody's messages wait for this thread, and whoever waits for the reply is spared a change of threads
+    /// (decision 0003).
+    fn let_apply(&mut self, commit_index: u64, bytes: usize) -> Result<(), Fault> {
+        if let Some(applier) = &self.applier
+            && bytes <= APPLY_HERE_BYTES_MAX
+            && self.is_sole_voter()
+            // Not what an earlier life left: meanwhile there would be no leader to be seen.
+            && self.shared.status.reads_freely.load(Ordering::Relaxed)
+            && let Some(progress) = applier.try_apply(commit_index)?
+        {
+            self.again = true;
+            return self.on_event(progress.into());
+        }
+        self.apply.raise(commit_index);
         Ok(())
     }
 

@@ -14,7 +14,7 @@ use raft::{RawNode, Storage as _};
 use tenure_storage::Fault;
 use tokio::sync::watch;
 
-use crate::apply::{Applier, ApplySignal, StateMachine};
+use crate::apply::{self, Applier, ApplyHere, ApplySignal, StateMachine};
 use crate::config::{Config, FaultHandler};
 use crate::error::{MemberFault, StartError};
 use crate::events;
@@ -56,7 +56,9 @@ pub fn start_on<S: StateMachine>(
     store: Arc<dyn LogStore>,
     transport: impl Transport + 'static,
 ) -> Result<(Handle<S::Reply>, JoinGuard), StartError> {
-    let Assembled { node, applier, handle } = assemble(config, state_machine, store, transport)?;
+    let Assembled { mut node, applier, handle } = assemble(config, state_machine, store, transport)?;
+    let applier = Arc::new(Mutex::new(applier));
+    node.applier = Some(Arc::clone(&applier) as Arc<dyn ApplyHere>);
     let (shared, writes, apply) = (Arc::clone(&node.shared), Arc::clone(&node.writes), Arc::clone(&node.apply));
     let (log, handler) = (Arc::clone(&node.log), node.config.fault_handler.clone());
     let supervisor = Supervisor {
@@ -70,7 +72,7 @@ pub fn start_on<S: StateMachine>(
     guard.stop = Some(Box::new(move || stop.request_stop()));
     let events = shared.events.clone();
     guard.threads.push(supervisor.spawn("raft-apply", move || {
-        applier.run(|progress| {
+        apply::run(&applier, |progress| {
             // Raft's thread never waits for this one. It is gone only when the member stops.
             let _ = events.send(progress.into());
         })
@@ -165,6 +167,7 @@ pub(crate) fn assemble<S: StateMachine>(
         log: Arc::clone(&log),
         writes: Arc::clone(&writes),
         apply: Arc::clone(&apply),
+        applier: None,
         transport: Box::new(transport),
         reads: ReadRounds::new(config.id, shared.life, config.read_timeout_ticks),
         hold_reads_until: None,

@@ -10,14 +10,16 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use bytes::Bytes;
+use tenure_admin_api::v1 as api;
 use tenure_etcd_shim::proto::etcdserverpb as pb;
 use tenure_etcd_shim::storage::key_value::KeyValue;
 use tenure_etcd_shim::wire::RangeResponse;
+use tenure_tests::admin;
 use tenure_tests::client::Connection;
 use tenure_tests::server::Server;
 use tonic::Code;
 
-/// Unpacks a fixture below `dir`.
+/// Unpacks a fixture below `dir`. Gives where a single member's directory is then.
 fn unpack(name: &str, dir: &Path) -> PathBuf {
     let archive = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures").join(name);
     let unpacked = Command::new("tar").arg("-xzf").arg(&archive).arg("-C").arg(dir).status().unwrap();
@@ -96,4 +98,64 @@ async fn a_single_members_directory_of_before_there_were_cells() {
 async fn a_directory_of_a_member_of_three() {
     let dir = tempfile::tempdir().unwrap();
     has_everything(&unpack("member-of-three.tar.gz", dir.path()), &["--force-new-cluster"]).await;
+}
+
+/// What `make-operated.sh` had an operator do, as a member tells it.
+async fn is_operated(data: &Path) {
+    let mut admin = admin::connect(&data.join("admin.sock"));
+    let listed = admin.list_tenants(api::ListTenantsRequest::default()).await.unwrap().into_inner().tenants;
+    let of = |name: &str| listed.iter().find(|tenant| tenant.name == name).unwrap();
+    let names: Vec<&str> = listed.iter().map(|tenant| tenant.name.as_str()).collect();
+    assert_eq!(names, ["default", "acme", "globex", "initech"], "umbrella is deleted");
+    let states = [api::State::Active, api::State::Active, api::State::Suspended, api::State::ReadOnly];
+    assert_eq!(listed.iter().map(api::Tenant::state).collect::<Vec<_>>(), states);
+    let acme = of("acme");
+    let limits = acme.limits.clone().unwrap();
+    assert_eq!((limits.leases, limits.stored_bytes, limits.watchers), (Some(500), Some(8 << 30), None));
+    assert_eq!(acme.effective_limits.clone().unwrap().watchers, Some(1_000), "the cell's");
+    assert_eq!(acme.labels.get("team").map(String::as_str), Some("blue"));
+    assert!(acme.trusted_ca_pem.starts_with("-----BEGIN CERTIFICATE-----"));
+    assert_eq!(of("initech").revoked_serials, ["0102"]);
+    let identity = std::fs::read_to_string(data.join("IDENTITY")).unwrap();
+    assert!(identity.starts_with("tenure-data 3\n"), "earlier releases refuse it: {identity}");
+}
+
+// A cell whose operator suspended, limited and revoked: a release that read all but that would let in who was kept out. Each member is
+// started as the one of the release before, and they go on as a cell.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cell_of_three_with_what_its_operator_did() {
+    let dir = tempfile::tempdir().unwrap();
+    unpack("operated-cell-of-three.tar.gz", dir.path());
+    let data = |member: u32| dir.path().join(member.to_string()).join("data");
+    for start in 0..2 {
+        let starting = [1, 2, 3].map(|member| {
+            let data = data(member);
+            // Where the members know each other to be.
+            let peer = format!("http://127.0.0.1:2{member}380");
+            let flags = [
+                format!("--name=m{member}"),
+                format!("--listen-peer-urls={peer}"),
+                format!("--initial-advertise-peer-urls={peer}"),
+            ];
+            std::thread::spawn(move || {
+                Server::start_with_flags(&flags.each_ref().map(String::as_str), &data, &["default", "acme"])
+            })
+        });
+        let servers = starting.map(|starting| starting.join().unwrap());
+        for member in 1..=3 {
+            is_operated(&data(member)).await;
+        }
+        for server in &servers {
+            let acme = Connection::open(server.address(1)).await;
+            assert_eq!(everything(&acme, 0).await, (4 + start, vec![format!("of-acme={}", 3 + start)]));
+        }
+        let put = pb::PutRequest {
+            key: Bytes::from_static(b"of-acme"),
+            value: (4 + start).to_string().into(),
+            ..Default::default()
+        };
+        let acme = Connection::open(servers[2].address(1)).await;
+        let _: pb::PutResponse = acme.unary("/etcdserverpb.KV/Put", &put).await.unwrap();
+        servers.into_iter().for_each(Server::kill);
+    }
 }

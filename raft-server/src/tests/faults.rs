@@ -56,7 +56,7 @@ impl LogStore for FailingLog {
 }
 
 /// Starts a member whose faults are collected, proposes `command`, and gives the faults once the member is gone.
-async fn faults_after(command: &'static [u8], spoil: fn(&FailingLog)) -> Vec<MemberFault> {
+async fn faults_after(command: impl Into<Bytes>, spoil: fn(&FailingLog)) -> Vec<MemberFault> {
     let faults = Shared::<Vec<MemberFault>>::default();
     let collected = Arc::clone(&faults);
     let handler = move |fault: &MemberFault| collected.lock().push(fault.clone());
@@ -68,7 +68,7 @@ async fn faults_after(command: &'static [u8], spoil: fn(&FailingLog)) -> Vec<Mem
     wait_for_leadership(&handle).await;
     patiently(handle.propose(1, Bytes::from_static(b"fine"))).await.unwrap();
     spoil(&log);
-    let unanswered = patiently(handle.propose(1, Bytes::from_static(command))).await;
+    let unanswered = patiently(handle.propose(1, command.into())).await;
     assert_eq!(unanswered, Err(ProposeError::Dropped), "nobody knows whether it took effect");
     guard.wait();
     assert_eq!(patiently(handle.propose(1, Bytes::new())).await, Err(ProposeError::Stopped));
@@ -77,23 +77,34 @@ async fn faults_after(command: &'static [u8], spoil: fn(&FailingLog)) -> Vec<Mem
     faults.clone()
 }
 
+/// What a sole voter applies on raft's thread, and the same with so much behind it that the apply thread does.
+fn on_both_threads(command: &str) -> [(&'static str, Vec<u8>); 2] {
+    let mut long = command.as_bytes().to_vec();
+    long.resize(4_000, b' ');
+    [("raft", command.into()), ("raft-apply", long)]
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_fault_of_the_state_machine_stops_the_member() {
-    let faults = faults_after(b"fault", |_| {}).await;
-    assert_eq!(faults.len(), 1);
-    assert_eq!((faults[0].thread, faults[0].cause.contains("asked for")), ("raft-apply", true));
+    for (thread, command) in on_both_threads("fault") {
+        let faults = faults_after(command, |_| {}).await;
+        assert_eq!(faults.len(), 1);
+        assert_eq!((faults[0].thread, faults[0].cause.contains("asked for")), (thread, true));
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_panic_of_the_state_machine_stops_the_member() {
-    let faults = faults_after(b"panic", |_| {}).await;
-    assert_eq!(faults.len(), 1);
-    assert_eq!((faults[0].thread, &faults[0].cause[..]), ("raft-apply", "asked for"));
+    for (thread, command) in on_both_threads("panic") {
+        let faults = faults_after(command, |_| {}).await;
+        assert_eq!(faults.len(), 1);
+        assert_eq!((faults[0].thread, &faults[0].cause[..]), (thread, "asked for"));
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_failing_disk_stops_the_member() {
-    let faults = faults_after(b"lost", |log| log.broken.store(true, Ordering::Relaxed)).await;
+    let faults = faults_after("lost", |log| log.broken.store(true, Ordering::Relaxed)).await;
     assert_eq!(faults.len(), 1);
     assert_eq!(
         (faults[0].thread, faults[0].cause.contains("disk is gone")),

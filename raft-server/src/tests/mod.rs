@@ -97,7 +97,7 @@ impl StateMachine for Recorder {
             }
             let mut entry_replies = Vec::new();
             for command in entry.commands {
-                match &command[..] {
+                match command.trim_ascii_end() {
                     b"fault" => return Err(Fault::Engine("asked for".to_owned())),
                     b"panic" => panic!("asked for"),
                     _ => memory.commands.push(command),

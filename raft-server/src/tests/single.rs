@@ -45,6 +45,35 @@ async fn concurrent_proposals_share_entries() {
     assert!(entries < 1000, "{entries} entries for 2,000 commands");
 }
 
+// Little is applied on raft's thread, more on the apply thread: they take turns, and neither passes the other. The recorder asserts
+// that each entry comes once and in order.
+#[tokio::test(flavor = "multi_thread")]
+async fn small_and_large_commands_keep_their_order() {
+    let dir = tempfile::tempdir().unwrap();
+    let probe = Probe::default();
+    let (handle, guard) = start_single(config(1, dir.path()), &probe).await;
+    let tasks: Vec<_> = (0..4_usize)
+        .map(|task| {
+            let (handle, memory) = (handle.clone(), Arc::clone(&probe.memory));
+            tokio::spawn(async move {
+                let mut last = 0;
+                for number in 0..100 {
+                    let command = vec![b'0'; if (number + task) % 3 == 0 { 4_000 } else { 10 }];
+                    let place = handle.propose(1, command.into()).await.unwrap();
+                    assert!(place > last, "a later write is applied later");
+                    last = place;
+                    assert!(memory.lock().commands.len() >= last, "an answer comes after its effect");
+                }
+            })
+        })
+        .collect();
+    for task in tasks {
+        patiently(task).await.unwrap();
+    }
+    assert_eq!(probe.commands().len(), 400);
+    guard.stop();
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_read_barrier_of_a_single_voter_sees_every_acknowledged_write() {
     let dir = tempfile::tempdir().unwrap();
@@ -135,11 +164,13 @@ async fn a_dropped_future_takes_nothing_back_that_is_on_its_way() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_stop_answers_everybody() {
+    // Of a size that is not applied on raft's thread, which is to go on.
+    let command = Bytes::from(vec![b'0'; 4_000]);
     let dir = tempfile::tempdir().unwrap();
     let probe = Probe::default();
     let (handle, guard) = start_single(config(1, dir.path()), &probe).await;
     let gate = probe.close_gate().await;
-    let mut proposal = Box::pin(handle.propose(1, Bytes::from_static(b"on its way")));
+    let mut proposal = Box::pin(handle.propose(1, command));
     assert!(poll_once(&mut proposal).await.is_none());
     handle.request_stop();
     let answer = patiently(proposal).await;
