@@ -215,6 +215,11 @@ impl Play {
         Play { scene, acme, globex, identity }
     }
 
+    /// Streams are open, which nobody waits for.
+    async fn end(self) {
+        self.scene.tenure.stop_hurried_by(std::future::ready(())).await;
+    }
+
     /// Sets limits of acme's; those that are not mentioned stay, 0 is none.
     async fn limit(&mut self, limits: api::Limits) {
         let update = api::UpdateTenantRequest { name: "acme".to_string(), limits: Some(limits), ..Default::default() };
@@ -362,7 +367,7 @@ async fn over_its_stored_bytes_a_tenant_may_still_shrink() {
     assert_eq!(acme.disarm().await, 1);
     acme.put("k", b"v").await.unwrap();
     play.the_neighbour_feels_nothing().await;
-    play.scene.tenure.stop().await;
+    play.end().await;
 }
 
 // What an operator does to a tenant that must not change much: it can be read, and emptied by its clients. Who is full besides hears of the
@@ -394,7 +399,7 @@ async fn a_read_only_tenant_may_shrink() {
     for (what, answer) in grow(&acme, "k").await {
         answer.expect(what);
     }
-    play.scene.tenure.stop().await;
+    play.end().await;
 }
 
 // As etcd, which has this limit for all: the text is one that kube-apiserver looks for. Reads have no size.
@@ -424,7 +429,7 @@ async fn a_tenant_has_a_largest_request() {
     play.the_neighbour_feels_nothing().await;
     play.lift("request_bytes").await;
     acme.put(&large(), &[7; 1_000]).await.unwrap();
-    play.scene.tenure.stop().await;
+    play.end().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -449,7 +454,7 @@ async fn a_tenant_has_so_many_leases() {
     assert_refused(acme.grant(4).await, TOO_MANY, "lease");
     play.lift("leases").await;
     acme.grant(4).await.unwrap();
-    play.scene.tenure.stop().await;
+    play.end().await;
 }
 
 // A create is refused as etcd refuses one: the stream goes on, and so do the watchers that are there.
@@ -484,7 +489,7 @@ async fn a_tenant_has_so_many_watchers() {
     assert!(second.ask(watch_request("k")).await.canceled);
     play.lift("watchers").await;
     assert!(!second.ask(watch_request("k")).await.canceled);
-    play.scene.tenure.stop().await;
+    play.end().await;
 }
 
 // Streams are what a tenant can hold open without doing anything; unary calls count while they run.
@@ -515,7 +520,7 @@ async fn a_tenant_has_so_many_requests_open() {
     acme.put("k", b"v").await.unwrap();
     assert_eq!(watch.next().await.event_count(), 1);
     assert_eq!(play.throttled("acme").await, 4);
-    play.scene.tenure.stop().await;
+    play.end().await;
 }
 
 // One that is not let in is closed before it is spoken to: a gRPC client says UNAVAILABLE then, and tries again.
@@ -550,7 +555,7 @@ async fn a_tenant_has_so_many_connections() {
         open.push(play.scene.admitted(&play.identity).await);
     }
     acme.put("k", b"v").await.unwrap();
-    play.scene.tenure.stop().await;
+    play.end().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -581,7 +586,7 @@ async fn a_tenant_has_so_many_requests_in_a_second() {
     play.lift("requests_per_second").await;
     assert_eq!(keep_alive.next().await.ttl, 600);
     acme.put("k", b"v").await.unwrap();
-    play.scene.tenure.stop().await;
+    play.end().await;
 }
 
 // What has come in cannot be refused any more, so it is not read on; what comes behind it is told to come again.
@@ -609,7 +614,7 @@ async fn a_tenant_may_send_so_many_bytes_in_a_second() {
     large.await.unwrap().unwrap();
     acme.put("k", b"v").await.unwrap();
     assert_eq!(acme.range("large").await.unwrap().count, 1);
-    play.scene.tenure.stop().await;
+    play.end().await;
 }
 
 /// Asks for everything, and reads no more of the answer than that there is one.
@@ -659,7 +664,7 @@ async fn a_tenant_has_so_many_bytes_of_answers_on_their_way() {
     }
     assert_eq!(RangeResponse::decode(&answer[5..]).unwrap().kvs.keys(), 3);
     assert_eq!(acme.range("a").await.unwrap().kvs.keys(), 4);
-    play.scene.tenure.stop().await;
+    play.end().await;
 }
 
 /// Why a tenant's clients have to go.
@@ -717,11 +722,10 @@ async fn open_streams_end_when_their_client_has_to_go() {
             while tenant.reader().watch_counts() != (0, 0) {
                 tokio::task::yield_now().await;
             }
-            while leave != Leave::Deleted {
+            let mut counted = leave == Leave::Deleted;
+            while !counted {
                 let scraped = play.scrape().await;
-                if canceled.iter().all(|name| scraped.get(name) == Some(&1.0)) {
-                    break;
-                }
+                counted = canceled.iter().all(|name| scraped.get(name) == Some(&1.0));
             }
             statuses
         };
@@ -742,7 +746,7 @@ async fn open_streams_end_when_their_client_has_to_go() {
         assert_eq!(stays.next().await.event_count(), 1);
         assert_eq!(lives.ask(pb::LeaseKeepAliveRequest { id: 7 }).await.ttl, 600);
     }
-    play.scene.tenure.stop().await;
+    play.end().await;
 }
 
 /// Of a version that is not a tombstone, by storage's account.
@@ -843,5 +847,5 @@ async fn metrics_tell_what_each_tenant_did() {
     assert_eq!(of(&scraped, "globex", "alarms", ",alarm=\"NOSPACE\""), Some(0.0));
     let states = ["active", "read-only"].map(|state| scraped.get(&format!("tenure_tenants{{state=\"{state}\"}}")));
     assert_eq!(states, [Some(&2.0), Some(&1.0)]);
-    play.scene.tenure.stop().await;
+    play.end().await;
 }
