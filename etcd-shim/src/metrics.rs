@@ -26,7 +26,7 @@ pub(crate) fn render(cell: &Cell, tenant: Option<&Tenant>, rpc_metrics: &RpcMetr
     if tenant.is_none_or(|tenant| tenant.name() == DEFAULT_TENANT) {
         of_member(&mut out, cell);
         of_peers(&mut out, cell);
-        tenants::render(&mut out, cell, rpc_metrics);
+        tenants::render(&mut out, cell, rpc_metrics, tenants::TENANTS_SHOWN_MAX);
     }
     of_process(&mut out);
     out

@@ -8,20 +8,24 @@
 //! What must hold: a message that is complete is not counted any more; the limit on its size bounds it from here on.
 
 use std::pin::Pin;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use bytes::Bytes;
 use http_body::{Frame, SizeHint};
-use tokio::time::Sleep;
+use tokio::time::{Instant, Sleep, sleep_until};
 use tonic::Status;
 
 use crate::cell::Tenant;
 use crate::inflight::Reservation;
 use crate::rpc_metrics::Traffic;
+use crate::throttle::WAIT_MAX;
 
 /// gRPC's prefix of a message: a flag and four bytes of length.
 const PREFIX_BYTES: usize = 5;
+
+/// Longest pause, so that there is a moment at which it ends.
+const PAUSE_MAX: Duration = Duration::from_secs(24 * 3600);
 
 /// A request's body, whose unfinished message is reserved.
 pub(crate) struct CountedBody<B> {
@@ -32,8 +36,21 @@ pub(crate) struct CountedBody<B> {
     traffic: Option<Traffic>,
     /// Whose limits hold; `None`: it is gone.
     tenant: Option<Tenant>,
-    /// Nothing is read until it ends.
-    pause: Option<Pin<Box<Sleep>>>,
+    pause: Option<Pause>,
+}
+
+/// Nothing is read until then. A limit may be lifted meanwhile, so it is looked every [`WAIT_MAX`] whether anything is still owed.
+struct Pause {
+    until: Instant,
+    look: Pin<Box<Sleep>>,
+}
+
+impl Pause {
+    fn new(length: Duration) -> Self {
+        let now = Instant::now();
+        let until = now + length.min(PAUSE_MAX);
+        Pause { until, look: Box::pin(sleep_until(until.min(now + WAIT_MAX))) }
+    }
 }
 
 impl<B> CountedBody<B> {
@@ -51,8 +68,23 @@ impl<B> CountedBody<B> {
         let is_first = messages > 0 && self.framing.complete == messages;
         let pause = traffic.used().received(&tenant.profile(), bytes, messages - u64::from(is_first));
         if pause > Duration::ZERO {
-            self.pause = Some(Box::pin(tokio::time::sleep(pause)));
+            self.pause = Some(Pause::new(pause));
         }
+    }
+
+    fn owes(&self) -> Duration {
+        let of = self.traffic.as_ref().zip(self.tenant.as_ref());
+        of.map_or(Duration::ZERO, |(traffic, tenant)| traffic.used().owes(&tenant.profile()))
+    }
+
+    fn poll_pause(&mut self, context: &mut Context<'_>) -> Poll<()> {
+        while let Some(pause) = &mut self.pause {
+            ready!(pause.look.as_mut().poll(context));
+            // No longer than was said: what others of the tenant have sent since is theirs to wait for.
+            let left = pause.until.saturating_duration_since(Instant::now()).min(self.owes());
+            self.pause = (left > Duration::ZERO).then(|| Pause::new(left));
+        }
+        Poll::Ready(())
     }
 }
 
@@ -68,10 +100,7 @@ where
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, Self::Error>>> {
-        if let Some(pause) = &mut self.pause {
-            std::task::ready!(pause.as_mut().poll(context));
-            self.pause = None;
-        }
+        ready!(self.poll_pause(context));
         let frame = match Pin::new(&mut self.body).poll_frame(context) {
             Poll::Ready(Some(Ok(frame))) => frame,
             Poll::Ready(Some(Err(error))) => return Poll::Ready(Some(Err(error.into()))),

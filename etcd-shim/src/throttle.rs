@@ -224,6 +224,15 @@ impl TenantUse {
         for_bytes.max(for_messages)
     }
 
+    /// How long not to read on, by the limits that hold now, if nothing more comes in.
+    pub(crate) fn owes(&self, profile: &Profile) -> Duration {
+        let now = Instant::now();
+        let owed = |bucket: &Bucket, limit| {
+            limit_of(profile, limit).map_or(Duration::ZERO, |per_second| bucket.take(0, per_second, now))
+        };
+        owed(&self.bytes, Limit::RequestBytesPerSecond).max(owed(&self.requests, Limit::RequestsPerSecond))
+    }
+
     /// Whether what the tenant is sent is limited.
     pub(crate) fn limits_sending(&self, profile: &Profile) -> bool {
         limit_of(profile, Limit::ResponseBytesPerSecond).is_some()

@@ -79,8 +79,8 @@ impl Shown {
     }
 }
 
-/// Appends everything about tenants.
-pub(super) fn render(out: &mut String, cell: &Cell, rpc_metrics: &RpcMetrics) {
+/// Appends everything about tenants, of which at most so many have series of their own.
+pub(super) fn render(out: &mut String, cell: &Cell, rpc_metrics: &RpcMetrics, shown_max: usize) {
     let mut phases = [("active", 0_u64), ("read-only", 0), ("suspended", 0), ("deleting", 0)];
     let mut shown: Vec<(String, Shown)> = Vec::new();
     let mut other: Option<Shown> = None;
@@ -94,7 +94,7 @@ pub(super) fn render(out: &mut String, cell: &Cell, rpc_metrics: &RpcMetrics) {
             TenantPhase::Suspended => 2,
         };
         phases[phase].1 += 1;
-        if shown.len() < TENANTS_SHOWN_MAX && name != OTHER {
+        if shown.len() < shown_max && name != OTHER {
             let mut of_tenant = Shown::default();
             of_tenant.add(&tenant, rpc_metrics, true);
             shown.push((name, of_tenant));
@@ -160,5 +160,122 @@ pub(super) fn render(out: &mut String, cell: &Cell, rpc_metrics: &RpcMetrics) {
         if let Some(latency) = &of.latency {
             buckets(out, LATENCY, &format!("tenant=\"{tenant}\","), latency);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tenure_storage::{Command, KeyRange, LeaseId, Limit, PutRequest, WatchSpec};
+    use tonic::Code;
+
+    use super::*;
+    use crate::service::testing::TestCell;
+
+    /// Values of one tenant, by name and other labels.
+    type Series = BTreeMap<(String, String), f64>;
+
+    fn series(cell: &Cell, rpc_metrics: &RpcMetrics, shown_max: usize) -> BTreeMap<String, Series> {
+        let mut out = String::new();
+        render(&mut out, cell, rpc_metrics, shown_max);
+        let mut tenants = BTreeMap::<String, Series>::new();
+        for line in out.lines() {
+            let Some((name, rest)) = line.split_once("{tenant=\"") else { continue };
+            let (tenant, rest) = rest.split_once('"').unwrap();
+            let (labels, value) = rest.rsplit_once(' ').unwrap();
+            let key = (name.to_string(), labels.to_string());
+            let before = tenants.entry(tenant.to_string()).or_default().insert(key, value.parse().unwrap());
+            assert_eq!(before, None, "twice: {line}");
+        }
+        tenants
+    }
+
+    async fn busy(cell: &Cell, rpc_metrics: &RpcMetrics, name: &str, times: usize) {
+        let tenant = cell.tenant(name).unwrap();
+        let put = PutRequest {
+            key: "k".into(),
+            value: "v".into(),
+            lease: LeaseId::NONE,
+            prev_kv: false,
+            ignore_value: false,
+            ignore_lease: false,
+        };
+        for _ in 0..times {
+            tenant.propose(Command::Put(put.clone())).await.unwrap().result.unwrap();
+            let mut call = rpc_metrics.begin(tenant.id(), "/etcdserverpb.KV/Put").unwrap();
+            call.traffic().received(100, 1);
+            call.traffic().sent(10, 1);
+            call.end(if times.is_multiple_of(2) { Code::Ok } else { Code::ResourceExhausted });
+            rpc_metrics.used(tenant.id()).count(Reason::Streams);
+        }
+        let alarm = Command::Alarm { activate: true, member_id: tenant.member_id(), kind: AlarmKind::NOSPACE };
+        tenant.propose(alarm).await.unwrap().result.unwrap();
+    }
+
+    // A cell has more tenants than a Prometheus wants series: what is not shown must not be lost, and what is shown must stay when a
+    // tenant comes whose name is earlier in the alphabet.
+    #[tokio::test]
+    async fn those_that_are_not_shown_are_summed_up() {
+        let test = TestCell::open().await;
+        let (cell, rpc_metrics) = (test.context().cell, RpcMetrics::default());
+        for name in ["z", "y", "x", "a"] {
+            let mut limits = tenure_storage::TenantLimits::default();
+            limits.set(Limit::StoredBytes, Some(1 << 20));
+            cell.create_tenant_with(name, limits, Default::default()).await.unwrap();
+        }
+        for (times, name) in ["default", OTHER, "z", "y", "x", "a"].into_iter().enumerate() {
+            busy(&cell, &rpc_metrics, name, times + 1).await;
+        }
+        let x = test.tenant("x");
+        let watch = x.reader().watch_stream(std::sync::Arc::new(|| {}));
+        watch.create(WatchSpec {
+            range: KeyRange::Single("k".into()),
+            start_revision: 0,
+            prev_kv: false,
+            no_put: false,
+            no_delete: false,
+            progress_notify: false,
+            fragment: false,
+            watch_id: 0,
+        });
+        let used = [x.id(), test.tenant("a").id()].map(|id| rpc_metrics.used(id));
+        let _connections = used.each_ref().map(|used| used.connect(&x.profile()).unwrap());
+
+        let all = series(&cell, &rpc_metrics, 500);
+        assert_eq!(all.keys().collect::<Vec<_>>(), ["a", "default", OTHER, "x", "y", "z"]);
+        let few = series(&cell, &rpc_metrics, 3);
+        assert_eq!(few.keys().collect::<Vec<_>>(), ["default", OTHER, "y", "z"], "those that are there longest");
+        for shown in ["default", "y", "z"] {
+            assert_eq!(few[shown], all[shown], "{shown}");
+        }
+        let mut sums = Series::new();
+        for hidden in [OTHER, "x", "a"] {
+            let summed = all[hidden].iter().filter(|((name, _), _)| !name.ends_with("revision"));
+            for (key, value) in summed {
+                *sums.entry(key.clone()).or_default() += value;
+            }
+        }
+        assert_eq!(few[OTHER].keys().collect::<Vec<_>>(), sums.keys().collect::<Vec<_>>());
+        for (key, sum) in &sums {
+            // Seconds have fractions.
+            assert!((few[OTHER][key] - sum).abs() < 1e-6, "{key:?}: {} and not {sum}", few[OTHER][key]);
+        }
+        // 2 of "other", 5 of "x", 6 of "a".
+        let value = |name: &str, labels: &str| few[OTHER].get(&(format!("tenure_tenant_{name}"), labels.to_string()));
+        for (name, labels, expected) in [
+            ("requests_total", ",method=\"Put\",code=\"OK\"}", 8),
+            ("requests_total", ",method=\"Put\",code=\"ResourceExhausted\"}", 5),
+            ("throttled_total", ",reason=\"streams\"}", 13),
+            ("received_bytes_total", "}", 1_300),
+            ("sent_bytes_total", "}", 130),
+            ("request_duration_seconds_count", "}", 13),
+            ("alarms", ",alarm=\"NOSPACE\"}", 3),
+            ("keys", "}", 3),
+            ("watchers", "}", 1),
+            ("connections", "}", 2),
+        ] {
+            assert_eq!(value(name, labels), Some(&f64::from(expected)), "{name}{labels}");
+        }
+        assert_eq!((value("revision", "}"), value("compact_revision", "}")), (None, None), "have no sum");
+        assert_eq!(series(&cell, &rpc_metrics, 0).keys().collect::<Vec<_>>(), [OTHER]);
     }
 }

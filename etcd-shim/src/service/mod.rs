@@ -17,7 +17,7 @@ pub(crate) mod testing;
 mod tests;
 pub mod watch;
 
-use tenure_storage::{AlarmKind, Command, Limit, Outcome, Refusal, Reply};
+use tenure_storage::{AlarmKind, Command, Limit, Outcome, Refusal, Reply, TenantPhase};
 use tonic::metadata::MetadataMap;
 use tonic::{Request, Response, Status};
 
@@ -121,7 +121,8 @@ impl Context {
     }
 
     /// Refuses a write whose estimated cost does not fit the tenant's quota, and raises the alarm that stops such writes
-    /// until an operator clears it. `apply` looks again: here is only the sum of the last batch.
+    /// until an operator clears it. `apply` looks again: here is only the sum of the last batch. A tenant that may not write at all
+    /// hears so from `apply`, not that it has no room.
     ///
     /// # Errors
     /// [`Refusal::NoSpace`].
@@ -130,6 +131,9 @@ impl Context {
             return Ok(());
         };
         if cost_bytes == 0 || tenant.reader().db_size_bytes().saturating_add(cost_bytes) < quota_bytes {
+            return Ok(());
+        }
+        if tenant.profile().phase != TenantPhase::Active {
             return Ok(());
         }
         let member_id = tenant.member_id();
