@@ -7,7 +7,6 @@
 
 use std::io;
 use std::net::SocketAddr;
-use std::os::unix::fs::PermissionsExt as _;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -18,11 +17,12 @@ use hyper::body::Incoming;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
 use hyper_util::server::graceful::GracefulShutdown;
+use rustix::fs::Mode;
 use rustls::pki_types::CertificateDer;
 use tenure_admin_api::v1::admin_server::AdminServer;
 use tenure_storage::{TenantId, TenantPhase};
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::{TcpListener, TcpSocket, TcpStream, UnixListener, UnixStream};
+use tokio::net::{TcpListener, TcpSocket, TcpStream, UnixListener, UnixSocket, UnixStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tokio_rustls::LazyConfigAcceptor;
 use url::Url;
@@ -197,8 +197,7 @@ impl Listener {
     /// # Errors
     /// The system's.
     pub fn bind_admin_socket(path: PathBuf) -> io::Result<Self> {
-        let socket = bind_socket_file(path.clone())?;
-        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600))?;
+        let socket = bind_socket_file(path, Some(Mode::from_raw_mode(0o600)))?;
         let (serves, tls) = (Serves::Admin, None);
         let terms = Terms {
             tenant: None,
@@ -246,14 +245,21 @@ fn bind_unix(url: &Url) -> io::Result<Socket> {
         (Some(host), None) => host.to_string(),
         (None, _) => String::new(),
     };
-    bind_socket_file(PathBuf::from(format!("{authority}{}", url.path())))
+    bind_socket_file(PathBuf::from(format!("{authority}{}", url.path())), None)
 }
 
-fn bind_socket_file(path: PathBuf) -> io::Result<Socket> {
+/// `mode`: who may open it; else whoever this process's umask lets. At no moment may anybody else: the file has the mode of the
+/// socket that makes it, so that is set before there is a file. (Linux's way; a umask would be every thread's.)
+fn bind_socket_file(path: PathBuf, mode: Option<Mode>) -> io::Result<Socket> {
     if std::os::unix::net::UnixStream::connect(&path).is_err() && path.exists() {
         std::fs::remove_file(&path)?;
     }
-    Ok(Socket::Unix(UnixListener::bind(&path)?, path))
+    let socket = UnixSocket::new_stream()?;
+    if let Some(mode) = mode {
+        rustix::fs::fchmod(&socket, mode)?;
+    }
+    socket.bind(&path)?;
+    Ok(Socket::Unix(socket.listen(BACKLOG)?, path))
 }
 
 /// What connections are served with.
@@ -712,6 +718,27 @@ impl GrpcIs {
             GrpcIs::Nothing => false,
             GrpcIs::Http2 => is_http2,
             GrpcIs::Http2WithContentType => is_http2 && says_grpc,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt as _;
+
+    use super::*;
+
+    // Whoever gets in between the file and its mode is an administrator for good: so there must be nothing in between. Nobody sets the
+    // mode of the file here: it has it from the moment it exists.
+    #[tokio::test]
+    async fn the_socket_of_administrators_is_never_open_to_others() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("admin.sock");
+        // Twice: the file of a dead server is replaced, whatever its mode was.
+        for _ in 0..2 {
+            let _listener = Listener::bind_admin_socket(path.clone()).unwrap();
+            assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+            std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o666)).unwrap();
         }
     }
 }
