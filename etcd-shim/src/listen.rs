@@ -25,9 +25,11 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpSocket, TcpStream, UnixListener, UnixSocket, UnixStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tokio_rustls::LazyConfigAcceptor;
+use tonic::Code;
 use url::Url;
 
-use crate::admin::{AdminIdentity, AdminService};
+use crate::admin::AdminService;
+use crate::audit::{Caller, Line};
 use crate::authorities;
 use crate::cell::{Cell, Tenant};
 use crate::gate;
@@ -398,28 +400,43 @@ type Watcher = hyper_util::server::graceful::Watcher;
 
 async fn connection(terms: &Terms, services: &Services, stream: Stream, watcher: Watcher, alive: Alive) {
     match stream {
-        Stream::Tcp(stream) => secured(terms, services, stream, None, watcher, alive).await,
+        Stream::Tcp(stream) => {
+            let end = OtherEnd { address: stream.peer_addr().ok(), user: None };
+            secured(terms, services, stream, end, watcher, alive).await;
+        }
         Stream::Unix(stream) => {
-            let user = stream.peer_cred().ok().map(|of| of.uid());
-            secured(terms, services, stream, user, watcher, alive).await;
+            let end = OtherEnd { address: None, user: stream.peer_cred().ok().map(|of| of.uid()) };
+            secured(terms, services, stream, end, watcher, alive).await;
         }
     }
 }
 
-/// `user` is the one at the other end of a socket file.
-async fn secured<S>(terms: &Terms, services: &Services, stream: S, user: Option<u32>, watcher: Watcher, alive: Alive)
+/// What the system says of a client.
+#[derive(Clone, Copy, Debug, Default)]
+struct OtherEnd {
+    address: Option<SocketAddr>,
+    /// Who opened a socket file.
+    user: Option<u32>,
+}
+
+async fn secured<S>(terms: &Terms, services: &Services, stream: S, end: OtherEnd, watcher: Watcher, alive: Alive)
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
     let Some(tls) = &terms.tls else {
-        let shown = Shown { user, ..Shown::default() };
+        let shown = Shown { end, ..Shown::default() };
         return identified(terms, services, stream, shown, watcher, alive).await;
     };
     let handshake = tokio::time::timeout(HANDSHAKE_TIMEOUT, handshake(tls, stream));
     match terms.handshakes.run(handshake).await {
         Some(Ok(Ok((stream, shown)))) => {
-            let shown = Shown { user, ..shown };
+            let shown = Shown { end, ..shown };
             identified(terms, services, stream, shown, watcher, alive).await;
+        }
+        // Who only knocks and leaves, as who looks whether a port is open does, was not refused.
+        Some(Ok(Err(error))) if terms.serves == Serves::Admin && error.kind() == io::ErrorKind::InvalidData => {
+            Caller::new(None, end.user, end.address)
+                .refused(Code::Unauthenticated, format_args!("TLS handshake: {error}"));
         }
         Some(Ok(Err(error))) => tracing::debug!(%error, "TLS handshake"),
         Some(Err(_)) => tracing::debug!("TLS handshake took too long"),
@@ -434,7 +451,7 @@ struct Shown {
     chain: Vec<CertificateDer<'static>>,
     /// The name it calls the server by.
     server_name: Option<String>,
-    user: Option<u32>,
+    end: OtherEnd,
 }
 
 type Secured<S> = (tokio_rustls::server::TlsStream<S>, Shown);
@@ -456,9 +473,11 @@ where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
     if terms.serves == Serves::Admin {
-        match admin_of(&shown) {
-            Ok(identity) => administered(services, stream, identity, watcher, alive).await,
-            Err(reason) => tracing::warn!(%reason, "refuse a connection to the admin API"),
+        let OtherEnd { address, user } = shown.end;
+        let caller = Caller::new(shown.certificate.as_ref(), user, address);
+        match check_administrator(&shown) {
+            Ok(()) => administered(services, stream, caller, watcher, alive).await,
+            Err(reason) => caller.refused(Code::PermissionDenied, reason),
         }
         return;
     }
@@ -502,13 +521,10 @@ fn identify(terms: &Terms, shown: &Shown) -> Result<ConnectionIdentity, NoTenant
 }
 
 /// Over TLS a certificate says it; a socket file is opened by whoever may.
-fn admin_of(shown: &Shown) -> Result<AdminIdentity, NoTenant> {
-    match (&shown.certificate, shown.user) {
-        (Some(certificate), _) => {
-            check_admin(certificate)?;
-            Ok(AdminIdentity::new(certificate.common_name.as_deref().unwrap_or("tenure://admin")))
-        }
-        (None, Some(user)) => Ok(AdminIdentity::new(&format!("uid {user}"))),
+fn check_administrator(shown: &Shown) -> Result<(), NoTenant> {
+    match (&shown.certificate, shown.end.user) {
+        (Some(certificate), _) => check_admin(certificate),
+        (None, Some(_)) => Ok(()),
         (None, None) => Err(NoTenant::NotAdmin),
     }
 }
@@ -605,7 +621,7 @@ fn check_welcome(tenant: &Tenant, certificate: Option<&PeerCertificate>, trusted
 }
 
 /// Serves the admin API on one connection.
-async fn administered<S>(services: &Services, stream: S, identity: AdminIdentity, watcher: Watcher, alive: Alive)
+async fn administered<S>(services: &Services, stream: S, caller: Caller, watcher: Watcher, alive: Alive)
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
@@ -613,9 +629,14 @@ where
     builder.http2().timer(TokioTimer::new()).max_header_list_size(HEADERS_BYTES_MAX);
     let admin = services.admin.clone();
     let service = hyper::service::service_fn(move |mut request: Request<Incoming>| {
-        request.extensions_mut().insert(identity.clone());
+        let line = Line::begin(caller.clone(), request.uri().path());
+        request.extensions_mut().insert(line.call());
         let mut admin = admin.clone();
-        tonic::codegen::Service::call(&mut admin, request)
+        async move {
+            let Ok(response) = tonic::codegen::Service::call(&mut admin, request).await;
+            line.end(response.headers());
+            Ok::<_, std::convert::Infallible>(response)
+        }
     });
     let connection = builder.serve_connection(TokioIo::new(stream), service).into_owned();
     if let Err(error) = watcher.watch(connection).await {
