@@ -5,7 +5,8 @@
 //! checked, turned into commands of the [`Cell`], answered from what is applied; then one line goes to the audit log, whatever
 //! came of it ([`crate::audit`]).
 //!
-//! What must hold: a call that is repeated does nothing new and answers the same; nothing here reaches a tenant's data but by its prefixes and sizes; no key is ever seen by the server.
+//! What must hold: a call that is repeated does nothing new and answers what there is, but for a certificate, of which each call makes
+//! another; nothing here reaches a tenant's data but by its prefixes and sizes; no key is ever seen by the server.
 //!
 //! Bounds: requests are a few kilobytes; `GetUsage` reads all keys of a tenant on the reading threads, as a list of that tenant's
 //! own would, and counts at most [`PREFIXES_MAX`] prefixes.
@@ -486,8 +487,13 @@ impl Inner {
 
     async fn revoke(&self, request: api::RevokeCredentialsRequest) -> Result<api::RevokeCredentialsResponse, Status> {
         let tenant = self.tenant(&request.tenant).await?;
+        let before_ms = match request.before_ms {
+            0 => now_ms(),
+            moment if moment > 0 && request.all => moment,
+            _ => return Err(Status::invalid_argument("before_ms: want milliseconds since 1970, together with all")),
+        };
         match (request.serial.as_str(), request.all) {
-            ("", true) => self.cell.revoke_all(&tenant).await?,
+            ("", true) => self.cell.revoke_before(&tenant, before_ms).await?,
             (serial, false) if !serial.is_empty() => {
                 let Some(serial) = from_hex(serial).filter(|serial| serial.len() <= SERIAL_BYTES_MAX) else {
                     let text = format!("serial: {serial:?}: want the hexadecimal number of a certificate");
@@ -546,6 +552,7 @@ impl Inner {
             ca_pem: self.issuer.as_ref().and_then(|issuer| issuer.ca_pem().ok()).unwrap_or_default(),
             issues_credentials: self.issuer.is_some(),
             default_limits: Some(to_limits(default)),
+            now_ms: now_ms(),
         }
     }
 }

@@ -345,6 +345,9 @@ impl Asked for api::RevokeCredentialsRequest {
         if self.all {
             words.add("all", true);
         }
+        if self.before_ms != 0 {
+            words.add("before_ms", self.before_ms);
+        }
     }
 }
 

@@ -770,7 +770,7 @@ async fn trust(at: &At, format: Format, name: String, file: Option<&Path>) -> an
 
 async fn revoke(at: &At, format: Format, name: String, serial: String, all: bool) -> anyhow::Result<()> {
     let (mut cell, _) = at.tenant(&name).await?;
-    let request = api::RevokeCredentialsRequest { tenant: name, serial, all };
+    let request = api::RevokeCredentialsRequest { tenant: name, serial, all, before_ms: 0 };
     let answer = cell.client.revoke_credentials(request).await.map_err(|status| cell.cell.call_error(status))?;
     show(format, &cell.cell, answer.into_inner().tenant)
 }

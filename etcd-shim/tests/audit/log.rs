@@ -126,6 +126,7 @@ fn cases(authority: &client::Authority) -> Vec<Case> {
         tenant: s("acme"),
         serial: s(serial),
         all,
+        ..Default::default()
     };
     let trust = |ca_pem: String| api::SetTrustedCaRequest { tenant: s("acme"), ca_pem };
     let cell = |name: &str| api::UpdateCellRequest { default_limits: Some(limits), reset_limits: vec![s(name)] };
@@ -168,6 +169,13 @@ fn cases(authority: &client::Authority) -> Vec<Case> {
         ),
         case("RevokeCredentials", &revoke("4a:0b", false), "acme", r#"serial="4a:0b""#, "OK"),
         case("RevokeCredentials", &revoke("", true), "acme", "all=true", "OK"),
+        case(
+            "RevokeCredentials",
+            &api::RevokeCredentialsRequest { before_ms: 7_000, ..revoke("", true) },
+            "acme",
+            "all=true before_ms=7000",
+            "OK",
+        ),
         case("RevokeCredentials", &revoke("4a", true), "acme", r#"serial="4a" all=true"#, "InvalidArgument"),
         case("SetTrustedCa", &trust(authority.certificate.pem()), "acme", "trusted_ca=set", "OK"),
         case("SetTrustedCa", &trust(String::new()), "acme", "trusted_ca=removed", "OK"),

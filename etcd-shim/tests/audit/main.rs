@@ -1,4 +1,4 @@
-//! What an administrator does: each call is written down.
+//! What an administrator does: each call is written down, and each may be repeated.
 
 #![allow(clippy::unwrap_used)]
 
@@ -6,3 +6,4 @@
 mod client;
 mod log;
 mod office;
+mod repeated;
