@@ -26,8 +26,14 @@ pub fn next(status: &Status) -> Option<&'static str> {
     of_text(status.message()).or_else(|| of_code(status.code()))
 }
 
+/// How a revocation of all certificates is repeated that had this moment, if it may have been done: as it was first given it would
+/// refuse those too that were issued since.
+pub fn revoke_again(status: &Status, before: &str) -> Option<String> {
+    may_be_done(status).then(|| format!("with --before {before}, which spares certificates that were issued since"))
+}
+
 /// Whether it is not known that nothing was done.
-pub fn may_be_done(status: &Status) -> bool {
+fn may_be_done(status: &Status) -> bool {
     match status.code() {
         Code::Unavailable | Code::DeadlineExceeded | Code::Cancelled | Code::Unknown | Code::Internal => true,
         Code::Ok
@@ -91,9 +97,7 @@ fn of_code(code: Code) -> Option<&'static str> {
         Code::AlreadyExists => Some("take another name, or the one there is: tenurectl tenant get NAME"),
         Code::PermissionDenied | Code::Unauthenticated => Some(ADMINISTRATORS),
         Code::ResourceExhausted => Some("again in a moment; tenurectl top shows who uses it up"),
-        Code::Unavailable => Some(
-            "try again, or another member with --endpoint; if it stays so: it wants an administrator's certificate, and a leader",
-        ),
+        Code::Unavailable => Some("try again, or another member with --endpoint"),
         Code::DeadlineExceeded | Code::Cancelled | Code::Aborted => Some(AGAIN),
         Code::OutOfRange => Some("say less at once"),
         Code::Unimplemented => Some("the member runs another release than this tenurectl: take the same"),
@@ -109,7 +113,6 @@ fn of_code(code: Code) -> Option<&'static str> {
 
 /// Of a member that was not reached.
 pub fn of_connecting(kind: Option<ErrorKind>) -> &'static str {
-    #[expect(clippy::wildcard_enum_match_arm, reason = "the system has more of them than one can say something about")]
     match kind {
         Some(ErrorKind::NotFound) => {
             "there is no such file or host: the socket file is admin.sock in the --data-dir of a tenured that runs; \
@@ -191,6 +194,26 @@ mod tests {
             let said = told(&Status::new(code, text));
             assert!(said.starts_with(text) && said.contains(wanted), "{code:?} {text:?}: {said}");
             assert!(said.contains(&format!("({code:?})")) && !said.contains('\n') && !said.starts_with(' '), "{said}");
+        }
+    }
+
+    #[test]
+    fn a_revocation_is_repeated_only_if_it_may_have_been_done() {
+        for (code, may_be) in [
+            (Code::Unavailable, true),
+            (Code::DeadlineExceeded, true),
+            (Code::Cancelled, true),
+            (Code::Unknown, true),
+            (Code::NotFound, false),
+            (Code::InvalidArgument, false),
+            (Code::ResourceExhausted, false),
+        ] {
+            let said = revoke_again(&Status::new(code, ""), "2026-01-31T12:00:00Z");
+            assert_eq!(
+                said.is_some_and(|said| said.starts_with("with --before 2026-01-31T12:00:00Z")),
+                may_be,
+                "{code:?}"
+            );
         }
     }
 
