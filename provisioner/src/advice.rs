@@ -11,6 +11,10 @@ const AGAIN: &str = "it may be done or not: give the command again, which does n
 const ADMINISTRATORS: &str = "it wants an administrator's certificate (URI tenure://admin) for --cert and --key, or its socket file \
                               on its own machine";
 
+/// What is at the other end, if it is a member at all, hung up. How that shows is a race of its last words and our first.
+const HUNG_UP: &str = "the connection broke: is it a member's admin API, and --cert an administrator's certificate (URI \
+                       tenure://admin)? The member's log says whom it refused";
+
 /// An answer that is an error, in one line, with what to do next.
 pub fn told(status: &Status) -> String {
     let (code, text) = (status.code(), status.message());
@@ -61,6 +65,8 @@ fn of_text(text: &str) -> Option<&'static str> {
         ("etcdserver: request timed out", AGAIN),
         ("context deadline exceeded", AGAIN),
         ("Timeout expired", AGAIN),
+        ("operation was canceled", HUNG_UP),
+        ("transport error", HUNG_UP),
         (
             "etcdserver: server stopped",
             "the member is stopping: another one of the cell, with --endpoint, or the same when it is back",
@@ -97,15 +103,13 @@ fn of_code(code: Code) -> Option<&'static str> {
         Code::AlreadyExists => Some("take another name, or the one there is: tenurectl tenant get NAME"),
         Code::PermissionDenied | Code::Unauthenticated => Some(ADMINISTRATORS),
         Code::ResourceExhausted => Some("again in a moment; tenurectl top shows who uses it up"),
-        Code::Unavailable => Some("try again, or another member with --endpoint"),
+        Code::Unavailable => Some(
+            "try again, or another member with --endpoint; whom it refused for want of an administrator's certificate, its log says",
+        ),
         Code::DeadlineExceeded | Code::Cancelled | Code::Aborted => Some(AGAIN),
         Code::OutOfRange => Some("say less at once"),
         Code::Unimplemented => Some("the member runs another release than this tenurectl: take the same"),
-        // What is at the other end, if it is a member at all, hung up.
-        Code::Unknown => Some(
-            "the connection broke: is it a member's admin API, and --cert an administrator's certificate (URI tenure://admin)? \
-             The member's log says whom it refused",
-        ),
+        Code::Unknown => Some(HUNG_UP),
         Code::Internal => Some("a fault of the member's: its log says more"),
         Code::DataLoss => Some("the member's data is damaged: its log says what, docs/operations.md what to do"),
     }
@@ -123,6 +127,13 @@ pub fn of_connecting(kind: Option<ErrorKind>) -> &'static str {
             "the socket file is for the user that tenured runs as: be that user, or take --endpoint https://HOST:2382 with an \
              administrator's certificate"
         }
+        Some(
+            ErrorKind::BrokenPipe
+            | ErrorKind::ConnectionAborted
+            | ErrorKind::ConnectionReset
+            | ErrorKind::NotConnected
+            | ErrorKind::UnexpectedEof,
+        ) => HUNG_UP,
         Some(ErrorKind::InvalidData) => {
             "TLS: --cacert must be the CA that signed the member's certificate, which must name this host, and --cert an \
              administrator's of the cell"
@@ -189,6 +200,7 @@ mod tests {
             (Code::Unimplemented, "", "release"),
             (Code::Internal, "signing failed", "its log"),
             (Code::Unknown, "transport error", "whom it refused"),
+            (Code::Cancelled, "operation was canceled", "whom it refused"),
             (Code::DataLoss, "etcdserver: corrupt cluster", "docs/operations.md"),
         ] {
             let said = told(&Status::new(code, text));
@@ -224,6 +236,7 @@ mod tests {
             (Some(ErrorKind::ConnectionRefused), "is tenured running"),
             (Some(ErrorKind::PermissionDenied), "be that user"),
             (Some(ErrorKind::InvalidData), "--cacert"),
+            (Some(ErrorKind::ConnectionReset), "whom it refused"),
             (Some(ErrorKind::TimedOut), "--endpoint"),
             (None, "--endpoint"),
         ] {
