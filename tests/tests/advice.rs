@@ -12,7 +12,7 @@ use tonic::Status;
 fn tenurectl_knows_a_members_words() {
     let refused = |refusal: Refusal| Status::from(CellError::from(refusal));
     let no_file = || std::io::Error::from(std::io::ErrorKind::NotFound);
-    let cases: [(Status, &str); 15] = [
+    let cases: [(Status, &str); 16] = [
         (refused(Refusal::TenantNotFound), "tenurectl tenant list"),
         (refused(Refusal::TooManyLabels), "tenurectl tenant labels"),
         (refused(Refusal::TooManyRevoked), "tenurectl tenant revoke NAME --all"),
@@ -21,6 +21,7 @@ fn tenurectl_knows_a_members_words() {
         (CellError::NoLeader.into(), "start those members"),
         (CellError::LeaderChanged.into(), "give the command again"),
         (CellError::TimeoutWrite.into(), "give the command again"),
+        (CellError::TimeoutApply.into(), "give the command again"),
         (CellError::TimeoutRead.into(), "give the command again"),
         (CellError::TooManyRequests.into(), "tenurectl top"),
         (CellError::TooLarge.into(), "fewer or shorter labels"),
