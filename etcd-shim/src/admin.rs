@@ -3,10 +3,10 @@
 //! Served on listeners of its own, to administrators: whoever has a certificate that says [`ADMIN_URI`](crate::tenant::ADMIN_URI),
 //! or may open the member's admin socket. Life of a call: who it is was decided when the connection was accepted; the request is
 //! checked, turned into commands of the [`Cell`], answered from what is applied; then one line goes to the audit log, whatever
-//! came of it.
+//! came of it ([`crate::audit`]).
 //!
-//! What must hold: a call that is repeated does nothing new and answers the same; nothing here reaches a tenant's data but by
-//! its prefixes and sizes; no key is ever seen by the server.
+//! What must hold: a call that is repeated does nothing new and answers what there is, but for a certificate, of which each call makes
+//! another; nothing here reaches a tenant's data but by its prefixes and sizes; no key is ever seen by the server.
 //!
 //! Bounds: requests are a few kilobytes; `GetUsage` reads all keys of a tenant on the reading threads, as a list of that tenant's
 //! own would, and counts at most [`PREFIXES_MAX`] prefixes.
@@ -25,11 +25,11 @@ use tenure_storage::{AlarmKind, KeyRange, Labels, Limit, Profile, RangeRequest, 
 use tokio::time::sleep;
 use tonic::{Request, Response, Status};
 
+use crate::audit::{Answered, Asked, Call};
 use crate::authorities::verifier_of;
 use crate::cell::{Cell, CreateTenantError, Tenant, TenantUpdate, may_be_deleted, now_ms};
 use crate::cell_error::CellError;
 use crate::issuer::{IssueError, IssuerFiles, Subject, TTL_DEFAULT, TTL_MAX};
-use crate::logging::AUDIT;
 use crate::rpc_metrics::{RpcMetrics, TenantTraffic};
 use crate::throttle::default_limit;
 use crate::tls::certificates_of;
@@ -55,16 +55,6 @@ const SERIAL_BYTES_MAX: usize = 20;
 /// Longest wait for a certificate that is valid after the last revocation: they tell whole seconds.
 const SECOND: Duration = Duration::from_secs(2);
 
-/// Who calls.
-#[derive(Clone, Debug)]
-pub struct AdminIdentity(Arc<str>);
-
-impl AdminIdentity {
-    pub fn new(name: &str) -> Self {
-        AdminIdentity(name.into())
-    }
-}
-
 /// The service. Cheap to clone.
 #[derive(Clone)]
 pub struct AdminService(Arc<Inner>);
@@ -83,25 +73,17 @@ impl AdminService {
     }
 }
 
-/// Answers a call and writes it down: who, what, of which tenant, and what came of it.
-async fn audited<Q, A>(
-    what: &'static str,
-    tenant: impl Fn(&Q) -> String,
+/// Answers a call, and notes for the audit log what was asked and what it gave.
+async fn audited<Q: Asked, A: Answered>(
     request: Request<Q>,
     answer: impl AsyncFnOnce(Q) -> Result<A, Status>,
 ) -> Result<Response<A>, Status> {
-    let who = request.extensions().get::<AdminIdentity>().map_or_else(|| "nobody".into(), |who| Arc::clone(&who.0));
+    let call = request.extensions().get::<Call>().cloned().unwrap_or_default();
     let message = request.into_inner();
-    let tenant = tenant(&message);
-    let answered = answer(message).await;
-    match &answered {
-        Ok(_) => tracing::info!(target: AUDIT, %who, what, tenant, result = "OK", "administration"),
-        Err(status) => {
-            let (result, error) = (format!("{:?}", status.code()), status.message());
-            tracing::warn!(target: AUDIT, %who, what, tenant, result, error, "administration");
-        }
-    }
-    answered.map(Response::new)
+    call.note_asked(&message);
+    let answered = answer(message).await?;
+    call.note_answered(&answered);
+    Ok(Response::new(answered))
 }
 
 fn no_tenant(name: &str) -> Status {
@@ -130,7 +112,7 @@ impl From<IssueError> for Status {
 }
 
 /// The limits that a message sets.
-fn limits_of(limits: Option<api::Limits>) -> impl Iterator<Item = (Limit, u64)> {
+pub(crate) fn limits_of(limits: Option<api::Limits>) -> impl Iterator<Item = (Limit, u64)> {
     let limits = limits.unwrap_or_default();
     let of = move |limit| match limit {
         Limit::StoredBytes => limits.stored_bytes,
@@ -505,8 +487,13 @@ impl Inner {
 
     async fn revoke(&self, request: api::RevokeCredentialsRequest) -> Result<api::RevokeCredentialsResponse, Status> {
         let tenant = self.tenant(&request.tenant).await?;
+        let before_ms = match request.before_ms {
+            0 => now_ms(),
+            moment if moment > 0 && request.all => moment,
+            _ => return Err(Status::invalid_argument("before_ms: want milliseconds since 1970, together with all")),
+        };
         match (request.serial.as_str(), request.all) {
-            ("", true) => self.cell.revoke_all(&tenant).await?,
+            ("", true) => self.cell.revoke_before(&tenant, before_ms).await?,
             (serial, false) if !serial.is_empty() => {
                 let Some(serial) = from_hex(serial).filter(|serial| serial.len() <= SERIAL_BYTES_MAX) else {
                     let text = format!("serial: {serial:?}: want the hexadecimal number of a certificate");
@@ -565,6 +552,7 @@ impl Inner {
             ca_pem: self.issuer.as_ref().and_then(|issuer| issuer.ca_pem().ok()).unwrap_or_default(),
             issues_credentials: self.issuer.is_some(),
             default_limits: Some(to_limits(default)),
+            now_ms: now_ms(),
         }
     }
 }
@@ -619,22 +607,17 @@ impl Admin for AdminService {
         &self,
         request: Request<api::CreateTenantRequest>,
     ) -> Result<Response<api::CreateTenantResponse>, Status> {
-        audited("CreateTenant", |of| of.name.clone(), request, async |request| self.0.create(request).await).await
+        audited(request, async |request| self.0.create(request).await).await
     }
 
     async fn get_tenant(
         &self,
         request: Request<api::GetTenantRequest>,
     ) -> Result<Response<api::GetTenantResponse>, Status> {
-        audited(
-            "GetTenant",
-            |of| of.name.clone(),
-            request,
-            async |request: api::GetTenantRequest| {
-                let tenant = self.0.tenant(&request.name).await?;
-                Ok(api::GetTenantResponse { tenant: Some(self.0.describe(&tenant)) })
-            },
-        )
+        audited(request, async |request: api::GetTenantRequest| {
+            let tenant = self.0.tenant(&request.name).await?;
+            Ok(api::GetTenantResponse { tenant: Some(self.0.describe(&tenant)) })
+        })
         .await
     }
 
@@ -642,80 +625,74 @@ impl Admin for AdminService {
         &self,
         request: Request<api::ListTenantsRequest>,
     ) -> Result<Response<api::ListTenantsResponse>, Status> {
-        audited("ListTenants", |_| String::new(), request, async |request| self.0.list(request).await).await
+        audited(request, async |request| self.0.list(request).await).await
     }
 
     async fn update_tenant(
         &self,
         request: Request<api::UpdateTenantRequest>,
     ) -> Result<Response<api::UpdateTenantResponse>, Status> {
-        audited("UpdateTenant", |of| of.name.clone(), request, async |request| self.0.update(request).await).await
+        audited(request, async |request| self.0.update(request).await).await
     }
 
     async fn set_tenant_state(
         &self,
         request: Request<api::SetTenantStateRequest>,
     ) -> Result<Response<api::SetTenantStateResponse>, Status> {
-        audited("SetTenantState", |of| of.name.clone(), request, async |request| self.0.set_state(request).await).await
+        audited(request, async |request| self.0.set_state(request).await).await
     }
 
     async fn delete_tenant(
         &self,
         request: Request<api::DeleteTenantRequest>,
     ) -> Result<Response<api::DeleteTenantResponse>, Status> {
-        audited("DeleteTenant", |of| of.name.clone(), request, async |request| self.0.delete(request).await).await
+        audited(request, async |request| self.0.delete(request).await).await
     }
 
     async fn get_usage(
         &self,
         request: Request<api::GetUsageRequest>,
     ) -> Result<Response<api::GetUsageResponse>, Status> {
-        audited("GetUsage", |of| of.name.clone(), request, async |request| self.0.prefixes(request).await).await
+        audited(request, async |request| self.0.prefixes(request).await).await
     }
 
     async fn top(&self, request: Request<api::TopRequest>) -> Result<Response<api::TopResponse>, Status> {
-        audited("Top", |_| String::new(), request, async |request| Ok(self.0.top(request))).await
+        audited(request, async |request| Ok(self.0.top(request))).await
     }
 
     async fn issue_credentials(
         &self,
         request: Request<api::IssueCredentialsRequest>,
     ) -> Result<Response<api::IssueCredentialsResponse>, Status> {
-        audited("IssueCredentials", |of| of.tenant.clone(), request, async |request| self.0.issue(request).await).await
+        audited(request, async |request| self.0.issue(request).await).await
     }
 
     async fn revoke_credentials(
         &self,
         request: Request<api::RevokeCredentialsRequest>,
     ) -> Result<Response<api::RevokeCredentialsResponse>, Status> {
-        audited("RevokeCredentials", |of| of.tenant.clone(), request, async |request| self.0.revoke(request).await)
-            .await
+        audited(request, async |request| self.0.revoke(request).await).await
     }
 
     async fn set_trusted_ca(
         &self,
         request: Request<api::SetTrustedCaRequest>,
     ) -> Result<Response<api::SetTrustedCaResponse>, Status> {
-        audited("SetTrustedCa", |of| of.tenant.clone(), request, async |request| self.0.trust(request).await).await
+        audited(request, async |request| self.0.trust(request).await).await
     }
 
     async fn update_cell(
         &self,
         request: Request<api::UpdateCellRequest>,
     ) -> Result<Response<api::GetCellResponse>, Status> {
-        audited("UpdateCell", |_| String::new(), request, async |request| self.0.update_cell(request).await).await
+        audited(request, async |request| self.0.update_cell(request).await).await
     }
 
     async fn get_cell(&self, request: Request<api::GetCellRequest>) -> Result<Response<api::GetCellResponse>, Status> {
-        audited(
-            "GetCell",
-            |_| String::new(),
-            request,
-            async |_| {
-                self.0.cell.read_barrier().await?;
-                Ok(self.0.cell())
-            },
-        )
+        audited(request, async |_| {
+            self.0.cell.read_barrier().await?;
+            Ok(self.0.cell())
+        })
         .await
     }
 }

@@ -7,7 +7,6 @@
 
 use std::io;
 use std::net::SocketAddr;
-use std::os::unix::fs::PermissionsExt as _;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -18,16 +17,19 @@ use hyper::body::Incoming;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
 use hyper_util::server::graceful::GracefulShutdown;
+use rustix::fs::Mode;
 use rustls::pki_types::CertificateDer;
 use tenure_admin_api::v1::admin_server::AdminServer;
 use tenure_storage::{TenantId, TenantPhase};
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::{TcpListener, TcpSocket, TcpStream, UnixListener, UnixStream};
+use tokio::net::{TcpListener, TcpSocket, TcpStream, UnixListener, UnixSocket, UnixStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tokio_rustls::LazyConfigAcceptor;
+use tonic::Code;
 use url::Url;
 
-use crate::admin::{AdminIdentity, AdminService};
+use crate::admin::AdminService;
+use crate::audit::{Caller, Line};
 use crate::authorities;
 use crate::cell::{Cell, Tenant};
 use crate::gate;
@@ -197,8 +199,7 @@ impl Listener {
     /// # Errors
     /// The system's.
     pub fn bind_admin_socket(path: PathBuf) -> io::Result<Self> {
-        let socket = bind_socket_file(path.clone())?;
-        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600))?;
+        let socket = bind_socket_file(path, Some(Mode::from_raw_mode(0o600)))?;
         let (serves, tls) = (Serves::Admin, None);
         let terms = Terms {
             tenant: None,
@@ -246,14 +247,21 @@ fn bind_unix(url: &Url) -> io::Result<Socket> {
         (Some(host), None) => host.to_string(),
         (None, _) => String::new(),
     };
-    bind_socket_file(PathBuf::from(format!("{authority}{}", url.path())))
+    bind_socket_file(PathBuf::from(format!("{authority}{}", url.path())), None)
 }
 
-fn bind_socket_file(path: PathBuf) -> io::Result<Socket> {
+/// `mode`: who may open it; else whoever this process's umask lets. At no moment may anybody else: the file has the mode of the
+/// socket that makes it, so that is set before there is a file. (Linux's way; a umask would be every thread's.)
+fn bind_socket_file(path: PathBuf, mode: Option<Mode>) -> io::Result<Socket> {
     if std::os::unix::net::UnixStream::connect(&path).is_err() && path.exists() {
         std::fs::remove_file(&path)?;
     }
-    Ok(Socket::Unix(UnixListener::bind(&path)?, path))
+    let socket = UnixSocket::new_stream()?;
+    if let Some(mode) = mode {
+        rustix::fs::fchmod(&socket, mode)?;
+    }
+    socket.bind(&path)?;
+    Ok(Socket::Unix(socket.listen(BACKLOG)?, path))
 }
 
 /// What connections are served with.
@@ -392,28 +400,43 @@ type Watcher = hyper_util::server::graceful::Watcher;
 
 async fn connection(terms: &Terms, services: &Services, stream: Stream, watcher: Watcher, alive: Alive) {
     match stream {
-        Stream::Tcp(stream) => secured(terms, services, stream, None, watcher, alive).await,
+        Stream::Tcp(stream) => {
+            let end = OtherEnd { address: stream.peer_addr().ok(), user: None };
+            secured(terms, services, stream, end, watcher, alive).await;
+        }
         Stream::Unix(stream) => {
-            let user = stream.peer_cred().ok().map(|of| of.uid());
-            secured(terms, services, stream, user, watcher, alive).await;
+            let end = OtherEnd { address: None, user: stream.peer_cred().ok().map(|of| of.uid()) };
+            secured(terms, services, stream, end, watcher, alive).await;
         }
     }
 }
 
-/// `user` is the one at the other end of a socket file.
-async fn secured<S>(terms: &Terms, services: &Services, stream: S, user: Option<u32>, watcher: Watcher, alive: Alive)
+/// What the system says of a client.
+#[derive(Clone, Copy, Debug, Default)]
+struct OtherEnd {
+    address: Option<SocketAddr>,
+    /// Who opened a socket file.
+    user: Option<u32>,
+}
+
+async fn secured<S>(terms: &Terms, services: &Services, stream: S, end: OtherEnd, watcher: Watcher, alive: Alive)
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
     let Some(tls) = &terms.tls else {
-        let shown = Shown { user, ..Shown::default() };
+        let shown = Shown { end, ..Shown::default() };
         return identified(terms, services, stream, shown, watcher, alive).await;
     };
     let handshake = tokio::time::timeout(HANDSHAKE_TIMEOUT, handshake(tls, stream));
     match terms.handshakes.run(handshake).await {
         Some(Ok(Ok((stream, shown)))) => {
-            let shown = Shown { user, ..shown };
+            let shown = Shown { end, ..shown };
             identified(terms, services, stream, shown, watcher, alive).await;
+        }
+        // Who only knocks and leaves, as who looks whether a port is open does, was not refused.
+        Some(Ok(Err(error))) if terms.serves == Serves::Admin && error.kind() == io::ErrorKind::InvalidData => {
+            Caller::new(None, end.user, end.address)
+                .refused(Code::Unauthenticated, format_args!("TLS handshake: {error}"));
         }
         Some(Ok(Err(error))) => tracing::debug!(%error, "TLS handshake"),
         Some(Err(_)) => tracing::debug!("TLS handshake took too long"),
@@ -428,7 +451,7 @@ struct Shown {
     chain: Vec<CertificateDer<'static>>,
     /// The name it calls the server by.
     server_name: Option<String>,
-    user: Option<u32>,
+    end: OtherEnd,
 }
 
 type Secured<S> = (tokio_rustls::server::TlsStream<S>, Shown);
@@ -450,9 +473,11 @@ where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
     if terms.serves == Serves::Admin {
-        match admin_of(&shown) {
-            Ok(identity) => administered(services, stream, identity, watcher, alive).await,
-            Err(reason) => tracing::warn!(%reason, "refuse a connection to the admin API"),
+        let OtherEnd { address, user } = shown.end;
+        let caller = Caller::new(shown.certificate.as_ref(), user, address);
+        match check_administrator(&shown) {
+            Ok(()) => administered(services, stream, caller, watcher, alive).await,
+            Err(reason) => caller.refused(Code::PermissionDenied, reason),
         }
         return;
     }
@@ -496,13 +521,10 @@ fn identify(terms: &Terms, shown: &Shown) -> Result<ConnectionIdentity, NoTenant
 }
 
 /// Over TLS a certificate says it; a socket file is opened by whoever may.
-fn admin_of(shown: &Shown) -> Result<AdminIdentity, NoTenant> {
-    match (&shown.certificate, shown.user) {
-        (Some(certificate), _) => {
-            check_admin(certificate)?;
-            Ok(AdminIdentity::new(certificate.common_name.as_deref().unwrap_or("tenure://admin")))
-        }
-        (None, Some(user)) => Ok(AdminIdentity::new(&format!("uid {user}"))),
+fn check_administrator(shown: &Shown) -> Result<(), NoTenant> {
+    match (&shown.certificate, shown.end.user) {
+        (Some(certificate), _) => check_admin(certificate),
+        (None, Some(_)) => Ok(()),
         (None, None) => Err(NoTenant::NotAdmin),
     }
 }
@@ -599,7 +621,7 @@ fn check_welcome(tenant: &Tenant, certificate: Option<&PeerCertificate>, trusted
 }
 
 /// Serves the admin API on one connection.
-async fn administered<S>(services: &Services, stream: S, identity: AdminIdentity, watcher: Watcher, alive: Alive)
+async fn administered<S>(services: &Services, stream: S, caller: Caller, watcher: Watcher, alive: Alive)
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
@@ -607,9 +629,14 @@ where
     builder.http2().timer(TokioTimer::new()).max_header_list_size(HEADERS_BYTES_MAX);
     let admin = services.admin.clone();
     let service = hyper::service::service_fn(move |mut request: Request<Incoming>| {
-        request.extensions_mut().insert(identity.clone());
+        let line = Line::begin(caller.clone(), request.uri().path());
+        request.extensions_mut().insert(line.call());
         let mut admin = admin.clone();
-        tonic::codegen::Service::call(&mut admin, request)
+        async move {
+            let Ok(response) = tonic::codegen::Service::call(&mut admin, request).await;
+            line.end(response.headers());
+            Ok::<_, std::convert::Infallible>(response)
+        }
     });
     let connection = builder.serve_connection(TokioIo::new(stream), service).into_owned();
     if let Err(error) = watcher.watch(connection).await {
@@ -712,6 +739,27 @@ impl GrpcIs {
             GrpcIs::Nothing => false,
             GrpcIs::Http2 => is_http2,
             GrpcIs::Http2WithContentType => is_http2 && says_grpc,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt as _;
+
+    use super::*;
+
+    // Whoever gets in between the file and its mode is an administrator for good: so there must be nothing in between. Nobody sets the
+    // mode of the file here: it has it from the moment it exists.
+    #[tokio::test]
+    async fn the_socket_of_administrators_is_never_open_to_others() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("admin.sock");
+        // Twice: the file of a dead server is replaced, whatever its mode was.
+        for _ in 0..2 {
+            let _listener = Listener::bind_admin_socket(path.clone()).unwrap();
+            assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+            std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o666)).unwrap();
         }
     }
 }

@@ -10,6 +10,7 @@ use serde_json::{Map, Value};
 use tracing::field::{Field, Visit};
 use tracing::{Event, Level, Subscriber};
 use tracing_subscriber::EnvFilter;
+use tracing_subscriber::fmt::MakeWriter;
 use tracing_subscriber::fmt::format::Writer;
 use tracing_subscriber::fmt::time::{FormatTime, SystemTime};
 use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
@@ -47,19 +48,25 @@ pub(crate) const AUDIT: &str = "audit";
 /// # Errors
 /// If a file cannot be opened.
 pub fn start(settings: &LogSettings) -> io::Result<()> {
+    let outputs = settings.outputs.iter().map(LogOutput::open).collect::<io::Result<_>>()?;
+    // Fails only if the embedding program has set its own; then that one stands.
+    let _ = tracing::subscriber::set_global_default(subscriber(settings, Mutex::new(Outputs(outputs))));
+    Ok(())
+}
+
+fn subscriber(
+    settings: &LogSettings,
+    writer: impl for<'a> MakeWriter<'a> + Send + Sync + 'static,
+) -> impl Subscriber + Send + Sync {
     let level = match settings.level.as_str() {
         level @ ("debug" | "info" | "warn") => level,
         _ => "error",
     };
-    let outputs = settings.outputs.iter().map(LogOutput::open).collect::<io::Result<_>>()?;
-    let subscriber = tracing_subscriber::fmt()
-        .with_writer(Mutex::new(Outputs(outputs)))
+    tracing_subscriber::fmt()
+        .with_writer(writer)
         .with_env_filter(EnvFilter::new(format!("{level},{AUDIT}=info")))
         .event_format(Lines(settings.format))
-        .finish();
-    // Fails only if the embedding program has set its own; then that one stands.
-    let _ = tracing::subscriber::set_global_default(subscriber);
-    Ok(())
+        .finish()
 }
 
 impl LogOutput {
@@ -143,5 +150,47 @@ impl Visit for Fields {
 
     fn record_bool(&mut self, field: &Field, value: bool) {
         self.0.insert(field.name().to_string(), value.into());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+
+    // An operator who wants to hear less of the member has not said that nobody shall know who deleted a tenant.
+    #[test]
+    fn no_level_turns_the_audit_log_off() {
+        for level in ["debug", "info", "warn", "error", "dpanic", "panic", "fatal"] {
+            for format in [LogFormat::Json, LogFormat::Console] {
+                let settings = LogSettings { level: level.to_string(), format, outputs: Vec::new() };
+                let written = Arc::new(Mutex::new(Vec::new()));
+                let writer = Arc::clone(&written);
+                let lines = subscriber(&settings, move || Shared(Arc::clone(&writer)));
+                tracing::subscriber::with_default(lines, || {
+                    tracing::info!(target: AUDIT, who = "uid 0", "administration");
+                    tracing::warn!(target: AUDIT, who = "uid 1\n", "administration");
+                    tracing::info!("something else");
+                });
+                let written = String::from_utf8(written.lock().unwrap().clone()).unwrap();
+                let audit: Vec<&str> = written.lines().filter(|line| line.contains("audit:")).collect();
+                assert!(audit.len() == 2 && audit[0].contains("\"who\":\"uid 0\""), "{level} {format:?}: {written}");
+                let others = if matches!(level, "debug" | "info") { 1 } else { 0 };
+                assert_eq!(written.lines().count(), 2 + others, "{level} {format:?}: {written}");
+            }
+        }
+    }
+
+    struct Shared(Arc<Mutex<Vec<u8>>>);
+
+    impl io::Write for Shared {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0.lock().unwrap().write(bytes)
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
     }
 }

@@ -120,7 +120,7 @@ async fn mistakes_are_named() {
     assert!(error.message().starts_with("csr_der: want a PKCS #10"), "{error}");
     for (serial, all) in [("", false), ("12", true), ("xyz", false)] {
         let (tenant, serial) = ("default".to_string(), serial.to_string());
-        let revoke = api::RevokeCredentialsRequest { tenant, serial, all };
+        let revoke = api::RevokeCredentialsRequest { tenant, serial, all, before_ms: 0 };
         assert_eq!(scene.admin.revoke_credentials(revoke).await.unwrap_err().code(), Code::InvalidArgument);
     }
     scene.tenure.stop().await;
@@ -150,6 +150,7 @@ async fn who_may_not_stay_is_sent_away() {
         tenant: "acme".to_string(),
         serial: serial.to_string(),
         all,
+        before_ms: 0,
     };
     scene.admin.revoke_credentials(revoke(&issued.serial, false)).await.unwrap();
     closed(open).await;

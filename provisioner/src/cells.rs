@@ -12,6 +12,7 @@ use tenure_admin_api::v1::admin_client::AdminClient;
 use tonic::Code;
 use tonic::transport::Channel;
 
+use crate::advice;
 use crate::connect::{ConnectError, TlsFiles, connect};
 use crate::files::{self, Mode};
 
@@ -41,7 +42,7 @@ pub enum CellsError {
     Exists(String),
     #[error("no member of cell {cell:?} is reached: {error}")]
     Unreachable { cell: String, error: ConnectError },
-    #[error("cell {cell:?}: {} ({:?})", .status.message(), .status.code())]
+    #[error("cell {cell:?}: {}", advice::told(.status))]
     Call { cell: String, status: tonic::Status },
     #[error("no cell has a tenant {0:?}: tenurectl tenant list shows those there are")]
     NoTenant(String),

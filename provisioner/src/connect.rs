@@ -1,5 +1,6 @@
 //! How a cell's admin API is reached: a socket file on this machine, or TLS with an administrator's certificate.
 
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,6 +13,8 @@ use tenure_admin_api::v1::admin_client::AdminClient;
 use tokio::net::{TcpStream, UnixStream};
 use tokio_rustls::TlsConnector;
 use tonic::transport::{Channel, Endpoint, Uri};
+
+use crate::advice;
 
 /// Longest time to reach a member.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -40,8 +43,8 @@ pub enum ConnectError {
     File { file: String, error: rustls::pki_types::pem::Error },
     #[error("use {file}: {error}")]
     Tls { file: String, error: rustls::Error },
-    #[error("reach {endpoint}: {error}")]
-    Transport { endpoint: String, error: String },
+    #[error("reach {endpoint}: {error}: {}", advice::of_connecting(*.kind))]
+    Transport { endpoint: String, error: String, kind: Option<ErrorKind> },
 }
 
 /// Connects to one member.
@@ -50,13 +53,14 @@ pub enum ConnectError {
 /// [`ConnectError`].
 pub async fn connect(endpoint: &str, tls: &TlsFiles) -> Result<AdminClient<Channel>, ConnectError> {
     let failed = |error: tonic::transport::Error| {
-        let mut text = error.to_string();
+        let (mut text, mut kind) = (error.to_string(), None);
         let mut cause: Option<&dyn std::error::Error> = std::error::Error::source(&error);
         while let Some(next) = cause {
             text = next.to_string();
+            kind = next.downcast_ref::<std::io::Error>().map(std::io::Error::kind).or(kind);
             cause = next.source();
         }
-        ConnectError::Transport { endpoint: endpoint.to_string(), error: text }
+        ConnectError::Transport { endpoint: endpoint.to_string(), error: text, kind }
     };
     if let Some(path) = endpoint.strip_prefix("unix:") {
         let path = PathBuf::from(path.strip_prefix("//").unwrap_or(path));

@@ -10,9 +10,8 @@ use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject as _;
 use serde_json::{Value, json};
 use tenure_admin_api::v1 as api;
-use tenure_admin_api::v1::admin_client::AdminClient;
-use tonic::transport::Channel;
 
+use crate::cells::{CellsError, Reached};
 use crate::files::{self, Mode};
 
 /// The files of a directory of credentials.
@@ -29,8 +28,8 @@ const MOUNT_PATH: &str = "/etc/kubernetes/pki/tenure";
 pub enum CredentialsError {
     #[error("make a key: {0}")]
     Key(#[from] rcgen::Error),
-    #[error("issue credentials: {} ({:?})", .0.message(), .0.code())]
-    Refused(#[from] tonic::Status),
+    #[error("issue credentials: {0}")]
+    Refused(#[from] CellsError),
     #[error("write {path}: {error}")]
     Write { path: String, error: std::io::Error },
     #[error("{0} is there already: --force replaces it, tenurectl tenant rotate renews it")]
@@ -44,6 +43,8 @@ pub enum CredentialsError {
 /// Credentials with the key.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Credentials {
+    /// The cell that the tenant is in.
+    pub cell: String,
     pub tenant: String,
     pub ca_pem: String,
     pub certificate_pem: String,
@@ -59,7 +60,7 @@ pub struct Credentials {
 /// # Errors
 /// [`CredentialsError::Refused`], [`CredentialsError::NoEndpoints`].
 pub async fn issue(
-    client: &mut AdminClient<Channel>,
+    reached: &mut Reached,
     tenant: &str,
     user: &str,
     ttl_seconds: u64,
@@ -68,11 +69,13 @@ pub async fn issue(
     let csr_der = CertificateParams::default().serialize_request(&key)?.der().to_vec();
     let (tenant, user) = (tenant.to_string(), user.to_string());
     let request = api::IssueCredentialsRequest { tenant: tenant.clone(), csr_der, user, ttl_seconds, admin: false };
-    let issued = client.issue_credentials(request).await?.into_inner();
+    let issued = reached.client.issue_credentials(request).await;
+    let issued = issued.map_err(|status| reached.cell.call_error(status))?.into_inner();
     if issued.endpoints.is_empty() {
         return Err(CredentialsError::NoEndpoints);
     }
     Ok(Credentials {
+        cell: reached.cell.name.clone(),
         tenant,
         ca_pem: issued.ca_pem,
         certificate_pem: issued.certificate_pem,
@@ -131,7 +134,7 @@ impl Credentials {
                 "name": secret,
                 "namespace": namespace,
                 "labels": { "tenure.dev/tenant": self.tenant },
-                "annotations": { "tenure.dev/serial": self.serial },
+                "annotations": { "tenure.dev/cell": self.cell, "tenure.dev/serial": self.serial },
             },
             "type": "Opaque",
             "stringData": { CA_CERT: self.ca_pem, CLIENT_CERT: self.certificate_pem, CLIENT_KEY: self.key_pem },
@@ -169,6 +172,7 @@ mod tests {
         let mut params = CertificateParams::default();
         params.serial_number = Some(vec![0xab, 0xcd].into());
         Credentials {
+            cell: "east".to_string(),
             tenant: "acme".to_string(),
             ca_pem: "ca".to_string(),
             certificate_pem: params.self_signed(&key).unwrap().pem(),

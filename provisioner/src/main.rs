@@ -13,6 +13,7 @@ use clap::{Args, CommandFactory as _, Parser, Subcommand};
 use futures::future::join_all;
 use serde_json::{Value, json};
 use tenure_admin_api::v1::{self as api, State};
+use tenure_provisioner::advice;
 use tenure_provisioner::cell_init::{self, Member, Start};
 use tenure_provisioner::cells::{Cell, Cells, CellsError, ENDPOINT_DEFAULT, Reached, find, place};
 use tenure_provisioner::connect::TlsFiles;
@@ -276,6 +277,9 @@ enum TenantCommand {
         /// All that were issued before now.
         #[arg(long, conflicts_with = "serial")]
         all: bool,
+        /// All that were issued before that moment (2026-01-31T12:00:00Z): to repeat the command, and spare those issued since.
+        #[arg(long, value_name = "TIME", requires = "all")]
+        before: Option<String>,
     },
     /// Has a CA of its own sign its clients' certificates, or the cell's again. Connections are closed and made anew.
     TrustedCa {
@@ -496,7 +500,9 @@ async fn cell(at: &At, format: Format, command: CellCommand) -> anyhow::Result<(
             let row = |name: &&str| vec![name.to_string(), limit_text(&limits, name)];
             print(&match format {
                 Format::Table => output::table(&["LIMIT", "VALUE"], &limits::NAMES.iter().map(row).collect::<Vec<_>>()),
-                Format::Json | Format::Yaml => output::data(format, &json!({ "default_limits": limits })),
+                Format::Json | Format::Yaml => {
+                    output::data(format, &json!({ "cell": reached.cell.name, "default_limits": limits }))
+                }
             })
         }
     }
@@ -583,7 +589,13 @@ async fn tenant(at: &At, format: Format, command: TenantCommand) -> anyhow::Resu
                     output::table(&["LIMIT", "VALUE", "SET BY"], &limits::NAMES.iter().map(row).collect::<Vec<_>>())
                 }
                 Format::Json | Format::Yaml => {
-                    output::data(format, &json!({ "limits": own, "effective_limits": effective }))
+                    let data = json!({
+                        "cell": cell.cell.name,
+                        "tenant": tenant.name,
+                        "limits": own,
+                        "effective_limits": effective,
+                    });
+                    output::data(format, &data)
                 }
             })
         }
@@ -600,28 +612,36 @@ async fn tenant(at: &At, format: Format, command: TenantCommand) -> anyhow::Resu
         TenantCommand::Suspend { name } => set_state(at, format, name, State::Suspended).await,
         TenantCommand::Resume { name } => set_state(at, format, name, State::Active).await,
         TenantCommand::ReadOnly { name } => set_state(at, format, name, State::ReadOnly).await,
-        TenantCommand::Delete { name, yes } => delete(at, name, yes).await,
+        TenantCommand::Delete { name, yes } => delete(at, format, name, yes).await,
         TenantCommand::Usage { name } => usage(at, format, name).await,
         TenantCommand::Credentials { name, to, force } => {
-            let (cell, _) = at.tenant(&name).await?;
-            let issued = issue(cell, &name, &to).await?;
+            let (mut cell, _) = at.tenant(&name).await?;
+            let issued = issue(&mut cell, &name, &to).await?;
             deliver(format, &issued, &to, force)
         }
         TenantCommand::Rotate { name, to, revoke_old } => {
             let dir = to.out.as_deref().context("--out DIR: where are the credentials that are to be renewed?")?;
             let old = credentials::serial_in(dir)?;
-            let (cell, _) = at.tenant(&name).await?;
-            let issued = issue(cell, &name, &to).await?;
+            let (mut cell, _) = at.tenant(&name).await?;
+            let issued = issue(&mut cell, &name, &to).await?;
             deliver(format, &issued, &to, true)?;
             if revoke_old {
-                return revoke(at, Format::Table, name, old, false).await;
+                revoke_one(at, name, old.clone()).await?;
+                eprintln!("tenurectl: certificate {old} is revoked");
+                return Ok(());
             }
             eprintln!(
                 "tenurectl: when nobody uses the old one any more: tenurectl tenant revoke {name} --serial {old}"
             );
             Ok(())
         }
-        TenantCommand::Revoke { name, serial, all } => revoke(at, format, name, serial.unwrap_or_default(), all).await,
+        TenantCommand::Revoke { name, serial, all: _, before } => {
+            let (cell, tenant) = match serial {
+                Some(serial) => revoke_one(at, name, serial).await?,
+                None => revoke_all(at, name, before.as_deref()).await?,
+            };
+            show(format, &cell, tenant)
+        }
         TenantCommand::TrustedCa { name, file, of_cell: _ } => trust(at, format, name, file.as_deref()).await,
     }
 }
@@ -682,13 +702,13 @@ async fn set_state(at: &At, format: Format, name: String, state: State) -> anyho
     show(format, &cell.cell, changed.into_inner().tenant)
 }
 
-async fn delete(at: &At, name: String, yes: bool) -> anyhow::Result<()> {
-    let (mut cell, tenant) = at.tenant(&name).await?;
+async fn delete(at: &At, format: Format, name: String, yes: bool) -> anyhow::Result<()> {
+    let (mut cell, mut tenant) = at.tenant(&name).await?;
     if !yes {
         if !std::io::stdin().is_terminal() {
             bail!("tenant {name:?} would be deleted with all its data: say --yes");
         }
-        let keys = tenant.usage.map_or(0, |usage| usage.keys);
+        let keys = tenant.usage.as_ref().map_or(0, |usage| usage.keys);
         eprint!("Delete tenant {name:?} of cell {:?} with {keys} keys? Type its name: ", cell.cell.name);
         let mut answer = String::new();
         std::io::stdin().read_line(&mut answer).context("read the answer")?;
@@ -698,43 +718,61 @@ async fn delete(at: &At, name: String, yes: bool) -> anyhow::Result<()> {
     }
     let request = api::DeleteTenantRequest { name, id: Some(tenant.id) };
     cell.client.delete_tenant(request).await.map_err(|status| cell.cell.call_error(status))?;
-    Ok(())
+    tenant.set_state(State::Deleting);
+    show(format, &cell.cell, Some(tenant))
 }
 
 async fn usage(at: &At, format: Format, name: String) -> anyhow::Result<()> {
-    let (mut cell, _) = at.tenant(&name).await?;
+    let (mut cell, tenant) = at.tenant(&name).await?;
     let answer = cell.client.get_usage(api::GetUsageRequest { name }).await;
     let mut prefixes = answer.map_err(|status| cell.cell.call_error(status))?.into_inner().prefixes;
     prefixes.sort_by_key(|row| std::cmp::Reverse(row.bytes));
-    let row = |row: &api::get_usage_response::Prefix| {
-        vec![row.prefix.clone(), row.keys.to_string(), output::bytes(row.bytes)]
-    };
+    let of = &cell.cell.name;
+    let row =
+        |prefix: &str, keys: u64, bytes| vec![of.clone(), prefix.to_string(), keys.to_string(), output::bytes(bytes)];
+    let sum = |of: fn(&api::get_usage_response::Prefix) -> u64| prefixes.iter().map(of).sum();
+    let total = row("total", sum(|row| row.keys), sum(|row| row.bytes));
     print(&match format {
-        Format::Table => output::table(&["PREFIX", "KEYS", "BYTES"], &prefixes.iter().map(row).collect::<Vec<_>>()),
+        Format::Table => {
+            let rows = prefixes.iter().map(|of| row(&of.prefix, of.keys, of.bytes));
+            output::table(&["CELL", "PREFIX", "KEYS", "BYTES"], &rows.chain([total]).collect::<Vec<_>>())
+        }
         Format::Json | Format::Yaml => {
             let rows = prefixes.iter().map(|row| json!({ "prefix": row.prefix, "keys": row.keys, "bytes": row.bytes }));
-            output::data(format, &rows.collect())
+            let data = json!({ "cell": of, "tenant": tenant.name, "prefixes": rows.collect::<Vec<_>>() });
+            output::data(format, &data)
         }
     })
 }
 
-async fn issue(mut cell: Reached, name: &str, to: &Out) -> anyhow::Result<Credentials> {
+async fn issue(cell: &mut Reached, name: &str, to: &Out) -> anyhow::Result<Credentials> {
     if to.out.is_none() && to.format.is_none() {
         bail!("where to? --out DIR, or --format kubernetes");
     }
-    Ok(credentials::issue(&mut cell.client, name, &to.user, to.days.saturating_mul(24 * 3600)).await?)
+    Ok(credentials::issue(cell, name, &to.user, to.days.saturating_mul(24 * 3600)).await?)
 }
 
 fn deliver(format: Format, issued: &Credentials, to: &Out, replace: bool) -> anyhow::Result<()> {
     if let Some(dir) = &to.out {
         issued.write(dir, replace)?;
         told(issued, dir);
+        if to.format.is_none() && format != Format::Table {
+            let data = json!({
+                "cell": issued.cell,
+                "tenant": issued.tenant,
+                "dir": dir,
+                "serial": issued.serial,
+                "not_after": output::moment(issued.not_after_ms),
+                "endpoints": issued.endpoints,
+            });
+            print(&output::data(format, &data))?;
+        }
     }
     if to.format.is_some() {
         let secret = to.secret_name.clone().unwrap_or_else(|| format!("{}-etcd", issued.tenant));
         let [secret, patch] = issued.kubernetes(&to.namespace, &secret);
         print(&match format {
-            Format::Json => output::data(format, &json!({ "secret": secret, "patch": patch })),
+            Format::Json => output::data(format, &json!({ "cell": issued.cell, "secret": secret, "patch": patch })),
             Format::Table | Format::Yaml => {
                 let (secret, patch) = (output::data(Format::Yaml, &secret), output::data(Format::Yaml, &patch));
                 format!(
@@ -749,8 +787,8 @@ fn deliver(format: Format, issued: &Credentials, to: &Out, replace: bool) -> any
 fn told(issued: &Credentials, dir: &Path) {
     let (dir, until) = (dir.display(), output::moment(issued.not_after_ms));
     eprintln!(
-        "tenurectl: certificate {} in {dir}, valid until {until}: kube-apiserver $(cat {dir}/apiserver-flags) …",
-        issued.serial
+        "tenurectl: certificate {} of cell {:?} in {dir}, valid until {until}: kube-apiserver $(cat {dir}/apiserver-flags) …",
+        issued.serial, issued.cell
     );
 }
 
@@ -768,9 +806,28 @@ async fn trust(at: &At, format: Format, name: String, file: Option<&Path>) -> an
     show(format, &cell.cell, answer.into_inner().tenant)
 }
 
-async fn revoke(at: &At, format: Format, name: String, serial: String, all: bool) -> anyhow::Result<()> {
+async fn revoke_one(at: &At, name: String, serial: String) -> anyhow::Result<(Cell, Option<api::Tenant>)> {
     let (mut cell, _) = at.tenant(&name).await?;
-    let request = api::RevokeCredentialsRequest { tenant: name, serial, all };
+    let request = api::RevokeCredentialsRequest { tenant: name, serial, ..Default::default() };
     let answer = cell.client.revoke_credentials(request).await.map_err(|status| cell.cell.call_error(status))?;
-    show(format, &cell.cell, answer.into_inner().tenant)
+    Ok((cell.cell, answer.into_inner().tenant))
+}
+
+/// Of the cell's clock: that of this machine may be another.
+async fn revoke_all(at: &At, name: String, before: Option<&str>) -> anyhow::Result<(Cell, Option<api::Tenant>)> {
+    let wanted = |text: &str| format!("--before {text:?}: want a moment such as 2026-01-31T12:00:00Z");
+    let before = before.map(|text| output::milliseconds(text).with_context(|| wanted(text))).transpose()?;
+    let (mut cell, _) = at.tenant(&name).await?;
+    let before_ms = before.unwrap_or(cell.status.now_ms);
+    let request = api::RevokeCredentialsRequest { tenant: name, all: true, before_ms, ..Default::default() };
+    match cell.client.revoke_credentials(request).await {
+        Ok(answer) => Ok((cell.cell, answer.into_inner().tenant)),
+        Err(status) => {
+            // A member of a release before this one says no moment: it takes its own each time.
+            let moment = Some(output::moment(before_ms)).filter(|moment| !moment.is_empty());
+            let again = moment.and_then(|moment| advice::revoke_again(&status, &moment));
+            let error = cell.cell.call_error(status);
+            Err(again.map_or_else(|| anyhow::anyhow!("{error}"), |again| anyhow::anyhow!("{error}, {again}")))
+        }
+    }
 }

@@ -91,6 +91,12 @@ pub fn moment(milliseconds: i64) -> String {
     moment.filter(|_| milliseconds != 0).and_then(|moment| moment.format(&Rfc3339).ok()).unwrap_or_default()
 }
 
+/// Milliseconds since 1970 of a moment as [`moment`] writes it; `None` if it is none.
+pub fn milliseconds(moment: &str) -> Option<i64> {
+    let moment = OffsetDateTime::parse(moment, &Rfc3339).ok()?;
+    i64::try_from(moment.unix_timestamp_nanos().div_euclid(1_000_000)).ok()
+}
+
 /// Bytes, for people.
 pub fn bytes(bytes: u64) -> String {
     let (mut value, mut unit) = (bytes as f64, "B");
@@ -208,6 +214,7 @@ mod tests {
     fn figures_are_for_people() {
         assert_eq!((bytes(1_023), bytes(1_536), bytes(3 << 30)), ("1023 B".into(), "1.5 KiB".into(), "3.0 GiB".into()));
         assert_eq!((moment(0), moment(1_000)), (String::new(), "1970-01-01T00:00:01Z".to_string()));
+        assert_eq!((milliseconds("1970-01-01T00:00:01Z"), milliseconds("yesterday")), (Some(1_000), None));
         let of = api::Limits { watchers: Some(0), ..Default::default() };
         assert_eq!(limits(&of), json!({ "watchers": 0 }));
     }

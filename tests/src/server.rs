@@ -81,6 +81,11 @@ impl Server {
         self.addresses[tenant + 1]
     }
 
+    /// Where the admin API listens, if a flag says that it does on TCP: told before all others.
+    pub fn admin_address(&self) -> SocketAddr {
+        self.addresses[0]
+    }
+
     /// SIGKILL; nothing of the process is left on return.
     pub fn kill(mut self) {
         self.end();

@@ -2,9 +2,12 @@
 
 #![allow(clippy::unwrap_used)]
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
+use saphyr::LoadableYamlNode as _;
+use serde_json::Value;
 use tenure_tests::server::Server;
 
 struct Operator {
@@ -33,6 +36,29 @@ impl Operator {
         let output = self.run(line);
         assert!(output.status.success(), "{line}: {output:?}");
         String::from_utf8(output.stdout).unwrap()
+    }
+
+    fn data(&self, line: &str) -> Value {
+        let said = self.said(&format!("{line} -o json"));
+        serde_json::from_str(&said).unwrap_or_else(|error| panic!("{line}: {error}: {said}"))
+    }
+
+    /// Starts a cell with certificates of its own and a CA that signs tenants'; answers where its admin API listens.
+    fn cell(&self) -> (Server, String) {
+        self.said("cell init --out cell --member m1=127.0.0.1");
+        let file = |flag: &str, name: &str| format!("--{flag}={}", self.path("cell").join(name).display());
+        let flags = [
+            file("cert-file", "m1/server.crt"),
+            file("key-file", "m1/server.key"),
+            file("trusted-ca-file", "ca.crt"),
+            file("issuer-cert-file", "ca.crt"),
+            file("issuer-key-file", "ca.key"),
+            "--listen-admin-urls=https://127.0.0.1:0".to_string(),
+        ];
+        let flags: Vec<&str> = flags.iter().map(String::as_str).collect();
+        let server = Server::start_with_flags(&flags, &self.path("default.tenure"), &[]);
+        let endpoint = format!("https://{}", server.admin_address());
+        (server, endpoint)
     }
 
     fn refused(&self, line: &str) -> String {
@@ -69,7 +95,7 @@ fn a_tenant_is_operated_from_the_command_line() {
         let changed = operator.said(&format!("tenant {word} acme"));
         assert!(changed.lines().nth(1).unwrap().split_whitespace().any(|cell| cell == state), "{changed}");
     }
-    assert!(operator.said("tenant usage default").starts_with("PREFIX"));
+    assert!(operator.said("tenant usage default").starts_with("CELL"));
     let top = operator.said("top --once --interval 0.1 --sort stored");
     assert!(top.starts_with("CELL") && top.contains("acme") && top.contains("default"), "{top}");
     assert!(operator.said("cell status").contains("leader"));
@@ -78,8 +104,15 @@ fn a_tenant_is_operated_from_the_command_line() {
     assert!(issue.contains("--issuer-cert-file"), "what to do next: {issue}");
     assert!(operator.refused("tenant get globex").contains("no cell has a tenant \"globex\""));
     assert!(operator.refused("tenant delete acme").contains("say --yes"));
-    operator.said("tenant delete acme --yes");
+    let gone = operator.data("tenant delete acme --yes");
+    assert_eq!((&gone["cell"], &gone["state"]), (&"local".into(), &"deleting".into()), "{gone}");
     assert!(!operator.said("tenant list").contains("acme"));
+    // Until its space is given back it can be seen.
+    loop {
+        let list = operator.data("tenant list --deleting");
+        let Some(acme) = list.as_array().unwrap().iter().find(|row| row["name"] == "acme") else { break };
+        assert_eq!((&acme["id"], &acme["state"]), (&gone["id"], &"deleting".into()), "{list}");
+    }
 }
 
 #[test]
@@ -116,4 +149,161 @@ fn a_new_tenant_goes_where_there_is_room() {
     assert!(String::from_utf8_lossy(&made.stdout).contains("east"));
     operator.said("cell remove west");
     assert!(!operator.said("cell list").contains("west"));
+}
+
+/// Every command, in an order in which each can be given.
+const COMMANDS: &[&str] = &[
+    "cell list",
+    "cell status",
+    "cell limits --leases 700",
+    "tenant create acme --label a=b",
+    "tenant get acme",
+    "tenant list",
+    "tenant list --deleting",
+    "tenant limits acme --watchers 5",
+    "tenant labels acme c=d",
+    "tenant suspend acme",
+    "tenant read-only acme",
+    "tenant resume acme",
+    "tenant usage acme",
+    "tenant credentials acme --out acme --force",
+    "tenant credentials acme --format kubernetes",
+    "tenant rotate acme --out acme",
+    "tenant rotate acme --out acme --revoke-old",
+    "tenant revoke acme --serial 4a0b",
+    "tenant revoke acme --all",
+    "tenant revoke acme --all --before 2026-01-31T12:00:00Z",
+    "tenant trusted-ca acme --file cell/ca.crt",
+    "tenant trusted-ca acme --of-cell",
+    "top --once --interval 0.05",
+    "tenant delete acme --yes",
+];
+
+/// Those that print no data: what they make is files, or what a shell reads.
+const WITHOUT_DATA: &[&str] = &["cell init", "cell add", "cell remove", "completion"];
+
+/// The commands that `--help` names below this one.
+fn below(operator: &Operator, command: &str) -> Vec<String> {
+    let help = operator.said(format!("{command} --help").trim_start());
+    let list = help.split("Commands:\n").nth(1).unwrap().split("\n\n").next().unwrap();
+    let names = list.lines().filter_map(|line| line.split_whitespace().next());
+    names.filter(|name| *name != "help").map(|name| format!("{command} {name}").trim_start().to_string()).collect()
+}
+
+/// The cells that are named in data: of the whole, or of each of its rows.
+fn cells_in(data: &Value) -> BTreeSet<&str> {
+    let rows = data.as_array().map_or(std::slice::from_ref(data), Vec::as_slice);
+    rows.iter().map(|row| row.get("cell").or(row.get("name")).unwrap().as_str().unwrap()).collect()
+}
+
+#[test]
+fn every_command_prints_for_people_and_for_programs() {
+    let operator = Operator::new();
+    let mut wanted: BTreeSet<String> = ["cell", "tenant"].iter().flat_map(|of| below(&operator, of)).collect();
+    wanted.extend(below(&operator, "").into_iter().filter(|of| of != "cell" && of != "tenant"));
+    let given = COMMANDS.iter().chain(WITHOUT_DATA).map(|line| {
+        let words = if line.starts_with("cell") || line.starts_with("tenant") { 2 } else { 1 };
+        line.split(' ').take(words).collect::<Vec<_>>().join(" ")
+    });
+    assert_eq!(given.collect::<BTreeSet<_>>(), wanted);
+
+    let (_server, _) = operator.cell();
+    operator.said("cell add east --endpoint unix:default.tenure/admin.sock");
+    operator.said("tenant create globex");
+    let mut tables = Vec::new();
+    for format in ["json", "yaml", "table"] {
+        for line in COMMANDS {
+            let said = operator.said(&format!("{line} -o {format}"));
+            let is_kubernetes = line.contains("kubernetes");
+            match format {
+                "json" => {
+                    let data: Value =
+                        serde_json::from_str(&said).unwrap_or_else(|error| panic!("{line}: {error}: {said}"));
+                    assert_eq!(cells_in(&data), BTreeSet::from(["east"]), "{line}: {said}");
+                }
+                "yaml" => {
+                    let read =
+                        saphyr::Yaml::load_from_str(&said).unwrap_or_else(|error| panic!("{line}: {error}: {said}"));
+                    assert_eq!(read.len(), if is_kubernetes { 2 } else { 1 }, "{line}: {said}");
+                    assert!(said.contains("east"), "{line}: {said}");
+                }
+                _ => tables.push((*line, said)),
+            }
+        }
+    }
+    for (line, table) in tables {
+        let columns = table.lines().next().unwrap_or_default();
+        match line.split(' ').nth(1).unwrap() {
+            // What they made is said on the error output, so that nothing but a manifest is on this one.
+            "rotate" => assert_eq!(table, "", "{line}"),
+            "credentials" => assert_eq!(table.is_empty(), line.contains("--out"), "{line}: {table}"),
+            "status" => assert!(columns.starts_with("MEMBER"), "{line}: {table}"),
+            "limits" => assert!(columns.starts_with("LIMIT"), "{line}: {table}"),
+            "list" if line.starts_with("cell") => assert!(columns.starts_with("NAME"), "{line}: {table}"),
+            _ => {
+                assert!(columns.starts_with("CELL"), "{line}: {table}");
+                assert!(table.lines().skip(1).all(|row| row.starts_with("east ")), "{line}: {table}");
+            }
+        }
+    }
+}
+
+#[test]
+fn an_operator_decides_who_gets_in() {
+    let operator = Operator::new();
+    let (_server, endpoint) = operator.cell();
+    operator.said("tenant create acme");
+    let issued = operator.data("tenant credentials acme --out acme");
+    let serial = issued["serial"].as_str().unwrap();
+    assert!(issued["cell"] == "local" && operator.path("acme/client.key").exists(), "{issued}");
+
+    operator.said(&format!("tenant revoke acme --serial {serial}"));
+    let acme = operator.data("tenant get acme");
+    assert_eq!(acme["revoked_serials"], serde_json::json!([serial]));
+    assert_eq!(acme["credentials_valid_from"], "");
+    let old = operator.data("tenant rotate acme --out acme --revoke-old");
+    assert_ne!(old["serial"], issued["serial"]);
+    let revoked = operator.data("tenant revoke acme --all");
+    let valid_from = revoked["credentials_valid_from"].as_str().unwrap().to_string();
+    assert!(valid_from.ends_with('Z'), "{revoked}");
+    // Repeated for an earlier moment it takes nothing back, and spares whoever came since.
+    let again = operator.data("tenant revoke acme --all --before 2026-01-31T12:00:00Z");
+    assert_eq!(again["credentials_valid_from"], valid_from);
+    assert!(operator.refused("tenant revoke acme --all --before yesterday").contains("want a moment such as"));
+
+    let trusted = operator.data("tenant trusted-ca acme --file cell/ca.crt");
+    assert!(trusted["trusted_ca_pem"].as_str().unwrap().starts_with("-----BEGIN CERTIFICATE-----\n"), "{trusted}");
+    let refused = operator.refused("tenant credentials acme --out acme --force");
+    assert!(refused.contains("trusts a CA of its own: let that sign"), "{refused}");
+    assert_eq!(operator.data("tenant trusted-ca acme --of-cell")["trusted_ca_pem"], "");
+    std::fs::write(operator.path("none"), "\n").unwrap();
+    assert!(operator.refused("tenant trusted-ca acme --file none").contains("say --of-cell"));
+
+    let limits = operator.data("cell limits --leases 700 --requests-per-second 5K");
+    assert_eq!((&limits["default_limits"]["leases"], &limits["cell"]), (&700.into(), &"local".into()), "{limits}");
+    let acme = operator.data("tenant get acme");
+    assert_eq!(
+        (&acme["effective_limits"]["requests_per_second"], &acme["limits"]),
+        (&5_000.into(), &serde_json::json!({}))
+    );
+    let limits = operator.data("cell limits --leases default");
+    assert_eq!(limits["default_limits"]["requests_per_second"], 5_000);
+    assert_ne!(limits["default_limits"]["leases"], 700);
+
+    // From elsewhere, as an administrator; nobody else is one.
+    let from = |by: &str, ca: &str| format!("--endpoint {endpoint} --cacert {ca} --cert {by}.crt --key {by}.key");
+    assert!(operator.said(&format!("tenant get acme {}", from("cell/admin", "cell/ca.crt"))).contains("acme"));
+    operator.said("tenant credentials acme --out acme --force");
+    let tenant = operator.refused(&format!("tenant list {}", from("acme/client", "cell/ca.crt")));
+    assert!(tenant.contains("administrator's certificate"), "{tenant}");
+    operator.said("cell init --out other --member m1=127.0.0.1");
+    let other = operator.refused(&format!("tenant list {}", from("cell/admin", "other/ca.crt")));
+    assert!(other.contains("--cacert must be the CA that signed the member's certificate"), "{other}");
+    let stranger = operator.refused(&format!("tenant list {}", from("other/admin", "cell/ca.crt")));
+    assert!(stranger.contains("administrator's"), "{stranger}");
+    let nobody = operator.refused("tenant list --endpoint unix:nowhere");
+    assert!(nobody.contains("admin.sock in the --data-dir of a tenured that runs"), "{nobody}");
+    for said in [tenant, other, stranger, nobody] {
+        assert_eq!(said.trim_end().lines().count(), 1, "{said}");
+    }
 }

@@ -139,13 +139,13 @@ impl Cell {
         self.0.change_tenant(tenant.id(), revoke).await.map(drop)
     }
 
-    /// Refuses every certificate of a tenant that was valid before now. Certificates tell whole seconds: one made within the second
-    /// that runs is refused too.
+    /// Refuses every certificate of a tenant that was valid before that moment, or before now if it is still to come. Certificates tell
+    /// whole seconds: one made within the second of the moment is refused too. With the same moment again it refuses no more.
     ///
     /// # Errors
     /// [`Refusal::TenantNotFound`].
-    pub async fn revoke_all(&self, tenant: &Tenant) -> Result<(), CellError> {
-        let valid_from_ms = next_second_ms(now_ms());
+    pub async fn revoke_before(&self, tenant: &Tenant, moment_ms: i64) -> Result<(), CellError> {
+        let valid_from_ms = next_second_ms(moment_ms.min(now_ms()));
         self.0.change_tenant(tenant.id(), TenantCommand::RevokeBefore { valid_from_ms }).await.map(drop)
     }
 
