@@ -36,6 +36,7 @@
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 
 use crate::ids::CLUSTER_TOKEN_DEFAULT;
@@ -88,7 +89,8 @@ impl DataDir {
     /// # Errors
     /// [`DataDirError`]; nothing was changed, except that the directory and its lock file may exist now.
     pub fn open(path: &Path, first: Identity, token: &str) -> Result<Self, DataDirError> {
-        fs::create_dir_all(path).map_err(io("create", path))?;
+        // Its user's alone, as etcd's.
+        fs::DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(io("create", path))?;
         if path.join("member").is_dir() && !path.join(IDENTITY).exists() {
             return Err(DataDirError::OfEtcd(path.to_path_buf()));
         }
@@ -252,6 +254,8 @@ fn write_identity(directory: &Path, identity: &Written) -> Result<(), DataDirErr
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::PermissionsExt as _;
+
     use super::*;
 
     const FIRST: Identity = Identity { member_id: 0x8e9e_05c5_2164_694d, cluster_id: 0xcdf8_1819_4e3a_8c32 };
@@ -263,6 +267,7 @@ mod tests {
         let scratch = tempfile::tempdir().unwrap();
         let path = scratch.path().join("d");
         assert_eq!(DataDir::open(&path, FIRST, TOKEN).unwrap().identity(), FIRST);
+        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o700, "nobody else's");
         let other = Identity { member_id: 1, cluster_id: 2 };
         assert_eq!(DataDir::open(&path, other, TOKEN).unwrap().identity(), FIRST);
     }

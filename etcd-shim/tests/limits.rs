@@ -703,6 +703,7 @@ async fn open_streams_end_when_their_client_has_to_go() {
             tenant: name.clone(),
             serial: if all { String::new() } else { issued.serial.clone() },
             all,
+            ..Default::default()
         };
         match leave {
             Leave::Suspended => play.scene.set_state(&name, State::Suspended).await,
