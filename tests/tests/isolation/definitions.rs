@@ -150,13 +150,14 @@ fn filled_once(of: &MessageDescriptor, turn: usize) -> DynamicMessage {
         }
         // Each alternative gets its turns.
         let turn = turn / count;
-        let value = match field.kind() {
-            Kind::Message(entry) if field.is_map() => {
-                let value = something(&entry.map_entry_value_field().kind(), turn);
-                Value::Map(HashMap::from([(MapKey::String("acme".to_string()), value)]))
-            }
-            kind if field.is_list() => Value::List(vec![something(&kind, turn)]),
-            kind => something(&kind, turn),
+        let kind = field.kind();
+        let value = if field.is_map() {
+            let of = kind.as_message().expect("an entry").map_entry_value_field();
+            Value::Map(HashMap::from([(MapKey::String("acme".to_string()), something(&of.kind(), turn))]))
+        } else if field.is_list() {
+            Value::List(vec![something(&kind, turn)])
+        } else {
+            something(&kind, turn)
         };
         message.set_field(&field, value);
     }

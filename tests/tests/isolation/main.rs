@@ -34,7 +34,7 @@ use tonic::Code;
 
 use crate::attempts::{EVERYTHING, Known, LEASE, SECRET, WATCH, bytes, everything, hidden, shared};
 use crate::definitions::{carried, fields, filled, methods};
-use crate::world::{Cell, ask, cluster_ids, contains_secret, put, state_of, unary};
+use crate::world::{Cell, ask, cluster_ids, contains_secret, lease_left, put, state_of, unary};
 
 /// A field is a way in that nobody may forget: this is what makes a new one fail until somebody has thought of it.
 #[test]
@@ -97,6 +97,7 @@ async fn no_call_tells_of_another_tenant() {
     secret_is_seen_by_its_owner(&busy.acme, &known, of("etcdserverpb.KV/Range").1).await;
 
     let mut headers: BTreeMap<String, BTreeSet<u64>> = BTreeMap::new();
+    let mut left = lease_left(&busy.acme).await;
     for (method, messages) in attempts::calls(&known) {
         let (input, output) = of(&method);
         let ids = headers.entry(method.clone()).or_default();
@@ -112,6 +113,8 @@ async fn no_call_tells_of_another_tenant() {
             ids.extend(told.messages.iter().flat_map(cluster_ids));
         }
         assert_eq!(state_of(&busy.acme).await, before, "{method} moved a neighbour");
+        let left_before = std::mem::replace(&mut left, lease_left(&busy.acme).await);
+        assert!(left <= left_before, "{method} renewed a neighbour's lease: {left} after {left_before}");
     }
     for (method, ids) in headers {
         let has_header = fields(of(&method).1).contains(CLUSTER_ID);

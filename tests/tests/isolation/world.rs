@@ -1,6 +1,7 @@
 //! A cell with both tenants, and answers in a form that can be compared.
 
 use std::collections::BTreeSet;
+use std::fmt;
 use std::net::SocketAddr;
 
 use bytes::Bytes;
@@ -120,13 +121,20 @@ pub(crate) async fn state_of(tenant: &Connection) -> State {
     }
 }
 
+/// Seconds that [`LEASE`] has left.
+pub(crate) async fn lease_left(tenant: &Connection) -> i64 {
+    let live = pb::LeaseTimeToLiveRequest { id: LEASE, keys: false };
+    let live: pb::LeaseTimeToLiveResponse = unary(tenant, "Lease/LeaseTimeToLive", &live).await;
+    live.ttl
+}
+
 /// See [`Answer::contains_secret`].
 pub(crate) fn contains_secret(answer: &[u8]) -> bool {
     answer.windows(SECRET.len()).any(|part| part == SECRET.as_bytes())
 }
 
 /// Everything that a call was answered, but for what differs between any two calls.
-#[derive(Debug, PartialEq)]
+#[derive(PartialEq)]
 pub(crate) struct Answer {
     pub(crate) messages: Vec<DynamicMessage>,
     pub(crate) code: Code,
@@ -135,6 +143,14 @@ pub(crate) struct Answer {
 
 /// Fields that time or the cell's own address changes.
 const CHANGING: [&str; 2] = ["etcdserverpb.LeaseTimeToLiveResponse.TTL", "etcdserverpb.Member.clientURLs"];
+
+impl fmt::Debug for Answer {
+    /// A dynamic message's own form is that of its descriptors, for pages.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:?} {:?}", self.code, self.text)?;
+        self.messages.iter().try_for_each(|message| write!(f, " {{{message}}}"))
+    }
+}
 
 impl Answer {
     /// Whether there is something of `acme`'s in it that nobody else has.
@@ -162,13 +178,11 @@ pub(crate) async fn ask(tenant: &Connection, method: &str, message: &[u8], outpu
 
 fn without_changing(message: &mut DynamicMessage) {
     for (field, value) in message.fields_mut() {
-        let is_changing = CHANGING.contains(&field.full_name());
-        match value {
-            value if is_changing => *value = Value::default_value_for_field(&field),
-            Value::Message(inner) => without_changing(inner),
-            Value::List(list) => list.iter_mut().filter_map(Value::as_message_mut).for_each(without_changing),
-            _ => {}
+        if CHANGING.contains(&field.full_name()) {
+            *value = Value::default_value_for_field(&field);
         }
+        value.as_message_mut().into_iter().for_each(without_changing);
+        value.as_list_mut().into_iter().flatten().filter_map(Value::as_message_mut).for_each(without_changing);
     }
 }
 
