@@ -214,7 +214,7 @@ fn keys_and_leases(acme: &Known) -> Vec<Attempts> {
         to("KV/Put", puts()),
         to("KV/Txn", txns(acme)),
         // And while it has.
-        to("Lease/LeaseGrant", [pb::LeaseGrantRequest { ttl: 60, id: LEASE }]),
+        to("Lease/LeaseGrant", [pb::LeaseGrantRequest { ttl: 9_000, id: LEASE }]),
         to("KV/Put", puts()),
         to("KV/Txn", txns(acme)),
         to("Lease/LeaseTimeToLive", live()),
