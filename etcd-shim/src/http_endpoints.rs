@@ -8,7 +8,7 @@ use tenure_storage::{AlarmKind, RangeRequest};
 use tonic::Status;
 use tonic::body::Body;
 
-use crate::cell::{Cell, Tenant};
+use crate::cell::{Cell, DEFAULT_TENANT, Tenant};
 use crate::listen::Serves;
 use crate::metrics;
 use crate::rpc_metrics::RpcMetrics;
@@ -149,7 +149,7 @@ impl Endpoints<'_> {
         match path {
             "/version" | "/debug/vars" if request.method() != Method::GET => only_get(),
             "/version" => version(),
-            "/debug/vars" => variables(),
+            "/debug/vars" => variables(tenant),
             "/v3" => {
                 let mut moved = with_type(
                     StatusCode::MOVED_PERMANENTLY,
@@ -260,14 +260,17 @@ fn only_get() -> Response<Body> {
     refusal
 }
 
-/// What this process says of itself. Its command line names tenants, so it is not in it.
-fn variables() -> Response<Body> {
+/// What this process says of itself. Its command line names tenants, so it is not in it; its memory is that of all tenants, so only
+/// `default` is told.
+fn variables(tenant: &Tenant) -> Response<Body> {
     let files_max = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
-    let body = serde_json::json!({
+    let mut body = serde_json::json!({
         "file_descriptor_limit": files_max,
-        "memstats": { "Sys": metrics::resident_bytes() },
         "tenured": env!("CARGO_PKG_VERSION"),
     });
+    if tenant.name() == DEFAULT_TENANT {
+        body["memstats"] = serde_json::json!({ "Sys": metrics::resident_bytes() });
+    }
     with_type(StatusCode::OK, "application/json; charset=utf-8", format!("{body:#}\n"))
 }
 

@@ -1,7 +1,8 @@
 //! `/metrics` under etcd's names, for what exists (contract 7).
 //!
 //! A tenant's scrape shows its own calls, keys and watches. What the member does for all tenants together (raft's log, the
-//! disk) is shown to `default` alone, the tenant of whoever runs the store: a proposal counted there is some tenant's write.
+//! disk), and what its process takes, is shown to `default` alone, the tenant of whoever runs the store: a proposal counted there is
+//! some tenant's write, a file that is open some tenant's connection.
 
 mod tenants;
 
@@ -27,8 +28,8 @@ pub(crate) fn render(cell: &Cell, tenant: Option<&Tenant>, rpc_metrics: &RpcMetr
         of_member(&mut out, cell);
         of_peers(&mut out, cell);
         tenants::render(&mut out, cell, rpc_metrics, tenants::TENANTS_SHOWN_MAX);
+        of_process(&mut out);
     }
-    of_process(&mut out);
     out
 }
 
