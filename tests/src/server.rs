@@ -27,20 +27,21 @@ pub(crate) fn program() -> PathBuf {
 impl Server {
     /// Starts on a data directory, with a listener on a free port for each tenant, and waits until it is ready.
     pub fn start(data_dir: &Path, tenants: &[&str]) -> Server {
-        Self::spawn(Command::new(program()), data_dir, tenants)
+        Self::start_with_flags(&[], data_dir, tenants)
     }
 
     /// As [`Server::start`], with further flags.
     pub fn start_with_flags(flags: &[&str], data_dir: &Path, tenants: &[&str]) -> Server {
         let mut command = Command::new(program());
-        command.args(flags);
+        // A later one counts.
+        command.arg(PATIENT).args(flags);
         Self::spawn(command, data_dir, tenants)
     }
 
     /// As [`Server::start`], with at most this many files and connections open.
     pub fn start_with_files(files_max: u32, data_dir: &Path, tenants: &[&str]) -> Server {
         let mut command = Command::new("sh");
-        command.args(["-c", &format!("ulimit -n {files_max} && exec \"$0\" \"$@\"")]).arg(program());
+        command.args(["-c", &format!("ulimit -n {files_max} && exec \"$0\" \"$@\"")]).arg(program()).arg(PATIENT);
         Self::spawn(command, data_dir, tenants)
     }
 
@@ -58,7 +59,7 @@ impl Server {
 
     fn spawn(mut command: Command, data_dir: &Path, tenants: &[&str]) -> Server {
         // The listener of `default` is not wanted, but cannot be left out.
-        command.arg("--data-dir").arg(data_dir).args(["--listen-client-urls=http://127.0.0.1:0", PATIENT]);
+        command.arg("--data-dir").arg(data_dir).arg("--listen-client-urls=http://127.0.0.1:0");
         for tenant in tenants {
             command.args(["--tenant-listen", &format!("{tenant}=http://127.0.0.1:0")]);
         }
