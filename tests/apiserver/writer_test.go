@@ -24,11 +24,16 @@ type writer struct {
 
 	mu    sync.Mutex
 	acked []string
-	// failed are the answers that were none.
-	failed  []error
+	// failed are the answers that were none, with how long they took.
+	failed  []failure
 	watched map[string]bool
 	// broken says why the watch is worth nothing any more.
 	broken error
+}
+
+type failure struct {
+	took time.Duration
+	err  error
 }
 
 func startWriter(t *testing.T, cp *controlPlane) *writer {
@@ -50,14 +55,16 @@ func (w *writer) write(ctx context.Context, name string) {
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
 	object := &corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Name: name}, Data: map[string]string{"owner": w.cp.tenant}}
+	began := time.Now()
 	_, err := w.cp.core.CoreV1().ConfigMaps("default").Create(ctx, object, metav1.CreateOptions{})
+	took := time.Since(began)
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	switch {
 	case err == nil:
 		w.acked = append(w.acked, name)
 	case !errors.Is(err, context.Canceled):
-		w.failed = append(w.failed, fmt.Errorf("%s: %w", name, err))
+		w.failed = append(w.failed, failure{took, fmt.Errorf("%s after %v: %w", name, took, err)})
 	}
 }
 
