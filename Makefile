@@ -3,7 +3,7 @@
 
 CACHE ?= $(or $(TENURE_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/tenure)
 export CARGO_TARGET_DIR ?= $(CACHE)/target
-# The real programs that the Go tests run: etcd, etcdctl and kube-apiserver, at the versions of their modules in tests/.
+# The real programs that the Go tests run: etcd, etcdctl, kube-apiserver and kubectl, at the versions of their modules in tests/.
 export TENURE_TOOLS = $(CACHE)/bin
 export TENURED = $(CARGO_TARGET_DIR)/release/tenured
 ARGS ?=
@@ -12,11 +12,20 @@ FUZZ_SECONDS ?= 600
 KUBERNETES = $(shell sed -n 's|.*k8s.io/kubernetes \(v[0-9.]*\).*|\1|p' tests/apiserver/go.mod)
 KUBERNETES_VERSION = -X k8s.io/component-base/version.gitVersion=$(KUBERNETES)
 
-.PHONY: run build programs test test-rust test-go test-etcd test-faults test-apiserver tools lint fuzz sim dist bench bench-smoke etcd needs needs-go needs-fuzz
+.PHONY: run next build programs test test-rust test-go test-etcd test-faults test-apiserver tools lint fuzz sim dist bench bench-smoke etcd needs needs-go needs-fuzz
 
 # Builds and serves: tenant `default` on 127.0.0.1:2379, data in ./default.tenure. Flags: make run ARGS="--name m1".
 run: build
+	@$(MAKE) -s --no-print-directory next
 	exec $(TENURED) $(ARGS)
+
+# What `run` says before it serves: README's commands, which a test runs, and where the programs are.
+next:
+	@echo
+	@echo '# A cell with certificates and a control plane on it, in another terminal (README.md):'
+	@echo 'PATH=$(abspath $(dir $(TENURED))):$$PATH'
+	@sed -n '/^```sh /,/^```$$/{/^```/!p}' README.md
+	@echo
 
 build: needs
 	cargo build --release --locked --workspace
@@ -57,6 +66,7 @@ tools: etcd
 	cc -shared -fPIC -O2 -Wall -Wextra -Werror -o $(TENURE_TOOLS)/faults.so tests/harness/faults/faults.c -ldl
 	cd tests/etcd && go build -o $(TENURE_TOOLS)/etcdctl go.etcd.io/etcd/etcdctl/v3
 	cd tests/apiserver && go build -ldflags "-s -w $(KUBERNETES_VERSION)" -o $(TENURE_TOOLS)/kube-apiserver k8s.io/kubernetes/cmd/kube-apiserver
+	cd tests/apiserver && go build -ldflags "-s -w $(KUBERNETES_VERSION)" -o $(TENURE_TOOLS)/kubectl k8s.io/kubernetes/cmd/kubectl
 
 etcd: needs-go
 	mkdir -p $(TENURE_TOOLS)

@@ -313,7 +313,8 @@ impl Comparison<'_> {
         let tls_dir = with_tls.then(|| self.plan.dir.join("data").join(format!("{section}-certificates")));
         let mut client_tls = Vec::new();
         if let Some(dir) = &tls_dir {
-            tls::make(dir, if tenants > 1 { tenants } else { 0 })?;
+            let named = if tenants > 1 { 0..tenants } else { 0..0 };
+            tls::make(dir, &named.collect::<Vec<_>>())?;
             for tenant in 0..tenants {
                 let files = (dir.join(format!("{tenant}.crt")), dir.join(format!("{tenant}.key")));
                 let identity = (tenants > 1).then_some((files.0.as_path(), files.1.as_path()));

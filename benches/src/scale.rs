@@ -12,6 +12,7 @@ use serde_json::{Value, json};
 use tenure_admin_api::v1 as api;
 use tenure_admin_api::v1::admin_client::AdminClient;
 use tenure_provisioner::connect::{TlsFiles, connect};
+use tenure_provisioner::credentials::{CLIENT_CERT, serial_in};
 use tonic::transport::Channel;
 
 use crate::client::Workload;
@@ -32,6 +33,11 @@ const HELD_CONNECTIONS: usize = 100;
 
 /// Between two looks.
 const LOOK_AGAIN: Duration = Duration::from_millis(100);
+
+/// A store is settled when it wrote less than so much in each of so many looks one after the other.
+const SETTLED_BYTES: u64 = 1 << 20;
+const SETTLED_LOOKS: u32 = 3;
+const SETTLE_LOOK: Duration = Duration::from_secs(1);
 
 /// Bounds what should long be over.
 const PATIENCE: Duration = Duration::from_secs(300);
@@ -152,6 +158,35 @@ fn make(plan: &Plan, audience: &dyn Audience, server: &Server, data_dir: &Path) 
     }))
 }
 
+/// Whether a tenant is there or being deleted: of those the last page of a list tells.
+async fn is_listed(admin: &mut AdminClient<Channel>, name: &str) -> anyhow::Result<bool> {
+    let mut request = api::ListTenantsRequest { deleting: true, ..Default::default() };
+    loop {
+        let page = admin.list_tenants(request.clone()).await?.into_inner();
+        if page.tenants.iter().any(|tenant| tenant.name == name) {
+            return Ok(true);
+        }
+        if page.next_page_token.is_empty() {
+            return Ok(false);
+        }
+        request.page_token = page.next_page_token;
+    }
+}
+
+/// Waits until the engine writes nothing of its own any more: what was filled is flushed and compacted, or 'alone' would have that beside it.
+fn settle(server: &Server) -> anyhow::Result<()> {
+    let (from, mut quiet) = (Instant::now(), 0);
+    let mut before = process::usage(server.pid())?.written_bytes;
+    while quiet < SETTLED_LOOKS {
+        anyhow::ensure!(from.elapsed() < PATIENCE, "the store does not settle");
+        std::thread::sleep(SETTLE_LOOK);
+        let now = process::usage(server.pid())?.written_bytes;
+        quiet = if now.saturating_sub(before) < SETTLED_BYTES { quiet + 1 } else { 0 };
+        before = now;
+    }
+    Ok(())
+}
+
 /// Fills the last of the active tenants and deletes it while the others work.
 fn delete(plan: &Plan, audience: &dyn Audience, server: &Server, data_dir: &Path) -> anyhow::Result<Value> {
     let (keys, large) = (plan.large_keys, ACTIVE_TENANTS - 1);
@@ -159,6 +194,7 @@ fn delete(plan: &Plan, audience: &dyn Audience, server: &Server, data_dir: &Path
         Load { clients: 16, connections: 16, keys, value_bytes: DELETED_VALUE_BYTES, ..base(plan, Workload::Fill) };
     let told = |stage: Stage, part: f64| audience.progress("tenured delete", stage, part);
     load::block_on(load::fill(&target(server, large..large + 1)?, &fill, &told))?;
+    settle(server)?;
     let bytes_before = disk_bytes(data_dir)?;
     let (others, load) = (target(server, 0..large)?, active(plan, large));
     let alone = load::block_on(load::run(&others, &load, &told))?;
@@ -176,10 +212,7 @@ fn delete(plan: &Plan, audience: &dyn Audience, server: &Server, data_dir: &Path
         anyhow::ensure!(admin.delete_tenant(request).await?.into_inner().deleted, "there was such a tenant");
         let answered = from.elapsed();
         while from.elapsed() < PATIENCE {
-            let request = api::ListTenantsRequest { deleting: true, ..Default::default() };
-            let listed = admin.list_tenants(request).await?.into_inner();
-            // Names are in order, and its own is before those of the idle ones.
-            if listed.tenants.iter().all(|tenant| tenant.name != name) {
+            if !is_listed(&mut admin, &name).await? {
                 return Ok((answered, from.elapsed()));
             }
             tokio::time::sleep(LOOK_AGAIN).await;
@@ -215,23 +248,27 @@ fn delete(plan: &Plan, audience: &dyn Audience, server: &Server, data_dir: &Path
 /// Shuts a tenant out under load, over TLS, in each way there is, and waits until its connections are closed.
 fn close(plan: &Plan, audience: &dyn Audience) -> anyhow::Result<Value> {
     let (data_dir, tls_dir) = (plan.dir.join("data").join("closing"), plan.dir.join("data").join("closing-tls"));
-    tls::make(&tls_dir, 2)?;
+    // Two of the first tenant's: what it has, and what it is given in its place.
+    let [has, other, given] = [0, 1, 2];
+    tls::make(&tls_dir, &[0, 1, 0])?;
+    std::fs::copy(tls_dir.join(format!("{has}.crt")), tls_dir.join(CLIENT_CERT))?;
+    let serial = serial_in(&tls_dir)?;
     let mut client_tls = Vec::new();
-    for tenant in 0..2 {
-        let (certificate, key) = (tls_dir.join(format!("{tenant}.crt")), tls_dir.join(format!("{tenant}.key")));
+    for number in [has, other, given] {
+        let (certificate, key) = (tls_dir.join(format!("{number}.crt")), tls_dir.join(format!("{number}.key")));
         client_tls.push(std::sync::Arc::new(tls::client(&tls_dir.join("ca.crt"), Some((&certificate, &key)))?));
     }
     let program = plan.tenured.clone();
     let setup = Setup { kind: Kind::Tenured, program, data_dir: data_dir.clone(), tenants: 2, tls_dir: Some(tls_dir) };
     let server = Server::start(setup)?;
-    let of = |tenant: usize| Target {
+    let with = |identity: usize| Target {
         name: "tenured".to_string(),
         addresses: server.addresses(),
-        tls: vec![client_tls[tenant].clone()],
+        tls: vec![client_tls[identity].clone()],
         members: Vec::new(),
         pids: vec![server.pid()],
     };
-    let (shut_out, neighbour) = (of(0), of(1));
+    let (neighbour, renewed) = (with(other), with(given));
     let name = tenant_name(0);
     let state = |state: api::State| api::SetTenantStateRequest { name: name.clone(), state: state.into() };
     let load = Load { duration: 2 * plan.duration, ..base(plan, Workload::Put) };
@@ -240,7 +277,13 @@ fn close(plan: &Plan, audience: &dyn Audience) -> anyhow::Result<Value> {
         move || load::block_on(load::run(&neighbour, &load, &|_, _| {}))
     });
     let mut figures = Vec::new();
-    for way in ["suspend", "revoke"] {
+    for way in ["suspend", "rotate", "revoke"] {
+        let shut_out = if way == "revoke" { renewed.clone() } else { with(has) };
+        // Who has its new credentials already sees nothing of it.
+        let goes_on = (way == "rotate").then(|| {
+            let (target, load) = (renewed.clone(), load.clone());
+            std::thread::spawn(move || load::block_on(load::run(&target, &load, &|_, _| {})))
+        });
         let noise = std::thread::spawn({
             let (target, load) = (shut_out.clone(), load.clone());
             // It is cut off, which is an error of its own.
@@ -252,13 +295,16 @@ fn close(plan: &Plan, audience: &dyn Audience) -> anyhow::Result<Value> {
             tokio::time::sleep(load.warm_up).await;
             let from = Instant::now();
             let call = async {
-                if way == "suspend" {
-                    admin.set_tenant_state(state(api::State::Suspended)).await?;
-                } else {
-                    let tenant = name.clone();
-                    let request = api::RevokeCredentialsRequest { tenant, all: true, ..Default::default() };
-                    admin.revoke_credentials(request).await?;
-                }
+                let tenant = name.clone();
+                let revoke = match way {
+                    "suspend" => {
+                        admin.set_tenant_state(state(api::State::Suspended)).await?;
+                        return Ok(from.elapsed());
+                    }
+                    "rotate" => api::RevokeCredentialsRequest { tenant, serial: serial.clone(), ..Default::default() },
+                    _ => api::RevokeCredentialsRequest { tenant, all: true, ..Default::default() },
+                };
+                admin.revoke_credentials(revoke).await?;
                 anyhow::Ok(from.elapsed())
             };
             let closed = async {
@@ -274,6 +320,10 @@ fn close(plan: &Plan, audience: &dyn Audience) -> anyhow::Result<Value> {
             anyhow::Ok((answered, closed))
         })?;
         noise.join().map_err(|_| anyhow::anyhow!("the load panicked"))?;
+        if let Some(goes_on) = goes_on {
+            let measured = goes_on.join().map_err(|_| anyhow::anyhow!("the load panicked"))??;
+            anyhow::ensure!(measured.errors == 0, "{way}: {} errors with the new credentials", measured.errors);
+        }
         audience.line(&format!(
             "{way} under load: answered after {:.1} ms, the last of {HELD_CONNECTIONS} connections closed after {:.1} ms",
             answered.as_secs_f64() * 1e3,

@@ -30,13 +30,13 @@ pub fn client(ca: &Path, identity: Option<(&Path, &Path)>) -> anyhow::Result<rus
     Ok(config)
 }
 
-/// Makes a CA, a certificate of a server on 127.0.0.1, and a client certificate for each of so many tenants (named by URI, as
-/// tenured wants it; other servers only check who signed). Files: `ca.crt`, `server.crt`, `server.key`, `<number>.crt`,
-/// `<number>.key`.
+/// Makes a CA, a certificate of a server on 127.0.0.1, and a client certificate of each of these tenants (named by URI, as
+/// tenured wants it; other servers only check who signed). Files: `ca.crt`, `server.crt`, `server.key`, and from 0 on
+/// `<number>.crt`, `<number>.key`.
 ///
 /// # Errors
 /// If the directory cannot be written.
-pub fn make(dir: &Path, tenants: usize) -> anyhow::Result<()> {
+pub fn make(dir: &Path, tenants: &[usize]) -> anyhow::Result<()> {
     use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair, SanType};
     std::fs::create_dir_all(dir)?;
     let mut ca = CertificateParams::new(Vec::new())?;
@@ -49,11 +49,11 @@ pub fn make(dir: &Path, tenants: usize) -> anyhow::Result<()> {
         Ok(std::fs::write(dir.join(format!("{name}.key")), key.serialize_pem())?)
     };
     issue("server", CertificateParams::new(["127.0.0.1".to_string()])?)?;
-    for tenant in 0..tenants {
+    for (number, tenant) in tenants.iter().enumerate() {
         let mut params = CertificateParams::new(Vec::new())?;
-        let uri = format!("tenure://tenant/{}", crate::server::tenant_name(tenant));
+        let uri = format!("tenure://tenant/{}", crate::server::tenant_name(*tenant));
         params.subject_alt_names = vec![SanType::URI(uri.try_into()?)];
-        issue(&tenant.to_string(), params)?;
+        issue(&number.to_string(), params)?;
     }
     Ok(())
 }

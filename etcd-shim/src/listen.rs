@@ -8,6 +8,7 @@
 use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -16,14 +17,14 @@ use http::Request;
 use hyper::body::Incoming;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
-use hyper_util::server::graceful::GracefulShutdown;
+use hyper_util::server::graceful::GracefulConnection;
 use rustix::fs::Mode;
 use rustls::pki_types::CertificateDer;
 use tenure_admin_api::v1::admin_server::AdminServer;
 use tenure_storage::{TenantId, TenantPhase};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpSocket, TcpStream, UnixListener, UnixSocket, UnixStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
 use tokio_rustls::LazyConfigAcceptor;
 use tonic::Code;
 use url::Url;
@@ -68,6 +69,9 @@ const HANDSHAKES_MAX: usize = 512;
 
 /// How long running requests may go on after the stop: etcd's own.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(7);
+
+/// The same on a connection whose certificate does not count any more: it has to be closed within a second of that.
+const LEAVE_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// How long their tasks may take to notice that their connection is gone.
 const CUT_TIMEOUT: Duration = Duration::from_secs(2);
@@ -292,7 +296,7 @@ pub enum Stop {
 /// connection and no request is left. If the sender of `stop` is gone, everything ends at once.
 pub async fn serve(listener: Listener, services: Services, mut stop: watch::Receiver<Stop>) {
     let slots = Arc::new(Semaphore::new(connections_max()));
-    let graceful = GracefulShutdown::new();
+    let (drain, draining) = watch::channel(false);
     let (cut, cutting) = watch::channel(false);
     let (sender, mut ended) = mpsc::channel(1);
     let alive = Alive { _sender: sender, share: None };
@@ -305,12 +309,12 @@ pub async fn serve(listener: Listener, services: Services, mut stop: watch::Rece
         };
         match accepted {
             Ok((stream, slot)) => {
-                let (shared, watcher, alive) = (Arc::clone(&shared), graceful.watcher(), alive.clone());
+                let (shared, draining, alive) = (Arc::clone(&shared), draining.clone(), alive.clone());
                 let mut cutting = cutting.clone();
                 tokio::spawn(async move {
                     let _slot = slot;
                     tokio::select! {
-                        () = connection(&shared.0, &shared.1, stream, watcher, alive) => {}
+                        () = connection(&shared.0, &shared.1, stream, draining.clone(), alive) => {}
                         _ = cutting.wait_for(|cut| *cut) => {}
                     }
                 });
@@ -325,9 +329,11 @@ pub async fn serve(listener: Listener, services: Services, mut stop: watch::Rece
         let _ = std::fs::remove_file(path);
     }
     // Who connects now is turned away, not left waiting.
-    drop((socket, shared, alive));
+    drop((socket, shared, alive, draining));
+    drain.send_replace(true);
     tokio::select! {
-        () = graceful.shutdown() => {}
+        // The task of every connection has one of its receivers.
+        () = drain.closed() => {}
         () = tokio::time::sleep(DRAIN_TIMEOUT) => {}
         _ = stop.wait_for(|stop| *stop == Stop::Cut) => {}
     }
@@ -396,17 +402,34 @@ async fn accept(socket: &Socket, slots: &Arc<Semaphore>) -> io::Result<(Stream, 
     Ok((stream, slot))
 }
 
-type Watcher = hyper_util::server::graceful::Watcher;
+/// Whether connections are to let their requests end and take no others.
+type Draining = watch::Receiver<bool>;
 
-async fn connection(terms: &Terms, services: &Services, stream: Stream, watcher: Watcher, alive: Alive) {
+/// Ends when connections are told to drain.
+async fn told(mut draining: Draining) {
+    // Without its sender the listener is gone.
+    let _ = draining.wait_for(|drain| *drain).await;
+}
+
+/// Drives a connection to its end. Once it is `leaving` its client is told to send nothing more on it, and running requests go on.
+async fn until_left<C: GracefulConnection>(connection: C, leaving: impl Future<Output = ()>) -> Result<(), C::Error> {
+    let mut connection = pin!(connection);
+    tokio::select! {
+        ended = connection.as_mut() => return ended,
+        () = leaving => connection.as_mut().graceful_shutdown(),
+    }
+    connection.await
+}
+
+async fn connection(terms: &Terms, services: &Services, stream: Stream, draining: Draining, alive: Alive) {
     match stream {
         Stream::Tcp(stream) => {
             let end = OtherEnd { address: stream.peer_addr().ok(), user: None };
-            secured(terms, services, stream, end, watcher, alive).await;
+            secured(terms, services, stream, end, draining, alive).await;
         }
         Stream::Unix(stream) => {
             let end = OtherEnd { address: None, user: stream.peer_cred().ok().map(|of| of.uid()) };
-            secured(terms, services, stream, end, watcher, alive).await;
+            secured(terms, services, stream, end, draining, alive).await;
         }
     }
 }
@@ -419,19 +442,19 @@ struct OtherEnd {
     user: Option<u32>,
 }
 
-async fn secured<S>(terms: &Terms, services: &Services, stream: S, end: OtherEnd, watcher: Watcher, alive: Alive)
+async fn secured<S>(terms: &Terms, services: &Services, stream: S, end: OtherEnd, draining: Draining, alive: Alive)
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
     let Some(tls) = &terms.tls else {
         let shown = Shown { end, ..Shown::default() };
-        return identified(terms, services, stream, shown, watcher, alive).await;
+        return identified(terms, services, stream, shown, draining, alive).await;
     };
     let handshake = tokio::time::timeout(HANDSHAKE_TIMEOUT, handshake(tls, stream));
     match terms.handshakes.run(handshake).await {
         Some(Ok(Ok((stream, shown)))) => {
             let shown = Shown { end, ..shown };
-            identified(terms, services, stream, shown, watcher, alive).await;
+            identified(terms, services, stream, shown, draining, alive).await;
         }
         // Who only knocks and leaves, as who looks whether a port is open does, was not refused.
         Some(Ok(Err(error))) if terms.serves == Serves::Admin && error.kind() == io::ErrorKind::InvalidData => {
@@ -468,7 +491,7 @@ async fn handshake<S: AsyncRead + AsyncWrite + Unpin>(tls: &Tls, stream: S) -> i
     Ok((stream, Shown { certificate, chain, server_name, ..Shown::default() }))
 }
 
-async fn identified<S>(terms: &Terms, services: &Services, stream: S, shown: Shown, watcher: Watcher, alive: Alive)
+async fn identified<S>(terms: &Terms, services: &Services, stream: S, shown: Shown, draining: Draining, alive: Alive)
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
@@ -476,7 +499,7 @@ where
         let OtherEnd { address, user } = shown.end;
         let caller = Caller::new(shown.certificate.as_ref(), user, address);
         match check_administrator(&shown) {
-            Ok(()) => administered(services, stream, caller, watcher, alive).await,
+            Ok(()) => administered(services, stream, caller, draining, alive).await,
             Err(reason) => caller.refused(Code::PermissionDenied, reason),
         }
         return;
@@ -484,7 +507,7 @@ where
     if terms.serves == Serves::Metrics {
         // Whoever watches the member is no client of a tenant: it is not sent away with one.
         match identify(terms, &shown) {
-            Ok(identity) => served(terms, services, stream, identity, None, watcher, alive).await,
+            Ok(identity) => served(terms, services, stream, identity, None, told(draining), alive).await,
             Err(reason) => tracing::warn!(%reason, "refuse a connection"),
         }
         return;
@@ -495,16 +518,31 @@ where
             let expelled = guest.expelled(services);
             let share = guest.used.clone().map(|used| (Arc::clone(&services.turns), used));
             let alive = Alive { share: share.clone(), ..alive };
-            let served = served(terms, services, stream, guest.identity.clone(), guest.receiver(), watcher, alive);
+            let (leave, to_leave) = oneshot::channel::<()>();
+            let leaving = async {
+                tokio::select! {
+                    () = told(draining) => {}
+                    _ = to_leave => {}
+                }
+            };
+            let served = served(terms, services, stream, guest.identity.clone(), guest.receiver(), leaving, alive);
             let served = async {
                 match share {
                     Some((turns, used)) => fairly(turns, used, served).await,
                     None => served.await,
                 }
             };
+            let expelled = async {
+                let reason = expelled.await;
+                tracing::info!(tenant = guest.identity.tenant(), %reason, "close a connection");
+                // Its client comes back with what counts now, and none of its requests need fail for it.
+                if matches!(reason, NoTenant::Revoked | NoTenant::OtherAuthority) && leave.send(()).is_ok() {
+                    tokio::time::sleep(LEAVE_TIMEOUT).await;
+                }
+            };
             tokio::select! {
                 () = served => {}
-                reason = expelled => tracing::info!(tenant = guest.identity.tenant(), %reason, "close a connection"),
+                () = expelled => {}
             }
         }
         Err(reason) => tracing::warn!(%reason, "refuse a connection"),
@@ -621,7 +659,7 @@ fn check_welcome(tenant: &Tenant, certificate: Option<&PeerCertificate>, trusted
 }
 
 /// Serves the admin API on one connection.
-async fn administered<S>(services: &Services, stream: S, caller: Caller, watcher: Watcher, alive: Alive)
+async fn administered<S>(services: &Services, stream: S, caller: Caller, draining: Draining, alive: Alive)
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
@@ -639,7 +677,7 @@ where
         }
     });
     let connection = builder.serve_connection(TokioIo::new(stream), service).into_owned();
-    if let Err(error) = watcher.watch(connection).await {
+    if let Err(error) = until_left(connection, told(draining)).await {
         tracing::debug!(%error, "connection of an administrator ended");
     }
 }
@@ -650,7 +688,7 @@ async fn served<S>(
     stream: S,
     identity: ConnectionIdentity,
     receiver: Option<Receiver>,
-    watcher: Watcher,
+    leaving: impl Future<Output = ()>,
     alive: Alive,
 ) where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
@@ -709,7 +747,7 @@ async fn served<S>(
         }
     });
     let connection = builder.serve_connection(io, service).into_owned();
-    if let Err(error) = watcher.watch(connection).await {
+    if let Err(error) = until_left(connection, leaving).await {
         tracing::debug!(%error, "connection ended");
     }
 }

@@ -17,7 +17,7 @@ use http::Request as HttpRequest;
 use http::uri::PathAndQuery;
 use hyper_util::rt::TokioIo;
 use prost::Message;
-use tenure_admin_api::v1::{self as api, State};
+use tenure_admin_api::v1::{self as api, State, top_response};
 use tenure_etcd_shim::codec::WireCodec;
 use tenure_etcd_shim::proto::etcdserverpb as pb;
 use tenure_etcd_shim::proto::etcdserverpb::request_op::Request as Op;
@@ -238,10 +238,15 @@ impl Play {
         self.scene.admin.get_tenant(request).await.unwrap().into_inner().tenant.unwrap().usage.unwrap()
     }
 
+    /// What a tenant does and did.
+    async fn top(&mut self, tenant: &str) -> top_response::Row {
+        let top = self.scene.admin.top(api::TopRequest { limit: 0 }).await.unwrap().into_inner();
+        top.rows.into_iter().find(|row| row.tenant == tenant).unwrap()
+    }
+
     /// How often something of a tenant had to wait or was refused.
     async fn throttled(&mut self, tenant: &str) -> u64 {
-        let top = self.scene.admin.top(api::TopRequest { limit: 0 }).await.unwrap().into_inner();
-        top.rows.iter().find(|row| row.tenant == tenant).unwrap().throttled
+        self.top(tenant).await.throttled
     }
 
     async fn until_throttled(&mut self) {
@@ -664,6 +669,32 @@ async fn a_tenant_has_so_many_bytes_of_answers_on_their_way() {
     }
     assert_eq!(RangeResponse::decode(&answer[5..]).unwrap().kvs.keys(), 3);
     assert_eq!(acme.range("a").await.unwrap().kvs.keys(), 4);
+    play.end().await;
+}
+
+// By this an operator finds out who makes the cell slow.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn top_tells_who_works() {
+    let mut play = Play::new().await;
+    let mut watch = play.acme.stream([watch_request("a"), watch_request("b")]).await.unwrap();
+    for _ in 0..2 {
+        assert!(watch.next().await.created);
+    }
+    let (acme, globex) = (play.top("acme").await, play.top("globex").await);
+    assert_eq!((acme.watchers, acme.connections, globex.watchers), (2, 1, 0));
+    // Another one's is not counted as its own, whoever reads.
+    let mut now = acme.clone();
+    for number in 0..20 {
+        play.acme.put(&format!("k{number}"), &[b'v'; 10_000]).await.unwrap();
+        assert_eq!(play.acme.range("k").await.unwrap().kvs.keys(), number + 1);
+        let before = std::mem::replace(&mut now, play.top("acme").await);
+        assert!(now.cpu_us > before.cpu_us && now.requests == before.requests + 2, "{before:?} {now:?}");
+    }
+    assert!(now.received_bytes > acme.received_bytes + 200_000 && now.sent_bytes > acme.sent_bytes + 200_000);
+    assert_eq!(now.keys, acme.keys + 20);
+    let still = play.top("globex").await;
+    assert_eq!((still.requests, still.cpu_us, still.keys), (globex.requests, globex.cpu_us, globex.keys));
+    drop(watch);
     play.end().await;
 }
 

@@ -65,7 +65,7 @@ enum Command {
     /// Tenants.
     #[command(subcommand)]
     Tenant(TenantCommand),
-    /// Who does what, live.
+    /// Who does what, live. What a tenant holds, by Kubernetes resource, is told by `tenurectl tenant usage`, which reads all its keys.
     Top(top::Options),
     /// Prints what completes this command in a shell.
     Completion { shell: clap_complete::Shell },
@@ -246,7 +246,7 @@ enum TenantCommand {
         #[arg(long)]
         yes: bool,
     },
-    /// What it holds, by resource.
+    /// What it holds, by Kubernetes resource (the first two parts of its keys): reads all of them.
     Usage {
         name: String,
     },

@@ -215,7 +215,20 @@ mod tests {
     fn counted(now_ms: i64, rows: &[(&str, u64, u64)]) -> Counted {
         let row = |(tenant, requests, watchers): &(&str, u64, u64)| {
             let (tenant, requests, watchers) = ((*tenant).to_string(), *requests, *watchers);
-            (tenant.clone(), Row { tenant, requests, watchers, keys: 7, ..Row::default() })
+            let (throttled, cpu_us) = (2 * requests, 50_000 * requests);
+            let (received_bytes, sent_bytes) = (3 * requests, requests);
+            let row = Row {
+                tenant,
+                requests,
+                received_bytes,
+                sent_bytes,
+                throttled,
+                cpu_us,
+                watchers,
+                keys: 7,
+                ..Row::default()
+            };
+            (row.tenant.clone(), row)
         };
         Counted { now_ms, rows: rows.iter().map(row).collect() }
     }
@@ -237,5 +250,7 @@ mod tests {
         let shown: Vec<_> =
             all.iter().map(|of| (of.row.tenant.as_str(), of.requests, of.row.watchers, of.row.keys)).collect();
         assert_eq!(shown, [("acme", 10.0, 9, 7), ("globex", 0.0, 0, 7)]);
+        // Half a processor.
+        assert_eq!((all[0].bytes, all[0].throttled, all[0].cpu_percent), (40.0, 20.0, 50.0));
     }
 }

@@ -93,6 +93,20 @@ func startControlPlaneWith(t *testing.T, name, tenant string, flags []string, et
 			QPS: -1,
 		},
 	}
+	cp.connect(t)
+	t.Cleanup(func() {
+		cp.stop(syscall.SIGKILL)
+		if t.Failed() {
+			t.Logf("last lines of kube-apiserver %s:\n%s", name, tail(cp.log, 40))
+		}
+	})
+	cp.start(t)
+	return cp
+}
+
+// connect makes its clients.
+func (cp *controlPlane) connect(t *testing.T) {
+	t.Helper()
 	var err error
 	if cp.core, err = kubernetes.NewForConfig(cp.config); err != nil {
 		t.Fatal(err)
@@ -103,14 +117,6 @@ func startControlPlaneWith(t *testing.T, name, tenant string, flags []string, et
 	if cp.crds, err = apiextensions.NewForConfig(cp.config); err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() {
-		cp.stop(syscall.SIGKILL)
-		if t.Failed() {
-			t.Logf("last lines of kube-apiserver %s:\n%s", name, tail(cp.log, 40))
-		}
-	})
-	cp.start(t)
-	return cp
 }
 
 // start runs the process, which must not be running, and waits until it is ready.

@@ -28,7 +28,7 @@ func TestDeploy(t *testing.T) {
 			t.Errorf("%s %s: %v", object.GetKind(), object.GetName(), err)
 		}
 	}
-	for _, wanted := range []string{"StatefulSet", "Service", "PodDisruptionBudget", "ServiceAccount"} {
+	for _, wanted := range []string{"StatefulSet", "Service", "PodDisruptionBudget", "ServiceAccount", "NetworkPolicy"} {
 		if !slices.Contains(kinds, wanted) {
 			t.Errorf("no %s among %v", wanted, kinds)
 		}
@@ -85,7 +85,7 @@ func dryRun(t *testing.T, cp *controlPlane, object *unstructured.Unstructured) e
 	resource := schema.GroupVersionResource{
 		Group: kind.Group, Version: kind.Version, Resource: map[string]string{
 			"StatefulSet": "statefulsets", "Service": "services", "PodDisruptionBudget": "poddisruptionbudgets",
-			"ServiceAccount": "serviceaccounts", "Secret": "secrets",
+			"ServiceAccount": "serviceaccounts", "Secret": "secrets", "NetworkPolicy": "networkpolicies",
 		}[kind.Kind],
 	}
 	body, err := yaml.Marshal(object.Object)

@@ -1,9 +1,10 @@
 package apiserver
 
 import (
-	"bytes"
 	"context"
 	"fmt"
+	"io"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -11,108 +12,152 @@ import (
 	"sync"
 	"syscall"
 	"testing"
+	"time"
 
+	"go.etcd.io/etcd/client/pkg/v3/transport"
+	clientv3 "go.etcd.io/etcd/client/v3"
+	"go.uber.org/zap"
 	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/client-go/rest"
 	"sigs.k8s.io/yaml"
 
 	"tenure.dev/tests/harness"
 )
 
-// What README tells a new operator to do, word for word: a cell of three, three tenants, a kube-apiserver for each with the
-// flags that tenurectl wrote, and nothing else about etcd.
+// What README tells a new operator to do, by README's own commands: a cell of three, three tenants, a kube-apiserver for each with the
+// flags that tenurectl wrote, and kubectl.
 func TestOperator(t *testing.T) {
-	dir := t.TempDir()
-	hosts := []string{"127.71.0.1", "127.71.0.2", "127.71.0.3"}
-	args := []string{"cell", "init", "--out", filepath.Join(dir, "cell")}
-	for i, host := range hosts {
-		args = append(args, "--member", fmt.Sprintf("m%d=%s", i+1, host))
-	}
-	var members []*operated
-	for _, line := range strings.Split(strings.TrimSpace(tenurectl(t, args...)), "\n") {
-		members = append(members, startOperated(t, dir, line))
-	}
-	if len(members) != len(hosts) {
-		t.Fatalf("cell init printed %d commands, want %d", len(members), len(hosts))
-	}
-	for _, m := range members {
-		m.awaitReady(t)
-	}
-
-	admin := []string{
-		"--endpoint", "https://" + hosts[1] + ":2382",
-		"--cacert", filepath.Join(dir, "cell", "ca.crt"),
-		"--cert", filepath.Join(dir, "cell", "admin.crt"),
-		"--key", filepath.Join(dir, "cell", "admin.key"),
-	}
-	var all []*controlPlane
+	o := &operator{dir: t.TempDir()}
+	o.run(t, readme(t, "cell"))
+	var all []*hosted
 	for _, tenant := range []string{"acme", "globex", "initech"} {
-		out := filepath.Join(dir, tenant)
-		tenurectl(t, append([]string{"tenant", "create", tenant}, admin...)...)
-		tenurectl(t, append([]string{"tenant", "credentials", tenant, "--out", out}, admin...)...)
-		flags, err := os.ReadFile(filepath.Join(out, "apiserver-flags"))
-		if err != nil {
-			t.Fatal(err)
-		}
-		all = append(all, startControlPlaneWith(t, tenant, tenant, strings.Fields(string(flags)), nil))
+		all = append(all, o.host(t, tenant))
 	}
-	for _, cp := range all {
-		name := "only-" + cp.tenant
-		_, err := cp.core.CoreV1().ConfigMaps("default").Create(t.Context(),
-			&corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Name: name}, Data: map[string]string{"of": cp.tenant}},
-			metav1.CreateOptions{})
-		if err != nil {
-			t.Fatal(err)
-		}
-	}
-	for _, cp := range all {
-		found, err := cp.core.CoreV1().ConfigMaps("default").List(t.Context(), metav1.ListOptions{})
-		if err != nil {
-			t.Fatal(err)
-		}
-		for _, object := range found.Items {
-			if of := object.Data["of"]; strings.HasPrefix(object.Name, "only-") && of != cp.tenant {
-				t.Errorf("%s sees %s of %s", cp.tenant, object.Name, of)
-			}
+	for _, of := range all {
+		found, err := of.core.CoreV1().ConfigMaps("default").Get(t.Context(), "hello", metav1.GetOptions{})
+		if err != nil || found.Data["of"] != of.tenant {
+			t.Errorf("%s has hello of %q: %v", of.tenant, found.Data["of"], err)
 		}
 	}
 
-	inPod(t, all[2], tenurectl(t, append([]string{"tenant", "credentials", "initech", "--format", "kubernetes"}, admin...)...))
+	inPod(t, all[2].controlPlane, o.run(t, "tenurectl tenant credentials initech --format kubernetes"))
+	o.rotate(t, all[0].controlPlane)
 
-	// New credentials while it runs: kube-apiserver reads its files anew, and the old certificate is refused at once.
-	acme := all[0]
-	tenurectl(t, append([]string{"tenant", "rotate", "acme", "--revoke-old", "--out", filepath.Join(dir, "acme")}, admin...)...)
-	acme.stop(syscall.SIGKILL)
-	acme.start(t)
-	eventually(t, "a write with new credentials", func(ctx context.Context) error {
-		_, err := acme.core.CoreV1().ConfigMaps("default").Update(ctx,
-			&corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Name: "only-acme"}, Data: map[string]string{"of": "acme", "again": "1"}},
-			metav1.UpdateOptions{})
-		return err
-	})
-
-	usage := tenurectl(t, append([]string{"tenant", "usage", "acme"}, admin...)...)
+	usage := o.run(t, "tenurectl tenant usage acme")
 	if !strings.Contains(usage, "/registry/configmaps/") {
 		t.Errorf("usage of acme does not tell of its configmaps:\n%s", usage)
 	}
-	tenurectl(t, append([]string{"tenant", "suspend", "globex"}, admin...)...)
-	list := tenurectl(t, append([]string{"tenant", "list"}, admin...)...)
+	o.run(t, "tenurectl tenant suspend globex")
+	list := o.run(t, "tenurectl tenant list")
 	for _, wanted := range []string{"acme", "initech", "suspended"} {
 		if !strings.Contains(list, wanted) {
 			t.Errorf("the list of tenants has no %q:\n%s", wanted, list)
 		}
 	}
-	tenurectl(t, append([]string{"tenant", "resume", "globex"}, admin...)...)
+	o.run(t, "tenurectl tenant resume globex")
 	all[1].waitReady(t)
-	all[1].stop(syscall.SIGKILL)
-	tenurectl(t, append([]string{"tenant", "delete", "globex", "--yes"}, admin...)...)
-	if list = tenurectl(t, append([]string{"tenant", "list"}, admin...)...); strings.Contains(list, "globex") {
+	all[1].end()
+	o.run(t, "tenurectl tenant delete globex --yes")
+	if list = o.run(t, "tenurectl tenant list"); strings.Contains(list, "globex") {
 		t.Errorf("globex was deleted and is in the list:\n%s", list)
 	}
 	all[2].waitReady(t)
+}
+
+// Whoever starts with `make run` is told what README says.
+func TestOperatorIsTold(t *testing.T) {
+	run, err := exec.Command("make", "-C", "../..", "--dry-run", "run").CombinedOutput()
+	if err != nil || !strings.Contains(string(run), "next\n") {
+		t.Errorf("make run does not say what is next: %v\n%s", err, run)
+	}
+	said, err := exec.Command("make", "-C", "../..", "--silent", "next").CombinedOutput()
+	if err != nil {
+		t.Fatalf("%v\n%s", err, said)
+	}
+	for _, block := range []string{"cell", "tenant"} {
+		if !strings.Contains(string(said), readme(t, block)) {
+			t.Errorf("block %q of README is not in:\n%s", block, said)
+		}
+	}
+}
+
+// readme are the commands of a block of README: those between "```sh NAME" and "```".
+func readme(t *testing.T, name string) string {
+	t.Helper()
+	text, err := os.ReadFile("../../README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, rest, found := strings.Cut(string(text), "```sh "+name+"\n")
+	block, _, closed := strings.Cut(rest, "```\n")
+	if !found || !closed {
+		t.Fatalf("README has no block %q", name)
+	}
+	return block
+}
+
+// leaveTimeout is how long a member lets requests go on whose certificate was revoked. A write that takes about as long on a busy machine
+// may be cut.
+const leaveTimeout = 500 * time.Millisecond
+
+// rotate gives acme new credentials while it is written to. Its kube-apiserver goes on, on connections that it makes with the new files;
+// the old certificate opens nothing any more.
+func (o *operator) rotate(t *testing.T, acme *controlPlane) {
+	t.Helper()
+	files := filepath.Join(o.dir, acme.tenant)
+	old, err := transport.TLSInfo{
+		TrustedCAFile: filepath.Join(files, "ca.crt"),
+		CertFile:      copied(t, filepath.Join(files, "client.crt")),
+		KeyFile:       copied(t, filepath.Join(files, "client.key")),
+	}.ClientConfig()
+	if err != nil {
+		t.Fatal(err)
+	}
+	endpoint := "https://127.0.0.11:2379"
+	etcd, err := clientv3.New(clientv3.Config{Endpoints: []string{endpoint}, TLS: old, Logger: zap.NewNop()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = etcd.Close() })
+	revision(t, etcd)
+
+	w := startWriter(t, acme)
+	w.waitForMore(t, 50)
+	o.run(t, "tenurectl tenant rotate acme --revoke-old --out acme")
+	w.waitForMore(t, 200)
+	eventually(t, "an end of the old certificate", func(ctx context.Context) error {
+		ctx, cancel := context.WithTimeout(ctx, time.Second)
+		defer cancel()
+		if _, err := etcd.Get(ctx, "a"); err == nil {
+			return fmt.Errorf("it is served")
+		}
+		return nil
+	})
+	w.verify(t)
+	for _, failed := range w.failed {
+		if failed.took < leaveTimeout/2 {
+			t.Errorf("a write failed, others were %d: %v", len(w.acked), failed.err)
+		} else {
+			t.Logf("cut, as the machine is too slow for its time to leave: %v", failed.err)
+		}
+	}
+}
+
+func copied(t *testing.T, path string) string {
+	t.Helper()
+	content, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	to := filepath.Join(t.TempDir(), filepath.Base(path))
+	if err := os.WriteFile(to, content, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return to
 }
 
 // inPod checks that Kubernetes takes what was printed for a kube-apiserver in a pod, and that the flags it had are kept.
@@ -166,64 +211,101 @@ func inPod(t *testing.T, cp *controlPlane, printed string) {
 	}
 }
 
-// tenurectl runs it as an operator does and gives what it printed.
-func tenurectl(t *testing.T, args ...string) string {
-	t.Helper()
-	command := exec.Command(harness.Built(t, "tenurectl"), args...)
-	command.Env = append(os.Environ(), "TENURECTL_CONFIG="+filepath.Join(t.TempDir(), "cells.json"))
-	var out, problems bytes.Buffer
-	command.Stdout, command.Stderr = &out, &problems
-	if err := command.Run(); err != nil {
-		t.Fatalf("tenurectl %s: %v\n%s", strings.Join(args, " "), err, problems.String())
-	}
-	return out.String()
+// operator is whoever types commands, in a directory of its own.
+type operator struct{ dir string }
+
+// hosted is the control plane of a tenant, started by README's commands.
+type hosted struct {
+	*controlPlane
+	end func()
 }
 
-// operated is a member started by a command that tenurectl printed.
-type operated struct {
-	log string
-	cmd *exec.Cmd
+// host makes a tenant and its control plane as README does, with what it says to change for another one.
+func (o *operator) host(t *testing.T, tenant string) *hosted {
+	t.Helper()
+	_, port, _ := net.SplitHostPort(harness.FreeAddress(t))
+	said, end := o.start(t, strings.NewReplacer("acme", tenant, "6443", port).Replace(readme(t, "tenant")))
+	if !strings.HasSuffix(said, tenant) {
+		t.Errorf("kubectl reads of %s:\n%s", tenant, said)
+	}
+	cp := &controlPlane{
+		name:   tenant,
+		tenant: tenant,
+		log:    filepath.Join(o.dir, tenant, "log"),
+		config: &rest.Config{
+			Host:            "https://127.0.0.1:" + port,
+			BearerToken:     "secret",
+			TLSClientConfig: rest.TLSClientConfig{CAFile: filepath.Join(o.dir, tenant, "serving", "apiserver.crt")},
+			QPS:             -1,
+		},
+	}
+	cp.connect(t)
+	return &hosted{cp, end}
 }
 
-func startOperated(t *testing.T, dir, line string) *operated {
+// run gives what the commands print.
+func (o *operator) run(t *testing.T, commands string) string {
 	t.Helper()
-	words := strings.Fields(line)
-	if words[0] != "tenured" {
-		t.Fatalf("a command to start a member begins with tenured: %s", line)
+	said, _ := o.start(t, commands)
+	return said
+}
+
+// start runs commands in a shell that ends at the first that fails, and gives what they print and what ends all that they left running,
+// which also the end of the test does. Programs are those of the Makefile; files of the home directory are in the operator's.
+func (o *operator) start(t *testing.T, commands string) (said string, end func()) {
+	t.Helper()
+	programs := []string{filepath.Dir(harness.Built(t, "tenurectl")), filepath.Dir(harness.Tool(t, "kubectl")), os.Getenv("PATH")}
+	// One pipe ends at this process' end, the other when all of the group are gone.
+	alive, ours := pipe(t)
+	gone, theirs := pipe(t)
+	out, problems := create(t, o.dir, "out"), create(t, o.dir, "problems")
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	defer cancel()
+	shell := exec.CommandContext(ctx, "sh", "-ec", "{ read -r _ <&3 || kill -KILL 0; } &\n"+commands)
+	shell.Dir, shell.Stdout, shell.Stderr = o.dir, out, problems
+	shell.Env = append(os.Environ(), "PATH="+strings.Join(programs, ":"), "HOME="+o.dir, "XDG_CONFIG_HOME=", "TENURECTL_CONFIG="+filepath.Join(o.dir, "cells.json"))
+	shell.ExtraFiles = []*os.File{alive, theirs}
+	shell.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	err := shell.Start()
+	_, _ = alive.Close(), theirs.Close()
+	var once sync.Once
+	end = func() {
+		once.Do(func() {
+			_ = ours.Close()
+			_, _ = io.ReadAll(gone)
+			_ = gone.Close()
+		})
 	}
-	m := &operated{log: filepath.Join(t.TempDir(), "tenured.log")}
-	log, err := os.Create(m.log)
+	t.Cleanup(end)
+	if err == nil {
+		err = shell.Wait()
+	}
+	if err != nil {
+		t.Fatalf("%s: %v\n%s", commands, err, tail(problems.Name(), 20))
+	}
+	text, err := os.ReadFile(out.Name())
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer log.Close()
-	// Its data directory is in the directory where it is started.
-	m.cmd = exec.Command(harness.Built(t, "tenured"), words[1:]...)
-	m.cmd.Dir, m.cmd.Stdout, m.cmd.Stderr = dir, log, log
-	m.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	if err := m.cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	var once sync.Once
-	t.Cleanup(func() {
-		once.Do(func() {
-			_ = m.cmd.Process.Kill()
-			_ = m.cmd.Wait()
-			if t.Failed() {
-				t.Logf("last lines of a member:\n%s", tail(m.log, 30))
-			}
-		})
-	})
-	return m
+	return string(text), end
 }
 
-func (m *operated) awaitReady(t *testing.T) {
+func pipe(t *testing.T) (read, write *os.File) {
 	t.Helper()
-	eventually(t, "a member that is ready", func(context.Context) error {
-		text, err := os.ReadFile(m.log)
-		if err == nil && !bytes.Contains(text, []byte("ready to serve client requests")) {
-			err = fmt.Errorf("it says: %s", tail(m.log, 3))
-		}
-		return err
-	})
+	read, write, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return read, write
+}
+
+// create makes a file that is closed after the test.
+func create(t *testing.T, dir, pattern string) *os.File {
+	t.Helper()
+	file, err := os.CreateTemp(dir, pattern)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = file.Close() })
+	return file
 }

@@ -2,6 +2,7 @@ package apiserver
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"strconv"
 	"sync"
@@ -21,11 +22,18 @@ type writer struct {
 	ended  sync.WaitGroup
 	events watch.Interface
 
-	mu      sync.Mutex
-	acked   []string
+	mu    sync.Mutex
+	acked []string
+	// failed are the answers that were none, with how long they took.
+	failed  []failure
 	watched map[string]bool
 	// broken says why the watch is worth nothing any more.
 	broken error
+}
+
+type failure struct {
+	took time.Duration
+	err  error
 }
 
 func startWriter(t *testing.T, cp *controlPlane) *writer {
@@ -47,10 +55,16 @@ func (w *writer) write(ctx context.Context, name string) {
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
 	object := &corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Name: name}, Data: map[string]string{"owner": w.cp.tenant}}
-	if _, err := w.cp.core.CoreV1().ConfigMaps("default").Create(ctx, object, metav1.CreateOptions{}); err == nil {
-		w.mu.Lock()
+	began := time.Now()
+	_, err := w.cp.core.CoreV1().ConfigMaps("default").Create(ctx, object, metav1.CreateOptions{})
+	took := time.Since(began)
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	switch {
+	case err == nil:
 		w.acked = append(w.acked, name)
-		w.mu.Unlock()
+	case !errors.Is(err, context.Canceled):
+		w.failed = append(w.failed, failure{took, fmt.Errorf("%s after %v: %w", name, took, err)})
 	}
 }
 
@@ -135,5 +149,5 @@ func (w *writer) verify(t *testing.T) {
 			t.Errorf("%s was acknowledged by %s: %v", name, w.cp.tenant, err)
 		}
 	}
-	t.Logf("%s: %d objects acknowledged around %d crashes, all there", w.cp.tenant, len(w.acked), crashes)
+	t.Logf("%s: %d objects acknowledged, %d refused, all that were acknowledged are there", w.cp.tenant, len(w.acked), len(w.failed))
 }

@@ -1,15 +1,17 @@
-//! What is given to operators names metrics that exist.
+//! What is given to operators names metrics and flags that exist.
 //!
 //! Why: an alert on a metric that was renamed never fires, and nobody misses it. So every name in an expression of the alert rules and
-//! of the dashboard is looked for in what a running server says.
+//! of the dashboard is looked for in what a running server says. A flag that was renamed is missed at once, by a cell that does not
+//! start: so what starts members is read as tenured reads it.
 
 #![allow(clippy::unwrap_used)]
 
 use std::collections::BTreeSet;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use saphyr::{LoadableYamlNode as _, Yaml};
 use serde_json::Value;
+use tenure_etcd_shim::flags::{Flags, Parsed, parse};
 use tenure_tests::client::Connection;
 use tenure_tests::cluster::Cluster;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -146,4 +148,64 @@ async fn every_metric_that_operators_are_given_exists() {
         assert!(missing.is_empty(), "{missing:?} of {expression:?} is no metric");
     }
     assert!(!is_known(&"tenure_tenant_stored_byte".to_string()), "what is misspelt is not known");
+}
+
+/// Flags that are all known and all do something.
+fn parsed(arguments: Vec<String>, environment: Vec<(String, String)>) -> Flags {
+    let Ok(Parsed::Run(flags)) = parse(arguments.clone(), environment.clone()).inspect_err(|error| panic!("{error}"))
+    else {
+        panic!("{arguments:?} {environment:?} start nothing");
+    };
+    assert_eq!((&flags.unknown_variables, &flags.without_effect), (&Vec::new(), &Vec::new()));
+    *flags
+}
+
+/// A member of three that serves clients, members, metrics and administrators over TLS, and signs.
+fn assert_serves_all(flags: &Flags) {
+    let ports =
+        [&flags.listen_client_urls, &flags.listen_peer_urls, &flags.listen_metrics_urls, &flags.listen_admin_urls]
+            .map(|urls| urls.iter().map(|url| url.port().unwrap()).collect::<Vec<_>>());
+    assert_eq!(ports, [[2379], [2380], [2381], [2382]]);
+    assert!(flags.tls.as_ref().is_some_and(|tls| tls.client_cert_auth()) && flags.peer_tls.is_some());
+    assert!(flags.issuer.is_some());
+    assert_eq!(flags.initial_cluster.len(), 3);
+}
+
+#[test]
+fn the_pods_of_kubernetes_are_given_flags_that_exist() {
+    let text = deploy("kubernetes/base/statefulset.yaml");
+    let documents = Yaml::load_from_str(&text).unwrap();
+    let container = &documents[0]["spec"]["template"]["spec"]["containers"][0];
+    let strings = |list: &Yaml<'_>, of: &dyn Fn(&Yaml<'_>) -> String| list.as_vec().unwrap().iter().map(of).collect();
+    let args: Vec<String> = strings(&container["args"], &|arg| {
+        arg.as_str().unwrap().replace("$(POD_NAME)", "tenure-1").replace("$(POD_NAMESPACE)", "cells")
+    });
+    assert!(args.iter().all(|arg| !arg.contains("$(")), "{args:?}");
+    let flags = parsed(args.clone(), Vec::new());
+    assert_serves_all(&flags);
+    let ports: Vec<String> =
+        strings(&container["ports"], &|port| port["containerPort"].as_integer().unwrap().to_string());
+    assert_eq!(ports, ["2379", "2380", "2381", "2382"]);
+    // Nothing else may be written or is there to be read.
+    let mounts: Vec<String> = strings(&container["volumeMounts"], &|mount| mount["mountPath"].as_str().unwrap().into());
+    let is_mounted = |path: &Path| mounts.iter().any(|mount| path.starts_with(mount));
+    assert!(is_mounted(&flags.data_dir));
+    let files = args.iter().filter_map(|arg| arg.split_once("-file=")).map(|(_, path)| PathBuf::from(path));
+    files.for_each(|path| assert!(is_mounted(&path), "{path:?} is on no volume"));
+}
+
+#[test]
+fn the_unit_of_systemd_is_given_flags_that_exist() {
+    let (unit, environment) = (deploy("systemd/tenured.service"), deploy("systemd/tenured.env"));
+    let setting = |name: &str| {
+        unit.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix('=')).unwrap_or_else(|| panic!("{name}"))
+    };
+    let mut words = setting("ExecStart").split_whitespace();
+    assert_eq!(words.next(), Some("/usr/local/bin/tenured"));
+    let variables = environment.lines().filter(|line| !line.is_empty() && !line.starts_with('#'));
+    let pair = |line: &str| line.split_once('=').map(|(name, value)| (name.to_string(), value.to_string())).unwrap();
+    let flags = parsed(words.map(str::to_string).collect(), variables.map(pair).collect());
+    assert_serves_all(&flags);
+    // The rest of the machine is read-only to it.
+    assert!(flags.data_dir.starts_with(Path::new("/var/lib").join(setting("StateDirectory"))), "{:?}", flags.data_dir);
 }
