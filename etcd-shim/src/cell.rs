@@ -690,8 +690,10 @@ impl Opening {
         match set_up {
             Ok(()) => Ok(cell),
             Err(error) => {
+                // After a fault everything else fails because of it.
+                let cause = cell.0.failure.0.borrow().clone();
                 cell.stop().await;
-                Err(error)
+                Err(cause.map_or(error, OpenError::Failed))
             }
         }
     }
