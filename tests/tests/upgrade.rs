@@ -110,9 +110,9 @@ async fn is_operated(data: &Path) {
     let states = [api::State::Active, api::State::Active, api::State::Suspended, api::State::ReadOnly];
     assert_eq!(listed.iter().map(api::Tenant::state).collect::<Vec<_>>(), states);
     let acme = of("acme");
-    let limits = acme.limits.clone().unwrap();
+    let limits = acme.limits.unwrap();
     assert_eq!((limits.leases, limits.stored_bytes, limits.watchers), (Some(500), Some(8 << 30), None));
-    assert_eq!(acme.effective_limits.clone().unwrap().watchers, Some(1_000), "the cell's");
+    assert_eq!(acme.effective_limits.unwrap().watchers, Some(1_000), "the cell's");
     assert_eq!(acme.labels.get("team").map(String::as_str), Some("blue"));
     assert!(acme.trusted_ca_pem.starts_with("-----BEGIN CERTIFICATE-----"));
     assert_eq!(of("initech").revoked_serials, ["0102"]);
