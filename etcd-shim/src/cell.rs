@@ -690,8 +690,10 @@ impl Opening {
         match set_up {
             Ok(()) => Ok(cell),
             Err(error) => {
+                // After a fault everything else fails because of it.
+                let cause = cell.0.failure.0.borrow().clone();
                 cell.stop().await;
-                Err(error)
+                Err(cause.map_or(error, OpenError::Failed))
             }
         }
     }
@@ -741,6 +743,9 @@ impl Inner {
         });
         let state = StateMachine::open(engine, Arc::clone(&observer) as Arc<dyn Observer>)?;
         let store = state.store();
+        let known = store.membership();
+        let known: Vec<_> = known.members.iter().map(|member| (member.id, member.peer_urls.clone())).collect();
+        bootstrap::check_not_another(config, identity, if known.is_empty() { &members } else { &known })?;
         load_leases(&store, &lessor)?;
         assert!(observer.store.set(store.clone()).is_ok(), "set once");
         let raft_config = raft::Config {

@@ -91,8 +91,8 @@ impl DataDir {
     pub fn open(path: &Path, first: Identity, token: &str) -> Result<Self, DataDirError> {
         // Its user's alone, as etcd's.
         fs::DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(io("create", path))?;
-        if path.join("member").is_dir() && !path.join(IDENTITY).exists() {
-            return Err(DataDirError::OfEtcd(path.to_path_buf()));
+        if !path.join(IDENTITY).exists() {
+            check_unused(path)?;
         }
         let lock = take_lock(path)?;
         let identity = match read_identity(path)? {
@@ -108,7 +108,7 @@ impl DataDir {
                 found.identity
             }
             None => {
-                check_empty(path)?;
+                check_unused(path)?;
                 let token = Some(written(token));
                 write_identity(path, &Written { version: LAYOUT_VERSION, identity: first, token })?;
                 first
@@ -121,13 +121,15 @@ impl DataDir {
         Ok(this)
     }
 
-    /// Who the directory belongs to already; `None` if it has to be decided first. `token` must be the one that it was made with, if
-    /// that is known, or etcd's default: whoever says nothing means any.
+    /// Who the directory belongs to already; `None` if it has to be decided first, and may be: it is empty, or not there.
+    /// `token` must be the one that it was made with, if that is known, or etcd's default: whoever says nothing means any.
     ///
     /// # Errors
     /// As [`DataDir::open`], and [`DataDirError::OtherToken`].
     pub fn identity_in(path: &Path, token: &str) -> Result<Option<Identity>, DataDirError> {
-        let Some(found) = read_identity(path)? else { return Ok(None) };
+        let Some(found) = read_identity(path)? else {
+            return if path.exists() { check_unused(path).map(|()| None) } else { Ok(None) };
+        };
         match found.token {
             Some(found) if found != written(token) && token != CLUSTER_TOKEN_DEFAULT => {
                 Err(DataDirError::OtherToken { path: path.to_path_buf(), found, given: token.to_string() })
@@ -180,7 +182,11 @@ fn take_lock(directory: &Path) -> Result<File, DataDirError> {
     Err(io("lock", &path)(error))
 }
 
-fn check_empty(directory: &Path) -> Result<(), DataDirError> {
+/// What has no identity must not hold anything else.
+fn check_unused(directory: &Path) -> Result<(), DataDirError> {
+    if directory.join("member").is_dir() {
+        return Err(DataDirError::OfEtcd(directory.to_path_buf()));
+    }
     for entry in fs::read_dir(directory).map_err(io("list", directory))? {
         let name = entry.map_err(io("list", directory))?.file_name();
         // A crash may have left the new identity half written; `lost+found` is what an empty volume has.

@@ -132,7 +132,7 @@ async fn run(flags: Flags) -> anyhow::Result<()> {
         _ = interrupt.recv() => None,
         failure = tenure.cell().failed() => Some(failure),
         () = tenure.cell().removed() => {
-            tracing::info!("the member has been permanently removed from the cluster");
+            tracing::warn!("the member has been permanently removed from the cluster");
             None
         }
     };

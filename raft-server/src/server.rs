@@ -9,8 +9,8 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use parking_lot::{Mutex, RwLock};
+use raft::RawNode;
 use raft::eraftpb::ConfState;
-use raft::{RawNode, Storage as _};
 use tenure_storage::Fault;
 use tokio::sync::watch;
 
@@ -119,9 +119,8 @@ pub(crate) fn assemble<S: StateMachine>(
     let conf = recovered.conf.clone();
     let log = Arc::new(Log::new(store, recovered, config.log_cache_bytes_max, config.log_bytes_flush / 16));
     let storage = RaftStorage(Arc::clone(&log));
-    let storage_error = |error: raft::Error| StartError::Raft(error.to_string());
-    let last_index = storage.last_index().map_err(storage_error)?;
-    let last_term = storage.term(last_index).map_err(storage_error)?;
+    let last_index = log.last_index();
+    let last_term = log.term_at(last_index)?;
     // Of several survivors of a lost majority, the one with the highest of these is to go on.
     tracing::info!(last_term, last_index, applied_index = applied, voters = ?conf.state.voters, "what the log holds");
     let raw = RawNode::new(&raft_config(&config, applied), storage, &logger::to_tracing())

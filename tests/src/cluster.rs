@@ -17,7 +17,11 @@ pub struct Member {
     /// What the others reach it by.
     pub peer_url: String,
     pub data_dir: PathBuf,
+    /// Where it listens for clients since it got ready: `client`, then those of `--tenant-listen`.
+    pub addresses: Vec<SocketAddr>,
     child: Option<Child>,
+    /// What its newest process says.
+    said: Option<Lines>,
     _claims: [Claim; 2],
 }
 
@@ -54,7 +58,9 @@ impl Cluster {
                 client,
                 peer_url: format!("{scheme}://{peer}"),
                 data_dir: dir.join(format!("m{at}")),
+                addresses: Vec::new(),
                 child: None,
+                said: None,
                 _claims: [client_claim, peer_claim],
             }
         });
@@ -68,8 +74,8 @@ impl Cluster {
 
     /// Starts all and waits until all are ready.
     pub fn start_all(&mut self) {
-        let said: Vec<_> = self.members.iter_mut().map(Member::spawn).collect();
-        said.iter().for_each(wait_until_ready);
+        self.members.iter_mut().for_each(Member::spawn);
+        self.members.iter_mut().for_each(Member::wait_until_ready);
     }
 
     /// `--initial-cluster` of all of them.
@@ -111,15 +117,6 @@ fn free_address() -> (SocketAddr, Claim) {
     free.expect("a port is free")
 }
 
-/// Waits for a line that contains this.
-fn wait_for(said: &Lines, text: &str) {
-    while !said.next().unwrap_or_else(|| panic!("the member ended before it said {text:?}")).contains(text) {}
-}
-
-fn wait_until_ready(said: &Lines) {
-    wait_for(said, "ready to serve client requests");
-}
-
 impl Member {
     fn set_up(&mut self, initial_cluster: &str, flags: &[&str]) {
         self.arguments.extend([
@@ -133,35 +130,68 @@ impl Member {
         self.arguments.extend(flags.iter().map(ToString::to_string));
     }
 
-    /// Starts it with further flags, which must make it refuse; gives the line that it ends with.
-    pub fn refusal(&self, flags: &[&str]) -> String {
-        let mut command = Command::new(program());
-        command.args(&self.arguments).args(flags).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-        let output = child::spawn(command).wait_with_output().unwrap();
-        assert!(!output.status.success(), "it must not start");
-        last_line(&String::from_utf8_lossy(&output.stderr))
+    /// Starts it with further flags, which must make it refuse; gives the one line that it says why in.
+    pub fn refusal(&mut self, flags: &[&str]) -> String {
+        self.spawn_with(flags);
+        self.failure()
     }
 
-    /// Waits until it ends by itself; gives whether in good order.
-    pub fn wait_for_end(&mut self) -> bool {
-        self.child.take().unwrap().wait().unwrap().success()
+    /// Waits until it fails by itself; gives the one line that it says why in.
+    pub fn failure(&mut self) -> String {
+        let Ended { in_good_order, said } = self.wait_for_end();
+        assert!(!in_good_order, "it must not end well: {said:?}");
+        let mut told: Vec<String> = said.into_iter().filter(|line| !is_ordinary(line)).collect();
+        assert_eq!(told.len(), 1, "one line says why: {told:?}");
+        told.remove(0)
+    }
+
+    /// Waits until it ends by itself.
+    pub fn wait_for_end(&mut self) -> Ended {
+        let said = self.said.take().unwrap();
+        // Until it says nothing any more: it has ended, or closed its output.
+        let said = std::iter::from_fn(|| said.next()).collect();
+        Ended { in_good_order: self.child.take().unwrap().wait().unwrap().success(), said }
+    }
+
+    /// Waits for a line that contains this.
+    pub fn wait_for(&self, text: &str) {
+        let said = self.said.as_ref().expect("it was started");
+        while !said.next().unwrap_or_else(|| panic!("the member ended before it said {text:?}")).contains(text) {}
+    }
+
+    /// Waits until it has a leader and has caught up.
+    pub fn wait_until_ready(&mut self) {
+        let said = self.said.as_ref().expect("it was started");
+        self.addresses.clear();
+        loop {
+            let line = said.next().expect("the member says that it is ready");
+            if let Some((_, rest)) = line.split_once("\"address\":\"") {
+                self.addresses.push(rest.split('"').next().unwrap().parse().unwrap());
+            }
+            if line.contains("ready to serve client requests") {
+                return;
+            }
+        }
     }
 
     /// Starts it with further flags, this time only, and waits until it is ready.
     pub fn start_with(&mut self, flags: &[&str]) {
-        let arguments = self.arguments.clone();
-        self.arguments.extend(flags.iter().map(ToString::to_string));
-        self.start();
-        self.arguments = arguments;
+        self.spawn_with(flags);
+        self.wait_until_ready();
     }
 
     /// Starts it with further flags, this time only, and waits until it has tried to reach a peer; it must not get ready.
     pub fn start_unready(&mut self, flags: &[&str]) {
+        self.spawn_with(flags);
+        self.wait_for("lost the connection to a peer");
+    }
+
+    /// Starts it with further flags, this time only; it need not get ready.
+    pub fn spawn_with(&mut self, flags: &[&str]) {
         let arguments = self.arguments.clone();
         self.arguments.extend(flags.iter().map(ToString::to_string));
-        let said = self.spawn();
+        self.spawn();
         self.arguments = arguments;
-        wait_for(&said, "lost the connection to a peer");
     }
 
     /// From its next start on.
@@ -191,16 +221,17 @@ impl Member {
         command
     }
 
-    fn spawn(&mut self) -> Lines {
+    fn spawn(&mut self) {
         let mut command = self.command();
-        command.stderr(Stdio::piped());
+        command.stdin(Stdio::null()).stderr(Stdio::piped());
         let child = self.child.insert(child::spawn(command));
-        child::lines_of(child.stderr.take().unwrap())
+        self.said = Some(child::lines_of(child.stderr.take().unwrap()));
     }
 
     /// Starts it again and waits until it is ready: until it has a leader and has caught up.
     pub fn start(&mut self) {
-        wait_until_ready(&self.spawn());
+        self.spawn();
+        self.wait_until_ready();
     }
 
     /// SIGKILL; nothing of the process is left on return.
@@ -226,9 +257,16 @@ impl Member {
     }
 }
 
-/// What a program says last, which is why it ended.
-fn last_line(text: &str) -> String {
-    text.lines().last().unwrap_or_default().to_string()
+/// How a member ended that was not told to.
+pub struct Ended {
+    pub in_good_order: bool,
+    /// All that it said since somebody listened last.
+    pub said: Vec<String>,
+}
+
+/// A line of the log that tells of no error.
+fn is_ordinary(line: &str) -> bool {
+    line.starts_with('{') && !line.contains("\"level\":\"error\"")
 }
 
 fn signal(child: &Child, name: &str) {

@@ -6,4 +6,5 @@ pub mod admin;
 pub mod child;
 pub mod client;
 pub mod cluster;
+pub mod load;
 pub mod server;

@@ -15,7 +15,7 @@ use tenure_etcd_shim::proto::etcdserverpb as pb;
 use tenure_etcd_shim::storage::key_value::KeyValue;
 use tenure_etcd_shim::wire::RangeResponse;
 use tenure_tests::client::Connection;
-use tenure_tests::cluster::{Cluster, Member, Told};
+use tenure_tests::cluster::{Cluster, Ended, Member, Told};
 use tonic::Code;
 
 /// Bounds what should long be over; it judges nothing.
@@ -98,8 +98,6 @@ async fn a_lost_majority_is_recovered_by_force() {
     assert_eq!(members(lost).await, ["m0", "m1"]);
 }
 
-// The members before a removal are needed until raft has left the joint configuration: who hears of it earlier and stops another
-// member leaves the cell without a quorum for good.
 // However operators give their flags: a member is who they say.
 #[tokio::test(flavor = "multi_thread")]
 async fn members_are_told_by_variables_and_by_files_too() {
@@ -121,6 +119,8 @@ async fn members_are_told_by_variables_and_by_files_too() {
     }
 }
 
+// The members before a removal are needed until raft has left the joint configuration: who hears of it earlier and stops another
+// member leaves the cell without a quorum for good.
 #[tokio::test(flavor = "multi_thread")]
 async fn of_those_that_a_removal_leaves_one_may_stop_at_once() {
     let dir = tempfile::tempdir().unwrap();
@@ -143,36 +143,149 @@ async fn of_those_that_a_removal_leaves_one_may_stop_at_once() {
     assert_eq!(get(&cluster.members[1], "k").await.as_deref(), Some("after"));
 }
 
+// Each flag and each directory that does not fit, alone: whoever reads the one line knows which it was. What was refused was not
+// changed, and nothing was made.
 #[tokio::test(flavor = "multi_thread")]
-async fn what_is_another_cells_is_refused_in_one_line() {
+async fn what_does_not_fit_the_cell_is_refused_in_one_line() {
     let dir = tempfile::tempdir().unwrap();
     let mut cluster = Cluster::start(3, &dir.path().join("ours"), &["--initial-cluster-token=ours"]);
     put(&cluster.members[0], "k", "v").await;
-    let stray = &mut cluster.members[2];
+    let [first, second, stray] = &mut cluster.members[..] else { panic!("three members") };
     assert!(stray.stop());
 
-    let refusal = stray.refusal(&["--initial-cluster-token=theirs"]);
-    assert!(refusal.contains("is of a cluster with --initial-cluster-token \"ours\", not \"theirs\""), "{refusal}");
-
-    // Without data, flags that make another cell of members that have one.
-    let empty = dir.path().join("empty");
     let at = |data: &Path| format!("--data-dir={}", data.display());
-    let refusal = stray.refusal(&[&at(&empty), "--initial-cluster-token=theirs"]);
-    assert!(refusal.contains("the members at the URLs of --initial-cluster are of cluster"), "{refusal}");
-    let refusal = stray.refusal(&[&at(&empty)]);
-    assert!(refusal.contains("has already been bootstrapped"), "{refusal}");
-    assert!(!empty.exists(), "nothing was made");
+    let of = |name: &str, file: &str, text: &str| {
+        let data = dir.path().join(name);
+        std::fs::create_dir_all(data.join(file).parent().unwrap()).unwrap();
+        std::fs::write(data.join(file), text).unwrap();
+        at(&data)
+    };
+    let (etcds, full) = (of("etcds", "member/wal", ""), of("full", "photo.jpg", ""));
+    let damaged = of("damaged", "IDENTITY", "tenure-data 3\nmember 1\n");
+    let newer = of("newer", "IDENTITY", "tenure-data 1000\nmember 1\n");
 
-    // Data of another cell, begun by the same members with another token.
-    let theirs = dir.path().join("theirs");
-    let mut other = Cluster::new("http", 1, &theirs, &["--initial-cluster-token=theirs"]);
-    other.start_all();
-    assert!(other.members[0].stop());
-    let refusal = stray.refusal(&[&at(&other.members[0].data_dir), "--initial-cluster-token=theirs"]);
-    assert!(refusal.contains("are not of cluster"), "{refusal}");
+    let empty = dir.path().join("empty");
+    let (without, taken) = (at(&empty), at(&first.data_dir));
+    let (zero, one, two) = (&first.peer_url, &second.peer_url, &stray.peer_url);
+    let cluster_of = |pairs: &[(&str, &String)]| {
+        let pairs: Vec<String> = pairs.iter().map(|(name, url)| format!("{name}={url}")).collect();
+        format!("--initial-cluster={}", pairs.join(","))
+    };
+    let nowhere = "http://127.0.0.1:1".to_string();
+    let pair = cluster_of(&[("m0", zero), ("m2", two)]);
+    let twice = cluster_of(&[("m0", zero), ("m1", zero), ("m2", two)]);
+    let elsewhere = cluster_of(&[("m0", zero), ("m1", &nowhere), ("m2", two)]);
+    let unreachable = cluster_of(&[("m0", &nowhere), ("m2", two)]);
+    let alone = cluster_of(&[("m2", two)]);
+    let four = cluster_of(&[("m0", zero), ("m1", one), ("m2", two), ("m3", &nowhere)]);
+    let existing = "--initial-cluster-state=existing";
+    let advertised = "--initial-advertise-peer-urls=http://127.0.0.1:1";
+    let of_first = format!("--initial-advertise-peer-urls={zero}");
 
+    // Flags beside its own, and what is said of them.
+    let cases: &[(&[&str], &str)] = &[
+        // With its data.
+        (&["--initial-cluster-token=theirs"], "is of a cluster with --initial-cluster-token \"ours\", not \"theirs\""),
+        (&["--name=m0", &of_first], "but --initial-advertise-peer-urls has those of member"),
+        // With what is not its data.
+        (&[&taken], "is in use by another process"),
+        (&[&etcds], "is a data directory of etcd"),
+        (&[&full], "is not empty and is not a data directory of tenured"),
+        (&[&damaged], "is damaged"),
+        (&[&newer], "has layout version 1000, which this release does not know"),
+        // Without data, as a member of a new cell.
+        (&[&without, "--name=m9"], "couldn't find local name \"m9\" in the initial cluster configuration"),
+        (&[&without, advertised], "for this member but --initial-advertise-peer-urls has http://127.0.0.1:1"),
+        (&[&without, &twice], "--initial-cluster has duplicate peer URL"),
+        (&[&without], "has already been bootstrapped"),
+        (&[&without, "--initial-cluster-token=theirs"], "the members at the URLs of --initial-cluster are of cluster"),
+        (&[&without, &pair], "the members at the URLs of --initial-cluster are of cluster"),
+        (&[&without, &elsewhere], "the members at the URLs of --initial-cluster are of cluster"),
+        // As one of a cell that exists.
+        (&[&without, existing], "has already been bootstrapped"),
+        (&[&without, existing, &pair], "member count is unequal: the cluster has 3, --initial-cluster has 2"),
+        (&[&without, existing, &four], "member count is unequal: the cluster has 3, --initial-cluster has 4"),
+        (&[&without, existing, &elsewhere], "unmatched member while checking PeerURLs (m1=http://127.0.0.1:1)"),
+        (&[&without, existing, &unreachable], "could not retrieve cluster information from the given URLs: connect to"),
+        (&[&without, existing, &alone], "from the given URLs: there is none but its own"),
+    ];
+    for (flags, expected) in cases {
+        let refusal = stray.refusal(flags);
+        assert!(refusal.starts_with("tenured: ") && refusal.contains(expected), "{flags:?}: {refusal}");
+        assert!(!empty.exists(), "{flags:?}: nothing was made");
+    }
+
+    // Another member's data, whole and unused: two with one id would both vote.
+    assert!(second.stop());
+    let (seconds, own) = (at(&second.data_dir), at(&stray.data_dir));
+    let refusal = stray.refusal(&[&seconds]);
+    assert!(refusal.contains("but --initial-advertise-peer-urls has those of member"), "{refusal}");
+    let refusal = second.refusal(&[&own]);
+    assert!(refusal.contains("but --initial-advertise-peer-urls has those of member"), "{refusal}");
+
+    second.start();
     stray.start();
     assert_eq!(get(stray, "k").await.as_deref(), Some("v"));
+}
+
+// Whoever comes first finds nobody to ask. It must learn of it when the others come, and not vote with them.
+#[tokio::test(flavor = "multi_thread")]
+async fn data_of_another_cell_is_refused_also_when_the_others_come_later() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut cluster = Cluster::start(3, &dir.path().join("ours"), &["--initial-cluster-token=ours"]);
+    put(&cluster.members[0], "k", "v").await;
+    cluster.members.iter_mut().for_each(Member::kill);
+
+    // The same members begin another one.
+    let theirs = |at: usize| {
+        [
+            "--initial-cluster-token=theirs".to_string(),
+            format!("--data-dir={}", dir.path().join(format!("theirs{at}")).display()),
+        ]
+    };
+    for (at, member) in cluster.members.iter_mut().enumerate() {
+        member.spawn_with(&theirs(at).each_ref().map(String::as_str));
+    }
+    put(&cluster.members[2], "k", "theirs").await;
+    cluster.members.iter_mut().for_each(Member::kill);
+
+    let [first, second, stray] = &mut cluster.members[..] else { panic!("three members") };
+    stray.start_unready(&theirs(2).each_ref().map(String::as_str));
+    first.spawn_with(&[]);
+    second.start();
+    let refusal = stray.failure();
+    assert!(refusal.contains("all other members are of another cluster than"), "{refusal}");
+    stray.start();
+    assert_eq!(get(stray, "k").await.as_deref(), Some("v"));
+}
+
+// Operators see it at whatever level they log, and supervisors that it meant to end.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_removed_member_ends_by_itself_and_says_why() {
+    const LINE: &str = "the member has been permanently removed from the cluster";
+    let dir = tempfile::tempdir().unwrap();
+    let mut cluster = Cluster::new("http", 3, dir.path(), &["--strict-reconfig-check=false"]);
+    let [first, second, third] = &mut cluster.members[..] else { panic!("three members") };
+    first.spawn_with(&[]);
+    second.spawn_with(&[]);
+    third.spawn_with(&["--log-level=warn"]);
+    put(third, "k", "v").await;
+
+    let own: pb::StatusResponse = ask(third, "/etcdserverpb.Maintenance/Status", &pb::StatusRequest {}).await;
+    let removal = pb::MemberRemoveRequest { id: own.header.unwrap().member_id };
+    let _: pb::MemberRemoveResponse = ask(first, "/etcdserverpb.Cluster/MemberRemove", &removal).await;
+    let Ended { in_good_order, said } = third.wait_for_end();
+    assert!(in_good_order, "{said:?}");
+    // The others say so too, on each connection that it has lost.
+    let own = said.iter().filter(|line| line.ends_with(&format!("\"msg\":\"{LINE}\"}}")));
+    assert_eq!(own.count(), 1, "{said:?}");
+    assert!(said.iter().all(|line| line.contains("\"level\":\"warn\"")), "{said:?}");
+
+    // Whoever starts it again hears it again, and that the data is of no use.
+    let refusal = third.refusal(&[]);
+    assert!(refusal.starts_with("tenured: ") && refusal.contains(LINE), "{refusal}");
+    assert!(refusal.ends_with("its data directory must be removed"), "{refusal}");
+    assert_eq!(members(second).await, ["m0", "m1"]);
 }
 
 /// A CA's and a member's files.

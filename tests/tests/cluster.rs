@@ -1,250 +1,23 @@
-//! Three and five members as real processes, under load from clients of all of them, while members are killed, stopped and
-//! paused: nothing acknowledged is lost, no linearizable read is stale, and in the end all members have the same history.
+//! Three and five members as real processes, under load from clients of all of them, while members are killed, stopped,
+//! paused, added and removed: nothing acknowledged is lost, no linearizable read is stale, and in the end all members have the same
+//! history.
 //!
 //! Why: the simulation knows every order of events but no process, no disk and no network. Here they are real.
-//!
-//! Each writer has one key and writes growing numbers into it, through whatever member comes next. A write that was not
-//! answered may or may not have happened, or may happen later; so a number is written on the condition that the key has a smaller
-//! one. Then the history of a key is known up to the unanswered writes, and each linearizable read of it must show at least the
-//! last number that was acknowledged when it began.
 
 #![allow(clippy::unwrap_used)]
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::net::SocketAddr;
+use std::collections::BTreeSet;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
-use std::time::Duration;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use tenure_etcd_shim::proto::etcdserverpb as pb;
-use tenure_etcd_shim::storage::key_value::KeyValue;
 use tenure_etcd_shim::wire::RangeResponse;
-use tenure_tests::client::Connection;
+use tenure_tests::client::{Connection, framed};
 use tenure_tests::cluster::Cluster;
+use tenure_tests::load::{Client, Load, PATIENCE, answer, check, leader_of, reconfigure};
 use tokio::task::JoinSet;
-use tonic::{Code, Status};
-
-const WRITERS: usize = 6;
-
-/// Bounds what should long be over; it judges nothing.
-const PATIENCE: Duration = Duration::from_secs(300);
-
-/// After this a client asks another member: one that is paused never answers.
-const GIVE_UP: Duration = Duration::from_secs(3);
-
-/// Requests to one member, on a connection that is made again when it is lost.
-struct Client {
-    address: SocketAddr,
-    connection: Option<Connection>,
-}
-
-impl Client {
-    fn new(address: SocketAddr) -> Self {
-        Client { address, connection: None }
-    }
-
-    async fn ask<Q: prost::Message, A: prost::Message + Default>(
-        &mut self,
-        method: &str,
-        request: &Q,
-    ) -> Result<A, Status> {
-        if self.connection.is_none() {
-            self.connection = Some(Connection::try_open(self.address).await?);
-        }
-        let connection = self.connection.clone().unwrap();
-        let answer = tokio::time::timeout(GIVE_UP, connection.unary(method, request)).await;
-        let answer = answer.unwrap_or_else(|_| Err(Status::unavailable("no answer")));
-        if answer.is_err() {
-            self.connection = None;
-        }
-        answer
-    }
-}
-
-/// What all know of one key.
-#[derive(Default)]
-struct Key {
-    acknowledged: AtomicU64,
-    revision: AtomicI64,
-}
-
-struct Load {
-    stop: Arc<AtomicBool>,
-    keys: Arc<Vec<Key>>,
-    tasks: JoinSet<()>,
-}
-
-/// Writes a number into a key that has a smaller one, or, the first, into one that does not exist.
-fn put(key: usize, number: u64) -> pb::TxnRequest {
-    use pb::compare::{CompareResult, CompareTarget, TargetUnion};
-    // As text they are in the order of numbers.
-    let (key, value) = (Bytes::from(format!("key{key}")), Bytes::from(format!("{number:020}")));
-    let (result, target, target_union) = match number {
-        0 => (CompareResult::Equal, CompareTarget::Version, TargetUnion::Version(0)),
-        _ => (CompareResult::Less, CompareTarget::Value, TargetUnion::Value(value.clone())),
-    };
-    let condition = pb::Compare {
-        result: result.into(),
-        target: target.into(),
-        key: key.clone(),
-        target_union: Some(target_union),
-        ..Default::default()
-    };
-    let put = pb::PutRequest { key, value, ..Default::default() };
-    let put = pb::RequestOp { request: Some(pb::request_op::Request::RequestPut(put)) };
-    pb::TxnRequest { compare: vec![condition], success: vec![put], failure: vec![] }
-}
-
-fn get(key: usize) -> pb::RangeRequest {
-    pb::RangeRequest { key: Bytes::from(format!("key{key}")), ..Default::default() }
-}
-
-/// The number in a key; 0 if there is none.
-fn number_in(answer: &RangeResponse) -> u64 {
-    let stored = answer.kvs.iter().next();
-    let kv = stored.map(|stored| KeyValue::decode(stored).unwrap());
-    kv.map_or(0, |kv| std::str::from_utf8(kv.value).unwrap().parse().unwrap())
-}
-
-impl Load {
-    fn start(cluster: &Cluster) -> Load {
-        let addresses: Vec<SocketAddr> = cluster.members.iter().map(|member| member.client).collect();
-        let stop = Arc::new(AtomicBool::new(false));
-        let keys = Arc::new((0..WRITERS).map(|_| Key::default()).collect::<Vec<_>>());
-        let mut tasks = JoinSet::new();
-        for writer in 0..WRITERS {
-            let (stop, keys, addresses) = (Arc::clone(&stop), Arc::clone(&keys), addresses.clone());
-            tasks.spawn(async move {
-                let mut clients: Vec<Client> = addresses.into_iter().map(Client::new).collect();
-                let count = clients.len();
-                let (mut number, mut exists) = (0, false);
-                while !stop.load(Ordering::Relaxed) {
-                    let key = &keys[writer];
-                    let client = &mut clients[(writer + usize::try_from(number).unwrap()) % count];
-                    // Also where no number is written yet: the next member is asked then.
-                    number += 1;
-                    let written: Result<pb::TxnResponse, _> =
-                        client.ask("/etcdserverpb.KV/Txn", &put(writer, if exists { number } else { 0 })).await;
-                    match written {
-                        Ok(_) if !exists => exists = true,
-                        Ok(written) => {
-                            assert!(written.succeeded, "{number} is the largest");
-                            let revision = written.header.unwrap().revision;
-                            let before = key.revision.swap(revision, Ordering::AcqRel);
-                            assert!(revision > before, "revisions follow real time: {revision} after {before}");
-                            key.acknowledged.store(number, Ordering::Release);
-                        }
-                        Err(_) => tokio::task::yield_now().await,
-                    }
-                    let other = &keys[(writer + 1) % WRITERS];
-                    let acknowledged = other.acknowledged.load(Ordering::Acquire);
-                    let reader = &mut clients[usize::try_from(number).unwrap() % count];
-                    let read: Result<RangeResponse, _> =
-                        reader.ask("/etcdserverpb.KV/Range", &get((writer + 1) % WRITERS)).await;
-                    if let Ok(read) = read {
-                        let found = number_in(&read);
-                        assert!(found >= acknowledged, "a stale read: {found} after {acknowledged} was acknowledged");
-                    }
-                }
-            });
-        }
-        Load { stop, keys, tasks }
-    }
-
-    /// Waits until `more` further writes of every key were acknowledged: the cell serves.
-    async fn progress(&mut self, more: u64) {
-        let Load { keys, tasks, .. } = self;
-        let targets: Vec<u64> = keys.iter().map(|key| key.acknowledged.load(Ordering::Acquire) + more).collect();
-        let all = || keys.iter().zip(&targets).all(|(key, target)| key.acknowledged.load(Ordering::Acquire) >= *target);
-        let reached = async {
-            let mut look = tokio::time::interval(Duration::from_millis(20));
-            while !all() {
-                look.tick().await;
-                // A writer ends before it is asked to if it has found something.
-                if let Some(ended) = tasks.try_join_next() {
-                    ended.unwrap();
-                }
-            }
-        };
-        tokio::time::timeout(PATIENCE, reached).await.expect("the cell serves writes");
-    }
-
-    async fn end(mut self) -> Arc<Vec<Key>> {
-        self.stop.store(true, Ordering::Relaxed);
-        while let Some(task) = self.tasks.join_next().await {
-            task.unwrap();
-        }
-        self.keys
-    }
-}
-
-/// The place of the member that leads, as the others say.
-async fn leader_of(cluster: &Cluster) -> usize {
-    let mut look = tokio::time::interval(Duration::from_millis(20));
-    let found = async {
-        loop {
-            look.tick().await;
-            for (at, member) in cluster.members.iter().enumerate() {
-                let mut client = Client::new(member.client);
-                let status: Result<pb::StatusResponse, _> =
-                    client.ask("/etcdserverpb.Maintenance/Status", &pb::StatusRequest {}).await;
-                if let Ok(status) = status
-                    && status.leader != 0
-                    && status.leader == status.header.unwrap().member_id
-                {
-                    return at;
-                }
-            }
-        }
-    };
-    tokio::time::timeout(PATIENCE, found).await.expect("somebody leads")
-}
-
-/// Asks until there is an answer: members elect and catch up.
-async fn answer<Q: prost::Message, A: prost::Message + Default>(client: &mut Client, method: &str, request: &Q) -> A {
-    let mut look = tokio::time::interval(Duration::from_millis(20));
-    let answered = async {
-        loop {
-            look.tick().await;
-            match client.ask(method, request).await {
-                Ok(answer) => return answer,
-                Err(status) => assert_eq!(status.code(), Code::Unavailable, "{status:?}"),
-            }
-        }
-    };
-    tokio::time::timeout(PATIENCE, answered).await.expect("the member answers")
-}
-
-/// All members have everything that was acknowledged, and the same history.
-async fn check(cluster: &Cluster, keys: &[Key]) {
-    let mut clients: Vec<Client> = cluster.members.iter().map(|member| Client::new(member.client)).collect();
-    for client in &mut clients {
-        for (at, key) in keys.iter().enumerate() {
-            let found: RangeResponse = answer(client, "/etcdserverpb.KV/Range", &get(at)).await;
-            let acknowledged = key.acknowledged.load(Ordering::Acquire);
-            assert!(number_in(&found) >= acknowledged, "key{at} lost {acknowledged} at {}", client.address);
-        }
-    }
-    // A write that nobody waits for any more may still happen, and be applied here before it is there.
-    let same = async {
-        let mut hashes = BTreeMap::new();
-        loop {
-            let mut revisions = BTreeSet::new();
-            for client in &mut clients {
-                let request = pb::HashKvRequest::default();
-                let hash: pb::HashKvResponse = answer(client, "/etcdserverpb.Maintenance/HashKV", &request).await;
-                let first = *hashes.entry(hash.hash_revision).or_insert(hash.hash);
-                assert_eq!(hash.hash, first, "members differ at revision {}", hash.hash_revision);
-                revisions.insert(hash.hash_revision);
-            }
-            if revisions.len() == 1 {
-                return;
-            }
-        }
-    };
-    tokio::time::timeout(PATIENCE, same).await.expect("all come to the same revision");
-}
 
 #[tokio::test(flavor = "multi_thread")]
 async fn three_members_survive_kills_pauses_and_restarts() {
@@ -297,6 +70,200 @@ async fn five_members_survive_two_kills_at_once() {
     cluster.members[leader].start();
     cluster.members[other].start();
     load.progress(10).await;
+    let keys = load.end().await;
+    check(&cluster, &keys).await;
+}
+
+async fn status(cluster: &Cluster, at: usize) -> pb::StatusResponse {
+    answer(&mut Client::new(cluster.members[at].client), "/etcdserverpb.Maintenance/Status", &pb::StatusRequest {})
+        .await
+}
+
+/// Whether the key exists: if serializable, as far as this member alone knows.
+async fn has_key(cluster: &Cluster, at: usize, key: &'static str, serializable: bool) -> bool {
+    let request = pb::RangeRequest { key: Bytes::from(key), serializable, ..Default::default() };
+    let found: RangeResponse =
+        answer(&mut Client::new(cluster.members[at].client), "/etcdserverpb.KV/Range", &request).await;
+    found.count == 1
+}
+
+// etcd's clients take a request that was sent for one that may have happened: they do not repeat a write. So a member that stops
+// answers what it was sent, and nobody waits until the others miss it. No election but the one of each hand-over takes place.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_leader_that_stops_hands_over_and_no_write_fails_or_waits_for_an_election() {
+    /// So long that only a hand-over makes another leader, whatever the machine does.
+    const ELECTION_TIMEOUT: Duration = Duration::from_secs(20);
+    const WRITERS: usize = 3;
+    let dir = tempfile::tempdir().unwrap();
+    let patient = format!("--election-timeout={}", ELECTION_TIMEOUT.as_millis());
+    let mut cluster = Cluster::start(3, dir.path(), &[]);
+    // The first leader would take as long to be found. The last to change is the leader, who hands over too.
+    let first = leader_of(&cluster).await;
+    for at in [(first + 1) % 3, (first + 2) % 3, first] {
+        assert!(cluster.members[at].stop(), "it stops in good order");
+        cluster.members[at].start_with(&[&patient]);
+    }
+
+    let stop = Arc::new(AtomicBool::new(false));
+    let written = Arc::new([const { AtomicU64::new(0) }; WRITERS]);
+    let mut writers = JoinSet::new();
+    for writer in 0..WRITERS {
+        let (stop, written) = (Arc::clone(&stop), Arc::clone(&written));
+        let addresses: Vec<_> = cluster.members.iter().map(|member| member.client).collect();
+        writers.spawn(async move {
+            let mut at = writer;
+            let mut kept: Option<Connection> = None;
+            let mut longest = Duration::ZERO;
+            while !stop.load(Ordering::Relaxed) {
+                let number = written[writer].load(Ordering::Relaxed) + 1;
+                let (key, value) = (Bytes::from(format!("key{writer}")), Bytes::from(number.to_string()));
+                let put = prost::Message::encode_to_vec(&pb::PutRequest { key, value, ..Default::default() });
+                let began = Instant::now();
+                // What was not sent is sent to the next member.
+                let mut call = loop {
+                    let connection = match kept.clone() {
+                        Some(connection) => Ok(connection),
+                        None => Connection::try_open(addresses[at]).await,
+                    };
+                    if let Ok(connection) = connection
+                        && let Ok(call) = connection.call("/etcdserverpb.KV/Put").await
+                    {
+                        kept = Some(connection);
+                        break call;
+                    }
+                    kept = None;
+                    at = (at + 1) % addresses.len();
+                    tokio::task::yield_now().await;
+                };
+                call.requests.send_bytes(framed(&put), true).await.expect("it takes what it has agreed to take");
+                let answer: pb::PutResponse = call.answers.message().await.expect("what was sent is answered");
+                assert!(answer.header.is_some());
+                longest = longest.max(began.elapsed());
+                written[writer].store(number, Ordering::Relaxed);
+            }
+            longest
+        });
+    }
+    let progress = async || {
+        let targets: Vec<u64> = written.iter().map(|written| written.load(Ordering::Relaxed) + 20).collect();
+        let mut look = tokio::time::interval(Duration::from_millis(20));
+        let reached = async {
+            while written.iter().zip(&targets).any(|(written, target)| written.load(Ordering::Relaxed) < *target) {
+                look.tick().await;
+            }
+        };
+        tokio::time::timeout(PATIENCE, reached).await.expect("the cell serves writes");
+    };
+    progress().await;
+    for _ in 0..3 {
+        let leader = leader_of(&cluster).await;
+        let term = status(&cluster, leader).await.raft_term;
+        assert!(cluster.members[leader].stop(), "it stops in good order");
+        progress().await;
+        assert_eq!(status(&cluster, (leader + 1) % 3).await.raft_term, term + 1, "one election, by hand-over");
+        cluster.members[leader].start_with(&[&patient]);
+        progress().await;
+        assert_eq!(status(&cluster, leader).await.raft_term, term + 1, "whoever comes back disturbs nobody");
+    }
+    stop.store(true, Ordering::Relaxed);
+    while let Some(longest) = writers.join_next().await {
+        let longest = longest.unwrap();
+        assert!(longest < ELECTION_TIMEOUT, "a write waited for {longest:?}");
+    }
+}
+
+// A cell without a quorum cannot be told that a lease is kept alive, so no lease may end then, or because of it: not by who led and
+// hears nobody any more, and not by who leads next.
+#[tokio::test(flavor = "multi_thread")]
+async fn leases_outlive_the_loss_of_a_quorum() {
+    const TTL: Duration = Duration::from_secs(2);
+    let dir = tempfile::tempdir().unwrap();
+    let mut cluster = Cluster::start(3, dir.path(), &["--election-timeout=500", "--heartbeat-interval=50"]);
+    for (key, leader_stays) in [("leader gone", false), ("leader alone", true)] {
+        let leader = leader_of(&cluster).await;
+        let stays = if leader_stays { leader } else { (leader + 1) % 3 };
+        let gone: Vec<usize> = (0..3).filter(|at| *at != stays).collect();
+
+        let mut client = Client::new(cluster.members[stays].client);
+        // A leader takes two election timeouts to see that it is alone; until then time runs.
+        let ttl = if leader_stays { 2 * TTL } else { TTL };
+        let grant = pb::LeaseGrantRequest { ttl: i64::try_from(ttl.as_secs()).unwrap(), id: 0 };
+        let granted: pb::LeaseGrantResponse = answer(&mut client, "/etcdserverpb.Lease/LeaseGrant", &grant).await;
+        assert_eq!(granted.ttl, grant.ttl);
+        let put = pb::PutRequest { key: Bytes::from(key), lease: granted.id, ..Default::default() };
+        let _: pb::PutResponse = answer(&mut client, "/etcdserverpb.KV/Put", &put).await;
+        for at in &gone {
+            cluster.members[*at].kill();
+        }
+
+        let mut look = tokio::time::interval(Duration::from_millis(100));
+        let lost = Instant::now();
+        while lost.elapsed() < ttl + TTL / 2 {
+            assert!(has_key(&cluster, stays, key, true).await, "{key}: ended after {:?}", lost.elapsed());
+            look.tick().await;
+        }
+        let before = Instant::now();
+        for at in &gone {
+            cluster.members[*at].spawn_with(&[]);
+        }
+        for at in &gone {
+            cluster.members[*at].wait_until_ready();
+        }
+        let ended = async {
+            while has_key(&cluster, gone[0], key, false).await {
+                look.tick().await;
+            }
+        };
+        tokio::time::timeout(PATIENCE, ended).await.expect("nobody keeps it alive");
+        // It was there when the quorum was back, and did not end with the time that had been left to it.
+        assert!(before.elapsed() >= ttl, "{key}: it lives its time again, not {:?}", before.elapsed());
+    }
+}
+
+// How cells grow and shrink in operation: one member at a time, as a learner first, while clients go on; those that leave may lead.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cell_grows_to_five_members_and_shrinks_again_under_load() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut cluster = Cluster::new("http", 5, dir.path(), &[]);
+    let urls: Vec<String> = cluster.members.iter().map(|member| member.peer_url.clone()).collect();
+    let initial = |count: usize| {
+        let pairs = urls[..count].iter().enumerate().map(|(at, url)| format!("m{at}={url}"));
+        format!("--initial-cluster={}", pairs.collect::<Vec<_>>().join(","))
+    };
+    cluster.members[0].start_with(&[&initial(1)]);
+    let mut load = Load::start(&cluster);
+    load.progress(10).await;
+    let mut client = Client::new(cluster.members[0].client);
+    let members = async |client: &mut Client| {
+        let request = pb::MemberListRequest { linearizable: true };
+        let list: pb::MemberListResponse = answer(client, "/etcdserverpb.Cluster/MemberList", &request).await;
+        list.members
+    };
+    for at in 1..5 {
+        let url = vec![cluster.members[at].peer_url.clone()];
+        let add = pb::MemberAddRequest { peer_ur_ls: url.clone(), is_learner: true };
+        let _: Option<pb::MemberAddResponse> = reconfigure(&mut client, "MemberAdd", &add).await;
+        cluster.members[at].start_with(&[&initial(at + 1), "--initial-cluster-state=existing"]);
+        let id = members(&mut client).await.iter().find(|member| member.peer_ur_ls == url).unwrap().id;
+        let promote = pb::MemberPromoteRequest { id };
+        let _: Option<pb::MemberPromoteResponse> = reconfigure(&mut client, "MemberPromote", &promote).await;
+        load.progress(5).await;
+    }
+    assert_eq!(members(&mut client).await.iter().filter(|member| !member.is_learner).count(), 5);
+    for _ in 0..2 {
+        let leader = leader_of(&cluster).await;
+        let mut leaving = cluster.members.remove(leader);
+        let mut client = Client::new(cluster.members[0].client);
+        let list = members(&mut client).await;
+        let id = list.iter().find(|member| member.peer_ur_ls == [leaving.peer_url.clone()]).unwrap().id;
+        let _: Option<pb::MemberRemoveResponse> =
+            reconfigure(&mut client, "MemberRemove", &pb::MemberRemoveRequest { id }).await;
+        assert!(leaving.wait_for_end().in_good_order, "a removed member stops by itself");
+        load.progress(5).await;
+    }
+    let names: BTreeSet<String> =
+        members(&mut Client::new(cluster.members[0].client)).await.into_iter().map(|member| member.name).collect();
+    assert_eq!(names.len(), 3);
     let keys = load.end().await;
     check(&cluster, &keys).await;
 }

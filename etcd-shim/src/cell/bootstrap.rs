@@ -53,6 +53,11 @@ pub enum BootstrapError {
         "the members at the URLs of --initial-cluster are not of cluster {0:x}, which the data directory belongs to"
     )]
     AmongStrangers(u64),
+    #[error(
+        "the data directory is of member {found:x} but --initial-advertise-peer-urls has those of member {given:x}: each \
+         member has a data directory of its own"
+    )]
+    OtherMember { found: u64, given: u64 },
     #[error("could not retrieve cluster information from the given URLs: {0}")]
     NobodyAnswers(String),
     #[error("error validating peerURLs: {0}")]
@@ -128,7 +133,8 @@ pub(super) async fn beginning(config: &CellConfig, peers: &PeersConfig) -> Resul
 }
 
 /// Data in the wrong place must not be served where another cell's member is expected. Members that do not answer are no
-/// hindrance: a whole cell may be starting.
+/// hindrance: a whole cell may be starting. Nor are a few strangers, as long as this member and those that do not answer can be a
+/// majority: then it may be they who are in the wrong place.
 async fn check_not_among_strangers(
     config: &CellConfig,
     peers: &PeersConfig,
@@ -137,13 +143,40 @@ async fn check_not_among_strangers(
 ) -> Result<(), BootstrapError> {
     let Identity { member_id, cluster_id } = identity;
     let peers = PeersConfig { identity: PeerIdentity { member_id, cluster_id }, ..peers.clone() };
-    let others = cluster.iter().filter(|(name, _)| *name != config.names.name).flat_map(|(_, urls)| urls);
-    let asked = others.map(|url| is_of_other_cluster(&peers, url, HELLO_TIMEOUT));
+    let others = cluster.iter().filter(|(name, _)| *name != config.names.name);
+    let asked = others.map(async |(_, urls)| {
+        let asked = urls.iter().map(|url| is_of_other_cluster(&peers, url, HELLO_TIMEOUT));
+        futures::future::join_all(asked).await
+    });
     let answers = futures::future::join_all(asked).await;
-    if answers.contains(&Some(true)) && !answers.contains(&Some(false)) {
+    let strangers = answers.iter().filter(|of_urls| of_urls.contains(&Some(true))).count();
+    let is_known = answers.iter().any(|of_urls| of_urls.contains(&Some(false)));
+    if strangers > 0 && 2 * strangers >= cluster.len() && !is_known {
         return Err(BootstrapError::AmongStrangers(cluster_id));
     }
     Ok(())
+}
+
+/// Data of another member of the cell must not be served where this one is expected: it may be a copy, and of two members with
+/// one id both would vote. `known` is who is where, as far as the data says. Who has become another's successor at its URLs, and
+/// does not know it yet, catches up with the URLs it had.
+pub(super) fn check_not_another(
+    config: &CellConfig,
+    identity: Identity,
+    known: &[(u64, Vec<String>)],
+) -> Result<(), BootstrapError> {
+    // Whoever is left of a lost majority is begun with where there is a machine for it.
+    if config.force_new_cluster {
+        return Ok(());
+    }
+    let given = sorted(&config.names.peer_urls);
+    let is_elsewhere = |(id, urls): &&(u64, Vec<String>)| {
+        *id != identity.member_id && sorted(urls).iter().any(|url| given.contains(url))
+    };
+    match known.iter().find(is_elsewhere) {
+        Some((given, _)) => Err(BootstrapError::OtherMember { found: identity.member_id, given: *given }),
+        None => Ok(()),
+    }
 }
 
 /// A member that lost its data must not vote again as if it had none: it may have voted otherwise, and counted as one of those

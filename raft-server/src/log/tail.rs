@@ -270,7 +270,7 @@ impl raft::Storage for RaftStorage {
         let mut next = low;
         // raft takes a short answer for the end of what fits, so the seam between disk and memory must not show.
         while next < high && (entries.is_empty() || bytes < bytes_max) {
-            let part = self.0.entries_between(next, high, bytes_max - bytes).map_err(storage_error)?;
+            let part = self.0.entries_between(next, high, bytes_max - bytes).map_err(give_up)?;
             let part = part.ok_or(raft::Error::Store(StorageError::Compacted))?;
             bytes += part.iter().map(entry_bytes).sum::<usize>() as u64;
             next += part.len() as u64;
@@ -283,7 +283,7 @@ impl raft::Storage for RaftStorage {
         if index > self.0.last_index() {
             return Err(raft::Error::Store(StorageError::Unavailable));
         }
-        self.0.term_at(index).map_err(storage_error)?.ok_or(raft::Error::Store(StorageError::Compacted))
+        self.0.term_at(index).map_err(give_up)?.ok_or(raft::Error::Store(StorageError::Compacted))
     }
 
     fn first_index(&self) -> raft::Result<u64> {
@@ -301,6 +301,8 @@ impl raft::Storage for RaftStorage {
     }
 }
 
-fn storage_error(fault: Fault) -> raft::Error {
-    raft::Error::Store(StorageError::Other(Box::new(fault)))
+/// Raft cannot go on from it, and would panic with words of its own. The member's supervisor hears the fault's, and nothing is said
+/// but what that says.
+fn give_up(fault: Fault) -> raft::Error {
+    std::panic::resume_unwind(Box::new(fault.to_string()))
 }
