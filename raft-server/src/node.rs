@@ -164,11 +164,7 @@ impl<R: Send + 'static> Node<R> {
     /// # Errors
     /// The log's faults; the member must stop.
     pub(crate) fn run(mut self) -> Result<(), Fault> {
-        if self.is_sole_voter() {
-            // There is nobody to ask, so there is nothing to wait for.
-            self.raw.campaign().map_err(raft_fault)?;
-        }
-        self.settle()?;
+        self.begin()?;
         while !self.shared.stopping() {
             let event = self.next_event();
             self.on_event(event)?;
@@ -180,6 +176,18 @@ impl<R: Send + 'static> Node<R> {
         }
         self.reads.fail_all(ReadError::Stopped);
         Ok(())
+    }
+
+    /// What comes before any event.
+    ///
+    /// # Errors
+    /// As [`Node::run`].
+    pub(crate) fn begin(&mut self) -> Result<(), Fault> {
+        if self.is_sole_voter() {
+            // There is nobody to ask, so there is nothing to wait for.
+            self.raw.campaign().map_err(raft_fault)?;
+        }
+        self.settle()
     }
 
     /// The next event; a due tick goes before whatever waits in the queue.

@@ -257,11 +257,14 @@ fn recover(config: &Config, store: &dyn LogStore, state_applied: u64) -> Result<
     if applied > recovered.last_index {
         return Err(StartError::LogBehindState { applied, last: recovered.last_index });
     }
-    if recovered.hard_state.commit > recovered.last_index {
+    // The commit index is saved with the next write, so it may lag behind; what is applied was committed, and so was the change of members
+    // that the log has a record of. To commit that one again could take a voter that it brought, which for want of a snapshot could not answer:
+    // one is made of a state that knows of the change.
+    let committed = recovered.hard_state.commit.max(recovered.conf.index);
+    if committed > recovered.last_index {
         return Err(StartError::Fault(Fault::Corrupt { what: "commit index beyond the raft log", key: Vec::new() }));
     }
-    // The commit index is saved with the next write, so it may lag behind the state; what is applied was committed.
-    recovered.hard_state.commit = recovered.hard_state.commit.max(applied);
+    recovered.hard_state.commit = committed.max(applied);
     Ok((recovered, applied))
 }
 

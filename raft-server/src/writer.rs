@@ -21,8 +21,9 @@ pub(crate) struct WriteQueue {
     bell: Condvar,
 }
 
+/// What waits, as one piece of work.
 #[derive(Default)]
-struct Queued {
+pub(crate) struct Queued {
     write: LogWrite,
     write_bytes: usize,
     /// The newest `Ready` contained in `write`; 0: none.
@@ -75,7 +76,7 @@ impl WriteQueue {
     }
 
     /// Waits for work and takes all of it. `None`: stopped and nothing left.
-    fn take(&self) -> Option<Queued> {
+    pub(crate) fn take(&self) -> Option<Queued> {
         let mut queued = self.state.lock();
         loop {
             if queued.ready_number != 0 || queued.truncate.is_some() || queued.install.is_some() {
@@ -123,33 +124,32 @@ pub(crate) fn run(
     metrics: &Metrics,
     mut tell: impl FnMut(Written),
 ) -> Result<(), Fault> {
-    while step(queue, log, metrics, &mut tell)? {}
+    while let Some(work) = queue.take() {
+        carry_out(work, log, metrics, &mut tell)?;
+    }
     Ok(())
 }
 
-/// Waits for work and does what is there. Gives whether to go on.
+/// Does what was taken from the queue.
 ///
 /// # Errors
 /// As [`run`].
-pub(crate) fn step(
-    queue: &WriteQueue,
+pub(crate) fn carry_out(
+    work: Queued,
     log: &Log,
     metrics: &Metrics,
     tell: &mut impl FnMut(Written),
-) -> Result<bool, Fault> {
-    if let Some(work) = queue.take() {
-        if work.ready_number != 0 {
-            write(log, metrics, &work.write)?;
-            tell(Written::Ready(work.ready_number));
-        }
-        if let Some(through) = work.truncate {
-            log.store().truncate(through)?;
-        }
-        if let Some(install) = work.install {
-            log.store().begin_install(install.at, &install.conf)?;
-            tell(Written::Install(install));
-        }
-        return Ok(true);
+) -> Result<(), Fault> {
+    if work.ready_number != 0 {
+        write(log, metrics, &work.write)?;
+        tell(Written::Ready(work.ready_number));
     }
-    Ok(false)
+    if let Some(through) = work.truncate {
+        log.store().truncate(through)?;
+    }
+    if let Some(install) = work.install {
+        log.store().begin_install(install.at, &install.conf)?;
+        tell(Written::Install(install));
+    }
+    Ok(())
 }

@@ -235,6 +235,15 @@ impl<E: Engine> Store<E> {
         self.shared.tenant(tenant).is_some_and(|known| known.hub.deliver(watchers_max))
     }
 
+    /// A mistake made on purpose, which a simulation's checks must find: watchers that have everything are not sent the tenant's next
+    /// revision.
+    #[doc(hidden)]
+    pub fn lose_next_revision(&self, tenant: TenantId) {
+        if let Some(known) = self.shared.tenant(tenant) {
+            known.hub.lose_next_revision();
+        }
+    }
+
     /// Bytes a tenant may hold of which nothing else is said; negative = no quota.
     pub fn quota_bytes(&self) -> i64 {
         self.shared.quota_bytes.load(Ordering::Relaxed)

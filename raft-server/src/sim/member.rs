@@ -1,32 +1,22 @@
-//! One simulated member: its disk, which outlives it, and the life it has now.
+//! One simulated member: the life it has now. Its disk outlives it.
+//!
+//! A life ends at the first [`Fault`]: memory has none, so the power is gone.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use bytes::Bytes;
 use parking_lot::Mutex;
-use tenure_storage::{Fault, MemoryEngine, NoObserver, Outcome, StateMachine as Storage, Store};
+use tenure_storage::{Fault, MemoryEngine, NoObserver, Outcome, StateMachine as Storage, Store, TenantId};
 
+use super::disk::Disk;
 use super::world::Bug;
+use crate::log::Conf;
 use crate::server::{Assembled, assemble};
 use crate::snapshot::SnapshotOffer;
 use crate::transport::{PeerMessage, Transport};
-use crate::writer::{self, Written};
-use crate::{CommittedEntry, Config, Handle, LogStore, MemoryLog, Snapshotter, StateMachine};
-
-/// What a member survives a crash with.
-pub(super) struct Disk {
-    pub(super) log: Arc<MemoryLog>,
-    pub(super) engine: Arc<MemoryEngine>,
-    pub(super) snapshots: PathBuf,
-}
-
-impl Disk {
-    pub(super) fn new(dir: &Path, id: u64) -> Self {
-        let (log, engine) = (Arc::new(MemoryLog::default()), Arc::new(MemoryEngine::new()));
-        Disk { log, engine, snapshots: dir.join(format!("m{id}")) }
-    }
-}
+use crate::writer::{self, Queued, Written};
+use crate::{CommittedEntry, Config, Handle, LogStore, Snapshotter, StateMachine};
 
 /// What a member sends, until the world takes it.
 #[derive(Default)]
@@ -50,7 +40,7 @@ impl Transport for SimTransport {
 /// Storage, as raft-server drives it.
 pub(super) struct SimMachine {
     storage: Storage<MemoryEngine>,
-    engine: Arc<MemoryEngine>,
+    tenant: TenantId,
     bug: Bug,
     applied: u64,
 }
@@ -66,12 +56,15 @@ impl StateMachine for SimMachine {
         let mut entries: Vec<(u64, Vec<Bytes>)> =
             entries.into_iter().map(|entry| (entry.index, entry.commands)).collect();
         if self.bug == Bug::ApplyOutOfOrder {
-            for (_, commands) in &mut entries {
-                self.applied += 1;
-                if self.applied.is_multiple_of(7) {
+            for (index, commands) in &mut entries {
+                if (self.applied + *index).is_multiple_of(7) {
                     commands.reverse();
                 }
             }
+        }
+        self.applied += 1;
+        if self.bug == Bug::DroppedEvent && self.applied.is_multiple_of(20) {
+            self.storage.store().lose_next_revision(self.tenant);
         }
         self.storage.apply(entries)
     }
@@ -82,6 +75,11 @@ impl StateMachine for SimMachine {
 
     fn flush(&mut self) -> Result<u64, Fault> {
         self.storage.flush()
+    }
+
+    /// The world flushes when it likes: see [`Disk::flush_state`].
+    fn begin_flush(&mut self) -> Result<(), Fault> {
+        Ok(())
     }
 
     fn snapshotter(&self) -> Arc<dyn Snapshotter> {
@@ -99,91 +97,119 @@ impl StateMachine for SimMachine {
     }
 }
 
-impl Drop for SimMachine {
-    /// The end of a life is a crash.
-    fn drop(&mut self) {
-        self.engine.crash();
-    }
-}
-
 /// A member that runs.
 pub(super) struct Life {
     assembled: Assembled<SimMachine>,
     sent: Arc<Mutex<Sent>>,
+    /// What the log thread has in hand.
+    writing: Option<Queued>,
     pub(super) store: Store<MemoryEngine>,
 }
 
 impl Life {
     /// Starts on what is on the disk.
-    pub(super) fn begin(disk: &Disk, config: Config, bug: Bug) -> Self {
+    pub(super) fn begin(disk: &Disk, config: Config, tenant: TenantId, bug: Bug) -> Self {
         let sent = Arc::new(Mutex::new(Sent::default()));
         let storage = Storage::open(Arc::clone(&disk.engine), Arc::new(NoObserver)).expect("memory opens");
         let store = storage.store();
-        let machine = SimMachine { storage, engine: Arc::clone(&disk.engine), bug, applied: 0 };
+        let machine = SimMachine { storage, tenant, bug, applied: 0 };
         let transport = SimTransport(Arc::clone(&sent));
         let log = Arc::clone(&disk.log) as Arc<dyn LogStore>;
         let config = Config { snapshot_dir: disk.snapshots.clone(), snapshots_on_raft_thread: true, ..config };
         let mut assembled = assemble(config, machine, log, transport).expect("a member starts on its own disk");
-        assembled.node.settle().expect("memory has no faults");
-        Life { assembled, sent, store }
+        assembled.node.begin().expect("the power is back");
+        Life { assembled, sent, writing: None, store }
     }
 
     pub(super) fn handle(&self) -> &Handle<Outcome> {
         &self.assembled.handle
     }
 
+    /// Who is in the group, as this member knows.
+    pub(super) fn conf(&self) -> &Conf {
+        &self.assembled.node.conf
+    }
+
     pub(super) fn take_sent(&self) -> Sent {
         std::mem::take(&mut self.sent.lock())
     }
 
-    pub(super) fn tick(&mut self) {
+    pub(super) fn tick(&mut self) -> Result<(), Fault> {
         let node = &mut self.assembled.node;
-        node.on_event(crate::node::Event::Tick).expect("memory has no faults");
-        node.settle().expect("memory has no faults");
+        node.on_event(crate::node::Event::Tick)?;
+        node.settle()
     }
 
     /// Whether raft's thread would have something to do.
-    pub(super) fn has_events(&self) -> bool {
-        !self.assembled.node.events.is_empty()
+    fn has_events(&self) -> bool {
+        !self.assembled.node.events.is_empty() || self.assembled.node.again
     }
 
     /// A turn of raft's thread, of at most `events_max` events.
-    pub(super) fn turn(&mut self, events_max: usize) {
+    pub(super) fn turn(&mut self, events_max: usize) -> Result<(), Fault> {
         let node = &mut self.assembled.node;
+        node.again = false;
         for _ in 0..events_max {
             let Ok(event) = node.events.try_recv() else { break };
-            node.on_event(event).expect("memory has no faults");
+            node.on_event(event)?;
         }
-        node.settle().expect("memory has no faults");
+        node.settle()
     }
 
-    pub(super) fn has_writes(&self) -> bool {
-        !self.assembled.node.writes.is_idle()
+    fn has_writes(&self) -> bool {
+        self.writing.is_some() || !self.assembled.node.writes.is_idle()
     }
 
-    /// A turn of the log thread. Without `heard` raft never learns of it: the crash came first.
-    pub(super) fn write(&mut self, heard: bool) {
+    /// Whether the log thread has something in hand.
+    pub(super) fn is_writing(&self) -> bool {
+        self.writing.is_some()
+    }
+
+    /// The log thread takes what is queued; raft's thread may queue more while that is on its way to the disk.
+    pub(super) fn begin_write(&mut self) {
+        let writes = &self.assembled.node.writes;
+        if self.writing.is_none() && !writes.is_idle() {
+            self.writing = writes.take();
+        }
+    }
+
+    /// What the log thread has in hand is written.
+    pub(super) fn finish_write(&mut self) -> Result<(), Fault> {
+        let Some(work) = self.writing.take() else { return Ok(()) };
         let node = &self.assembled.node;
-        let (events, apply) = (node.shared.events.clone(), Arc::clone(&node.apply));
+        let (events, apply) = (&node.shared.events, &node.apply);
         let mut tell = |written| match written {
-            _ if !heard => {}
             Written::Ready(number) => events.try_send(crate::node::Event::Persisted(number)).expect("there is room"),
             Written::Install(install) => apply.install(install),
         };
-        writer::step(&node.writes, &node.log, &node.shared.metrics, &mut tell).expect("memory has no faults");
+        writer::carry_out(work, &node.log, &node.shared.metrics, &mut tell)
     }
 
-    pub(super) fn has_entries(&self) -> bool {
+    fn has_entries(&self) -> bool {
         !self.assembled.node.apply.is_idle(self.handle().status().applied_index)
     }
 
     /// A turn of the apply thread.
-    pub(super) fn apply(&mut self) {
+    pub(super) fn apply(&mut self) -> Result<(), Fault> {
+        if !self.has_entries() {
+            return Ok(());
+        }
         let events = self.assembled.node.shared.events.clone();
         let mut notify = |progress: crate::apply::Progress| {
             events.try_send(progress.into()).expect("there is room");
         };
-        self.assembled.applier.step(&mut notify).expect("memory has no faults");
+        self.assembled.applier.step(&mut notify)
+    }
+
+    /// All threads work until nothing is left to do before a clock ticks or a message comes.
+    pub(super) fn work_off(&mut self) -> Result<(), Fault> {
+        while self.has_events() || self.has_writes() || self.has_entries() {
+            self.turn(usize::MAX)?;
+            self.begin_write();
+            self.finish_write()?;
+            self.apply()?;
+        }
+        Ok(())
     }
 
     /// What an engineer wants to see of a member that is stuck.
@@ -207,10 +233,5 @@ impl Life {
             node.underway,
             node.shared.waiting.bytes(),
         )
-    }
-
-    /// Whether nothing is left to do before a clock ticks or a message comes.
-    pub(super) fn is_idle(&self) -> bool {
-        !self.has_events() && !self.has_writes() && !self.has_entries() && self.sent.lock().messages.is_empty()
     }
 }

@@ -2,23 +2,26 @@
 //!
 //! Nothing here has a thread or a clock. Each step the scheduler draws one thing that could happen next: a tick of some
 //! member's clock, a message that arrives, is lost or arrives twice, a turn of a member's raft, log or apply work, a client's
-//! write or read, a crash (which loses what was not synced, and maybe what was on its way to the disk), a restart, a
+//! write or read, a crash (now, or at one of the next writes to the disk: [`disk`] says what is on it then), a restart, a
 //! partition, a change of members. So time passes at another pace on every member, and every order of events that the
 //! threads could produce can be drawn. The same seed gives the same run; its trace is a number, to compare.
 //!
+//! A group begins with one, three or five members. Learners join, get their votes, and are removed, as voters are; a leader hands over
+//! now and then, and before it is removed. Who is removed mostly runs on, crashes and restarts as the others do, whether it knows or not.
+//!
 //! Clients put keys, with and without a lease, revoke leases, compact (in every second run), read, and watch: a watcher is
-//! on one member and goes on at another where it stopped. A batch that a crash tears is one that was not written: the log on disk
-//! cuts it away by its checksum, which the log's own tests show.
+//! on one member and goes on at another where it stopped.
 //!
 //! In the end everything is healed, and the group must answer everybody and agree. The checks ([`check`]): what was
 //! acknowledged is there, once, where its revision says; revisions follow real time; a linearizable read shows whatever was
 //! acknowledged before it; a watcher saw every change, once, in order, whole revisions at a time, as the members have it; all
-//! members have the same history, leases and hash.
+//! members, learners too, have the same history, leases and hash, and know of the same members.
 //!
 //! `make sim` runs seeds without end; `make test` a thousand of them. A failing seed is printed with the command that
 //! runs it alone, and belongs into [`tests::FOUND_BEFORE`].
 
 mod check;
+mod disk;
 mod member;
 mod tests;
 mod watcher;

@@ -7,11 +7,9 @@ use super::{Bug, Run, Violation, run};
 /// Seeds of `make test`; `TENURE_SIM_SEEDS` says otherwise, 0 for no end.
 const SEEDS: u64 = 1_000;
 
-/// Seeds that once broke something.
-const FOUND_BEFORE: [u64; 2] = [
-    // The record of a change of members reached the disk after the state that contains its entry; a crash between them lost it.
-    409, 759,
-];
+/// Seeds of no other test that broke something, each with what. A seed is a run only for as long as the scheduler draws as it does now: whoever
+/// changes that takes the entries away, and keeps what they found as a test of its own or a [`Bug`], as [`Bug::LateRecord`] is.
+const FOUND_BEFORE: [(u64, &str); 0] = [];
 
 /// A panic of a member is a violation too: its assertions are checks.
 fn run_in_scratch(seed: u64, bug: Bug) -> Result<Run, Violation> {
@@ -35,8 +33,8 @@ fn no_seed_breaks_a_promise() {
         0 => u64::MAX,
         seeds => first + seeds,
     };
-    for seed in FOUND_BEFORE {
-        assert_eq!(run_in_scratch(seed, Bug::None).err(), None, "seed {seed}");
+    for (seed, what) in FOUND_BEFORE {
+        assert_eq!(run_in_scratch(seed, Bug::None).err(), None, "seed {seed}: {what}");
     }
     let (next, acknowledged) = (AtomicU64::new(first), AtomicU64::new(0));
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
@@ -83,4 +81,6 @@ fn mistakes_made_on_purpose_are_found() {
     assert!(matches!(order, Some(Violation::Differ { .. } | Violation::Lost { .. })), "{order:?}");
     let dropped = found(Bug::DroppedEvent);
     assert!(matches!(dropped, Some(Violation::WatchDiffers { .. })), "{dropped:?}");
+    let late = found(Bug::LateRecord);
+    assert!(matches!(late, Some(Violation::DifferInMembers { .. } | Violation::Panicked(_))), "{late:?}");
 }

@@ -21,15 +21,13 @@ pub(super) struct Watcher {
     missed: Vec<std::ops::Range<i64>>,
     /// The highest revision of which it was told that all up to there was sent.
     progress: i64,
-    /// For a mistake on purpose: loses every so many-th event.
-    loses_every: Option<usize>,
     events: usize,
 }
 
 impl Watcher {
-    pub(super) fn new(loses_every: Option<usize>) -> Self {
+    pub(super) fn new() -> Self {
         let (seen, missed) = (Changes::new(), Vec::new());
-        Watcher { at: None, next: 2, seen, missed, progress: 0, loses_every, events: 0 }
+        Watcher { at: None, next: 2, seen, missed, progress: 0, events: 0 }
     }
 
     /// The member that it is connected to.
@@ -74,9 +72,6 @@ impl Watcher {
                     let mut by_revision = Changes::new();
                     for event in &batch.events {
                         self.events += 1;
-                        if self.loses_every.is_some_and(|every| self.events.is_multiple_of(every)) {
-                            continue;
-                        }
                         by_revision.entry(mod_revision(&event.kv)).or_default().push(event.kv.clone());
                     }
                     for (revision, changes) in by_revision {
@@ -140,7 +135,7 @@ fn mod_revision(stored: &[u8]) -> i64 {
 /// All that a member's history holds, by replay from its first readable revision on.
 pub(super) fn history(store: &Store<MemoryEngine>, tenant: TenantId) -> Changes {
     let first = store.reader(tenant).map_or(2, |reader| reader.state().compact_revision.max(2));
-    let mut all = Watcher { next: first, ..Watcher::new(None) };
+    let mut all = Watcher { next: first, ..Watcher::new() };
     all.connect(0, store, tenant);
     all.drain().expect("a replay is in order");
     all.seen

@@ -163,6 +163,35 @@ async fn a_forced_member_goes_on_alone_with_all_it_has() {
     assert!(matches!(refused, Err(StartError::NotAMember)), "{:?}", refused.err());
 }
 
+// The crash came after the record of a change that only this member had to agree to, and before the commit index was saved. It must not ask
+// the voter that the change brought, which waits for a snapshot that knows of it. (Found by the simulation.)
+#[tokio::test(flavor = "multi_thread")]
+async fn a_recorded_change_of_members_is_committed() {
+    use crate::log::{Conf, LogWrite, Position};
+    use crate::transport::Network;
+    use raft::eraftpb::{ConfChangeSingle, ConfChangeTransition, ConfChangeV2, ConfState, Entry, EntryType, HardState};
+
+    let log = Arc::new(MemoryLog::default());
+    let dir = tempfile::tempdir().unwrap();
+    let probe = Probe::default();
+    drop(start_on(config(1, dir.path()), probe.boot(), log.clone(), NoPeers).unwrap());
+    let before = LogWrite::of_commands(Position { index: 2, term: 9 }, &numbered(0..2));
+    let added = ConfChangeSingle { node_id: 2, ..ConfChangeSingle::default() };
+    let transition = ConfChangeTransition::Implicit;
+    let change = ConfChangeV2 { transition, changes: vec![added].into(), ..ConfChangeV2::default() };
+    let data = protobuf::Message::write_to_bytes(&change).unwrap().into();
+    let change = Entry { index: 3, term: 9, entry_type: EntryType::EntryConfChangeV2, data, ..Entry::default() };
+    let hard_state = Some(HardState { term: 9, vote: 1, commit: 2, ..HardState::default() });
+    let entries = [before.entries, vec![change]].concat();
+    log.append(&LogWrite { entries, hard_state, conf: None }).unwrap();
+    let joint = ConfState { voters: vec![1, 2], voters_outgoing: vec![1], auto_leave: true, ..ConfState::default() };
+    log.append(&LogWrite { conf: Some(Conf { index: 3, state: joint }), ..LogWrite::default() }).unwrap();
+
+    let (handle, _guard) = start_on(config(1, dir.path()), probe.boot(), log, Network::default().endpoint(1)).unwrap();
+    until(|| handle.status().applied_index == 3).await;
+    assert_eq!((probe.commands(), handle.voters().to_vec()), (numbered(0..2), vec![1, 2]));
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_state_ahead_of_its_log_is_refused() {
     let dir = tempfile::tempdir().unwrap();

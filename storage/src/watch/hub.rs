@@ -237,6 +237,18 @@ impl Hub {
         state.let_fall_behind();
     }
 
+    /// See [`Store::lose_next_revision`](crate::Store::lose_next_revision). Watchers are taken to have it already, so that no check of a
+    /// flag is needed where events are handed out.
+    pub(crate) fn lose_next_revision(&self) {
+        let mut state = self.state.lock();
+        let next = state.revision + 2;
+        for watcher in state.streams.values_mut().flat_map(|stream| stream.watchers.values_mut()) {
+            if watcher.phase == Phase::Synced {
+                watcher.next = watcher.next.max(next);
+            }
+        }
+    }
+
     pub(super) fn open_stream(&self, waker: Waker) -> (StreamId, Arc<Queue>) {
         let queue = Arc::new(Queue { waiting: Mutex::default(), unsynced: AtomicUsize::new(0), waker });
         let mut state = self.state.lock();

@@ -264,3 +264,33 @@ impl Source<'_> {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::log::Conf;
+
+    // The disk and the network of the sender are the clients' too.
+    #[tokio::test(start_paused = true)]
+    async fn a_snapshot_is_sent_at_its_pace() {
+        const BYTES_PER_SECOND: u64 = 1 << 20;
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("out");
+        std::fs::create_dir(&path).unwrap();
+        let bytes: Vec<u8> = (0..5 * CHUNK_BYTES / 2).map(|at| (at / 1_000) as u8).collect();
+        std::fs::write(path.join("file"), &bytes).unwrap();
+        let file = File::open(path.join("file")).await.unwrap();
+        let snapshot = OutgoingSnapshot { at: Position { index: 7, term: 1 }, conf: Conf::default(), path };
+
+        let began = tokio::time::Instant::now();
+        let mut sent = Box::pin(chunks(file, Arc::new(snapshot), BYTES_PER_SECOND));
+        let mut received = Vec::new();
+        while let Some(chunk) = sent.next().await {
+            received.extend(unchunk(chunk.unwrap()).unwrap());
+            let least = Duration::from_secs_f64(received.len() as f64 / BYTES_PER_SECOND as f64);
+            assert!(began.elapsed() >= least, "{} bytes after {:?}", received.len(), began.elapsed());
+        }
+        assert!(received == bytes, "all of it, in order");
+        assert!(began.elapsed() < Duration::from_secs_f64(1.1 * bytes.len() as f64 / BYTES_PER_SECOND as f64));
+    }
+}
