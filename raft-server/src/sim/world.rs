@@ -28,7 +28,7 @@ type ChangeProposed = Result<Pending<Outcome>, ChangeError>;
 const TENANT: TenantId = TenantId(1);
 
 /// Steps of trouble in a run; then everything is healed.
-const STEPS: usize = 5_000;
+const STEPS: usize = 4_000;
 
 /// Rounds that a healed group may take to answer everybody: some elections' worth.
 const ROUNDS_TO_SETTLE: usize = 3_000;
