@@ -12,7 +12,7 @@ FUZZ_SECONDS ?= 600
 KUBERNETES = $(shell sed -n 's|.*k8s.io/kubernetes \(v[0-9.]*\).*|\1|p' tests/apiserver/go.mod)
 KUBERNETES_VERSION = -X k8s.io/component-base/version.gitVersion=$(KUBERNETES)
 
-.PHONY: run next build programs test test-rust test-go test-etcd test-faults test-apiserver tools lint fuzz sim dist bench bench-smoke etcd needs needs-go needs-fuzz
+.PHONY: run next build programs test test-rust test-go test-etcd test-faults test-apiserver tools lint fuzz sim bench bench-smoke etcd needs needs-go needs-fuzz
 
 # Builds and serves: tenant `default` on 127.0.0.1:2379, data in ./default.tenure. Flags: make run ARGS="--name m1".
 run: build
@@ -29,13 +29,6 @@ next:
 
 build: needs
 	cargo build --release --locked --workspace
-
-# tenured and tenurectl for operators, in DIST: as `build`, optimised across crates. RocksDB is taken from the release build.
-DIST = $(CARGO_TARGET_DIR)/dist
-dist: build
-	@rocksdb=$$(ls -t $(CARGO_TARGET_DIR)/release/build/librocksdb-sys-*/out/librocksdb.a | head -n 1); \
-	ROCKSDB_LIB_DIR=$$(dirname $$rocksdb) ROCKSDB_STATIC=1 \
-	  cargo build --profile dist --locked -p tenure-etcd-shim -p tenure-provisioner --bins
 
 # Every test there is, on real processes where that is what is tested.
 test: test-rust test-go
@@ -72,17 +65,17 @@ etcd: needs-go
 	mkdir -p $(TENURE_TOOLS)
 	cd tests/etcd && go build -o $(TENURE_TOOLS)/etcd go.etcd.io/etcd/server/v3
 
-# The tenured of `dist` beside a real etcd on this machine, every workload: a table, target/bench/report.json, a chart a workload. More
+# tenured beside a real etcd on this machine, every workload: a table, target/bench/report.json, a chart a workload. More
 # servers: make bench ARGS="--endpoint kine=127.0.0.1:2399"; other options: tenure-bench compare --help.
-bench: dist etcd
-	$(COMPARE) --tenured $(DIST)/tenured $(ARGS)
+bench: build etcd
+	$(COMPARE) $(ARGS)
 
-# The same, shorter, with the tenured of `build`: one round, fewer keys and tenants.
+# The same, shorter: one round, fewer keys and tenants.
 bench-smoke: build etcd
-	$(COMPARE) --tenured $(TENURED) --rounds 1 --duration 0.7 --warm-up 0.3 --tenants 50 --large-keys 50000 --tail-revisions 20000 \
+	$(COMPARE) --rounds 1 --duration 0.7 --warm-up 0.3 --tenants 50 --large-keys 50000 --tail-revisions 20000 \
 	  --idle-tenants 1000 $(ARGS)
 
-COMPARE = $(CARGO_TARGET_DIR)/release/tenure-bench compare --etcd $(TENURE_TOOLS)/etcd --dir target/bench
+COMPARE = $(CARGO_TARGET_DIR)/release/tenure-bench compare --tenured $(TENURED) --etcd $(TENURE_TOOLS)/etcd --dir target/bench
 
 # Each fuzz target for FUZZ_SECONDS, on nightly Rust, in a target directory of its own; RocksDB is taken from the release build.
 fuzz: build needs-fuzz
