@@ -44,12 +44,13 @@ const NOISE_BEFORE: Duration = Duration::from_secs(1);
 fn noises(plan: &Plan) -> Vec<(&'static str, Load)> {
     let of = |workload: Workload| Load { prefix: format!("{PREFIX}{}/", workload.name()), ..base(plan, workload) };
     vec![
-        ("puts", of(Workload::Put)),
-        ("lists", Load { clients: 4, connections: 4, keys: LISTED_KEYS, value_bytes: 1024, ..of(Workload::List) }),
+        // First: beside the others a tenant with limits would open them for minutes.
         (
             "watchers",
             Load { clients: 4, connections: 20, rate: Some(50.0), watchers: NOISY_WATCHERS, ..of(Workload::Watch) },
         ),
+        ("puts", of(Workload::Put)),
+        ("lists", Load { clients: 4, connections: 4, keys: LISTED_KEYS, value_bytes: 1024, ..of(Workload::List) }),
         ("leases", of(Workload::LeaseGrant)),
         ("connections", Load { clients: 500, connections: 500, keys: 100, ..of(Workload::Get) }),
     ]
@@ -133,9 +134,12 @@ fn of_server(
     let together: Vec<&Load> = noises.iter().map(|(_, noise)| noise).collect();
     let each = noises.iter().map(|(kind, noise)| (*kind, vec![noise]));
     for (kind, loads) in each.chain([("together", together)]) {
-        let begin = |noise: &Load| Noise::begin(&plan.bench, &noisy_target.addresses[0], noise);
-        let mut noise: Vec<Noise> = loads.into_iter().map(begin).collect::<anyhow::Result<_>>()?;
-        noise.iter_mut().try_for_each(Noise::stand)?;
+        let mut noise = Vec::new();
+        for load in loads {
+            let mut begun = Noise::begin(&plan.bench, &noisy_target.addresses[0], load)?;
+            begun.stand()?;
+            noise.push(begun);
+        }
         std::thread::sleep(NOISE_BEFORE);
         let measured = load::block_on(load::run(&quiet_target, &quiet, &told))?;
         let made: Vec<Value> = noise.into_iter().map(|noise| noise.end().unwrap_or_default()).collect();

@@ -65,7 +65,7 @@ enum Command {
     /// Tenants.
     #[command(subcommand)]
     Tenant(TenantCommand),
-    /// Who does what, live. What a tenant holds, by Kubernetes resource, is told by `tenurectl tenant usage`, which reads all its keys.
+    /// Who does what, live.
     Top(top::Options),
     /// Prints what completes this command in a shell.
     Completion { shell: clap_complete::Shell },

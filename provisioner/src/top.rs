@@ -5,13 +5,14 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::io::{IsTerminal as _, Write as _};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use futures::future::join_all;
 use serde_json::{Value, json};
-use tenure_admin_api::v1::TopRequest;
+use tenure_admin_api::v1::get_usage_response::Prefix;
 use tenure_admin_api::v1::top_response::Row;
+use tenure_admin_api::v1::{GetUsageRequest, TopRequest};
 use tenure_provisioner::cells::Reached;
 use tenure_provisioner::output::{self, Format};
 
@@ -39,6 +40,47 @@ pub(crate) struct Options {
     /// Rows shown.
     #[arg(long, default_value_t = 30)]
     rows: usize,
+    /// Also the three Kubernetes resources of each shown tenant with most keys. Its keys are read for that, once a minute
+    #[arg(long)]
+    resources: bool,
+}
+
+/// Keys by resource are looked at again after this: nobody counts them as they come.
+const RESOURCES_PERIOD: Duration = Duration::from_secs(60);
+
+/// How many resources of a tenant are shown.
+const RESOURCES_SHOWN: usize = 3;
+
+/// The largest resources of tenants, most keys first, by cell and tenant.
+#[derive(Default)]
+struct Resources {
+    asked: Option<Instant>,
+    largest: HashMap<(String, String), Vec<Prefix>>,
+}
+
+impl Resources {
+    /// Asks for those of the shown tenants, if it is time. Of a tenant that cannot be asked now, nothing is shown.
+    async fn refresh(&mut self, members: &mut [Reached], shown: &[Rates]) {
+        if self.asked.is_some_and(|asked| asked.elapsed() < RESOURCES_PERIOD) {
+            return;
+        }
+        self.asked = Some(Instant::now());
+        self.largest.clear();
+        for rates in shown {
+            let Some(member) = members.iter_mut().find(|member| member.cell.name == rates.cell) else { continue };
+            let request = GetUsageRequest { name: rates.row.tenant.clone() };
+            if let Ok(answer) = member.client.get_usage(request).await {
+                let mut prefixes = answer.into_inner().prefixes;
+                prefixes.sort_by(|a, b| b.keys.cmp(&a.keys).then_with(|| a.prefix.cmp(&b.prefix)));
+                prefixes.truncate(RESOURCES_SHOWN);
+                self.largest.insert((rates.cell.clone(), rates.row.tenant.clone()), prefixes);
+            }
+        }
+    }
+
+    fn of(&self, rates: &Rates) -> &[Prefix] {
+        self.largest.get(&(rates.cell.clone(), rates.row.tenant.clone())).map_or(&[], Vec::as_slice)
+    }
 }
 
 /// What a tenant did between two looks, by second.
@@ -127,10 +169,11 @@ fn rates(before: &Seen, now: &Seen, sort: Sort) -> Vec<Rates> {
     all
 }
 
-fn text(format: Format, all: &[Rates]) -> String {
+/// With resources, if there are any to be shown.
+fn text(format: Format, all: &[Rates], resources: Option<&Resources>) -> String {
     match format {
         Format::Table => {
-            let head = [
+            let mut head = vec![
                 "CELL",
                 "TENANT",
                 "REQ/S",
@@ -143,9 +186,12 @@ fn text(format: Format, all: &[Rates]) -> String {
                 "STORED",
                 "STATE",
             ];
+            if resources.is_some() {
+                head.push("MOST KEYS");
+            }
             let row = |rates: &Rates| {
                 let bytes = format!("{:.0}", rates.bytes).parse().unwrap_or(0);
-                vec![
+                let mut row = vec![
                     rates.cell.clone(),
                     rates.row.tenant.clone(),
                     format!("{:.1}", rates.requests),
@@ -157,13 +203,18 @@ fn text(format: Format, all: &[Rates]) -> String {
                     rates.row.keys.to_string(),
                     output::bytes(rates.row.stored_bytes),
                     output::state(rates.row.state()).to_string(),
-                ]
+                ];
+                if let Some(resources) = resources {
+                    let of = resources.of(rates).iter().map(|prefix| format!("{} {}", prefix.prefix, prefix.keys));
+                    row.push(of.collect::<Vec<_>>().join(", "));
+                }
+                row
             };
             output::table(&head, &all.iter().map(row).collect::<Vec<_>>())
         }
         Format::Json | Format::Yaml => {
             let row = |rates: &Rates| {
-                json!({
+                let mut row = json!({
                     "cell": rates.cell,
                     "tenant": rates.row.tenant,
                     "requests_per_second": rates.requests,
@@ -175,7 +226,14 @@ fn text(format: Format, all: &[Rates]) -> String {
                     "keys": rates.row.keys,
                     "stored_bytes": rates.row.stored_bytes,
                     "state": output::state(rates.row.state()),
-                })
+                });
+                if let Some(resources) = resources {
+                    let of = resources.of(rates).iter();
+                    let of =
+                        of.map(|prefix| json!({ "prefix": prefix.prefix, "keys": prefix.keys, "bytes": prefix.bytes }));
+                    row["resources"] = of.collect();
+                }
+                row
             };
             output::data(format, &Value::Array(all.iter().map(row).collect()))
         }
@@ -186,6 +244,7 @@ fn text(format: Format, all: &[Rates]) -> String {
 pub(crate) async fn run(mut members: Vec<Reached>, options: &Options, format: Format) -> anyhow::Result<()> {
     let interval = Duration::try_from_secs_f64(options.interval).context("--interval: want seconds")?;
     let mut before = look(&mut members).await?;
+    let mut resources = options.resources.then(Resources::default);
     let is_live = !options.once && std::io::stdout().is_terminal();
     loop {
         tokio::select! {
@@ -195,12 +254,15 @@ pub(crate) async fn run(mut members: Vec<Reached>, options: &Options, format: Fo
         let now = look(&mut members).await?;
         let mut all = rates(&before, &now, options.sort);
         all.truncate(options.rows);
+        if let Some(resources) = &mut resources {
+            resources.refresh(&mut members, &all).await;
+        }
         let mut out = std::io::stdout().lock();
         if is_live {
             // From the top of a clear screen.
             out.write_all(b"\x1b[H\x1b[2J").context("print")?;
         }
-        out.write_all(text(format, &all).as_bytes()).and_then(|()| out.flush()).context("print")?;
+        out.write_all(text(format, &all, resources.as_ref()).as_bytes()).and_then(|()| out.flush()).context("print")?;
         if options.once {
             return Ok(());
         }
@@ -252,5 +314,27 @@ mod tests {
         assert_eq!(shown, [("acme", 10.0, 9, 7), ("globex", 0.0, 0, 7)]);
         // Half a processor.
         assert_eq!((all[0].bytes, all[0].throttled, all[0].cpu_percent), (40.0, 20.0, 50.0));
+    }
+
+    #[test]
+    fn resources_are_told_beside_their_tenant() {
+        let of = ("east".to_string(), "m1".to_string());
+        let seen = Seen::from([(of, counted(1_000, &[("acme", 1, 1), ("globex", 1, 1)]))]);
+        let all = rates(&seen, &seen, Sort::Requests);
+        let prefix = |prefix: &str, keys| Prefix { prefix: prefix.to_string(), keys, bytes: 10 * keys };
+        let largest = vec![prefix("/registry/pods/", 7), prefix("/registry/events/", 2)];
+        let largest = HashMap::from([(("east".to_string(), "acme".to_string()), largest)]);
+        let resources = Resources { asked: None, largest };
+        let table = text(Format::Table, &all, Some(&resources));
+        let lines: Vec<&str> = table.lines().map(str::trim_end).collect();
+        assert!(lines[0].ends_with("MOST KEYS"), "{table}");
+        assert!(
+            lines[1].ends_with("/registry/pods/ 7, /registry/events/ 2") && lines[2].ends_with("active"),
+            "{table}"
+        );
+        let data: Value = serde_json::from_str(&text(Format::Json, &all, Some(&resources))).unwrap();
+        assert_eq!(data[0]["resources"][0], json!({ "prefix": "/registry/pods/", "keys": 7, "bytes": 70 }));
+        assert_eq!(data[1]["resources"], json!([]));
+        assert!(!text(Format::Table, &all, None).contains("MOST KEYS"));
     }
 }

@@ -98,6 +98,8 @@ fn a_tenant_is_operated_from_the_command_line() {
     assert!(operator.said("tenant usage default").starts_with("CELL"));
     let top = operator.said("top --once --interval 0.1 --sort stored");
     assert!(top.starts_with("CELL") && top.contains("acme") && top.contains("default"), "{top}");
+    let resources = operator.said("top --once --interval 0.1 --resources --sort stored");
+    assert!(resources.lines().next().unwrap().ends_with("MOST KEYS"), "{resources}");
     assert!(operator.said("cell status").contains("leader"));
 
     let issue = operator.refused("tenant credentials acme --out acme");
