@@ -237,6 +237,9 @@ struct Run {
 
 const SCRATCH_BYTES: usize = 256 << 10;
 
+/// How long a load that can be cut waits for its watches to open.
+const NOISE_PATIENCE: Duration = Duration::from_secs(15);
+
 /// Runs a load against a server, keys and all.
 ///
 /// # Errors
@@ -431,7 +434,12 @@ impl Session {
             return Ok(());
         }
         run.open_watches();
+        // What is only noise goes on with those that it got: a tenant with limits may open them for minutes.
+        let patience = run.load.cut.is_some().then(|| Instant::now() + NOISE_PATIENCE);
         while run.watching.borrow().iter().map(|stream| stream.created).sum::<u64>() < run.load.watchers {
+            if patience.is_some_and(|patience| Instant::now() > patience) {
+                break;
+            }
             self.check()?;
             tokio::time::sleep(Duration::from_millis(5)).await;
         }

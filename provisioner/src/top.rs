@@ -332,7 +332,7 @@ mod tests {
             lines[1].ends_with("/registry/pods/ 7, /registry/events/ 2") && lines[2].ends_with("active"),
             "{table}"
         );
-        let data: Value = serde_json::from_str(&text(Format::Json, &all, Some(&resources))).unwrap();
+        let data: Value = serde_json::from_str(&text(Format::Json, &all, Some(&resources))).expect("JSON");
         assert_eq!(data[0]["resources"][0], json!({ "prefix": "/registry/pods/", "keys": 7, "bytes": 70 }));
         assert_eq!(data[1]["resources"], json!([]));
         assert!(!text(Format::Table, &all, None).contains("MOST KEYS"));
