@@ -110,9 +110,10 @@ pub fn compare(plan: &Plan, audience: &dyn Audience) -> anyhow::Result<Value> {
     let members = if plan.catch_up_writes > 0 { comparison.members()? } else { Vec::new() };
     let large = if plan.large_keys > 0 { comparison.large()? } else { Vec::new() };
     let tail = if plan.tail_revisions > 0 { comparison.tail()? } else { Vec::new() };
-    let noisy = if plan.tenants > 1 && comparison.wanted("noisy") { noisy::run(plan, audience)? } else { Vec::new() };
+    let noisy =
+        if plan.tenants > 1 && comparison.asked_for("noisy") { noisy::run(plan, audience)? } else { Vec::new() };
     let idle = if plan.idle_tenants > 0 { comparison.idle()? } else { Value::Null };
-    let is_scaled = plan.idle_tenants > 0 && plan.large_keys > 0 && comparison.wanted("scale");
+    let is_scaled = plan.idle_tenants > 0 && plan.large_keys > 0 && comparison.asked_for("scale");
     let scale = if is_scaled { scale::run(plan, audience)? } else { Value::Null };
     let medians = comparison.medians();
     let report = json!({
@@ -204,6 +205,11 @@ fn main_cases(plan: &Plan, tenants: usize) -> Vec<Case> {
 impl Comparison<'_> {
     fn wanted(&self, name: &str) -> bool {
         self.plan.only.as_ref().is_none_or(|only| name.contains(only.as_str()))
+    }
+
+    /// Sections that take minutes are run only by name, so that the rest takes a quarter of an hour.
+    fn asked_for(&self, name: &str) -> bool {
+        self.plan.only.is_some() && self.wanted(name)
     }
 
     fn section(&mut self, section: &str, tenants: usize, with_tls: bool, cases: &[Case]) -> anyhow::Result<()> {

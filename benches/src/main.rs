@@ -157,7 +157,7 @@ struct CompareArgs {
     /// Keys, written in txns of many, that one of three members misses, to catch up with; 0 leaves the section with three members out.
     #[arg(long, default_value_t = 50_000)]
     catch_up_writes: u64,
-    /// Only cases whose name contains this, such as `plain: put`.
+    /// Only cases whose name contains this, such as `plain: put`. `noisy` and `scale` are run only so.
     #[arg(long)]
     only: Option<String>,
     /// One more server that runs already, as NAME=HOST:PORT; may be given again.
