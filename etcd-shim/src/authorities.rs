@@ -70,17 +70,32 @@ pub(crate) fn verifies(verifier: &dyn ClientCertVerifier, chain: &[CertificateDe
     chain.split_first().is_some_and(|(first, rest)| verifier.verify_client_cert(first, rest, now).is_ok())
 }
 
-/// See the module's essay.
-#[derive(Debug)]
-pub(crate) struct ByTenant {
-    pub(crate) of_cell: Arc<dyn ClientCertVerifier>,
-    pub(crate) authorities: Arc<Authorities>,
+/// Who decides whose certificates count.
+pub(crate) trait Judge: fmt::Debug + Send + Sync {
+    /// The CAs that clients are told; `base` knows its own.
+    fn hints<'a>(&self, base: &'a dyn ClientCertVerifier) -> &'a [DistinguishedName];
+
+    /// # Errors
+    /// Why it does not count.
+    fn judge(
+        &self,
+        base: &dyn ClientCertVerifier,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        now: UnixTime,
+    ) -> Result<ClientCertVerified, rustls::Error>;
 }
 
-impl ClientCertVerifier for ByTenant {
-    // Clients send no certificate of a CA that is not listed, and the tenants' cannot be listed to strangers.
+/// Verifies as `base` does, but for whose certificates count.
+#[derive(Debug)]
+pub(crate) struct Judged<J> {
+    pub(crate) base: Arc<dyn ClientCertVerifier>,
+    pub(crate) judge: J,
+}
+
+impl<J: Judge> ClientCertVerifier for Judged<J> {
     fn root_hint_subjects(&self) -> &[DistinguishedName] {
-        &[]
+        self.judge.hints(&*self.base)
     }
 
     fn verify_client_cert(
@@ -89,13 +104,7 @@ impl ClientCertVerifier for ByTenant {
         intermediates: &[CertificateDer<'_>],
         now: UnixTime,
     ) -> Result<ClientCertVerified, rustls::Error> {
-        let certificate = peer_certificate(end_entity);
-        let own = sole_tenant_of(&certificate).map(|tenant| self.authorities.of(tenant)).unwrap_or_default();
-        if own.is_empty() {
-            return self.of_cell.verify_client_cert(end_entity, intermediates, now);
-        }
-        let verifier = verifier_of(&own).map_err(|error| rustls::Error::General(error.to_string()))?;
-        verifier.verify_client_cert(end_entity, intermediates, now)
+        self.judge.judge(&*self.base, end_entity, intermediates, now)
     }
 
     fn verify_tls12_signature(
@@ -104,7 +113,7 @@ impl ClientCertVerifier for ByTenant {
         certificate: &CertificateDer<'_>,
         signature: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        self.of_cell.verify_tls12_signature(message, certificate, signature)
+        self.base.verify_tls12_signature(message, certificate, signature)
     }
 
     fn verify_tls13_signature(
@@ -113,10 +122,37 @@ impl ClientCertVerifier for ByTenant {
         certificate: &CertificateDer<'_>,
         signature: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        self.of_cell.verify_tls13_signature(message, certificate, signature)
+        self.base.verify_tls13_signature(message, certificate, signature)
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.of_cell.supported_verify_schemes()
+        self.base.supported_verify_schemes()
+    }
+}
+
+/// See the module's essay; the base is the cell's CA.
+#[derive(Debug)]
+pub(crate) struct ByTenant(pub(crate) Arc<Authorities>);
+
+impl Judge for ByTenant {
+    // Clients send no certificate of a CA that is not listed, and the tenants' cannot be listed to strangers.
+    fn hints<'a>(&self, _: &'a dyn ClientCertVerifier) -> &'a [DistinguishedName] {
+        &[]
+    }
+
+    fn judge(
+        &self,
+        of_cell: &dyn ClientCertVerifier,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        now: UnixTime,
+    ) -> Result<ClientCertVerified, rustls::Error> {
+        let certificate = peer_certificate(end_entity);
+        let own = sole_tenant_of(&certificate).map(|tenant| self.0.of(tenant)).unwrap_or_default();
+        if own.is_empty() {
+            return of_cell.verify_client_cert(end_entity, intermediates, now);
+        }
+        let verifier = verifier_of(&own).map_err(|error| rustls::Error::General(error.to_string()))?;
+        verifier.verify_client_cert(end_entity, intermediates, now)
     }
 }

@@ -23,7 +23,7 @@ use rustls::{
 };
 use tenure_raft_server::transport::peers::PeerTls;
 
-use crate::authorities::{self, Authorities, ByTenant};
+use crate::authorities::{self, Authorities, ByTenant, Judge, Judged};
 use crate::flags::TlsFiles;
 use crate::tenant::{PeerCertificate, is_served};
 
@@ -179,7 +179,7 @@ fn configs(
     };
     let builder = match (of_cell.clone(), authorities.cloned()) {
         (Some(of_cell), Some(authorities)) => {
-            builder.with_client_cert_verifier(Arc::new(ByTenant { of_cell, authorities }))
+            builder.with_client_cert_verifier(Arc::new(Judged { base: of_cell, judge: ByTenant(authorities) }))
         }
         (Some(of_cell), None) => builder.with_client_cert_verifier(of_cell),
         (None, _) => builder.with_no_client_auth(),
@@ -287,7 +287,13 @@ impl MemberConfigs {
                     Some(ca) => {
                         let roots = Arc::new(roots_of(ca)?);
                         let verifier = WebPkiClientVerifier::builder_with_provider(Arc::clone(&roots), provider);
-                        (server.with_client_cert_verifier(Arc::new(MembersAlone(verifier.build()?))), roots)
+                        (
+                            server.with_client_cert_verifier(Arc::new(Judged {
+                                base: verifier.build()?,
+                                judge: MembersAlone,
+                            })),
+                            roots,
+                        )
                     }
                     None => (server.with_no_client_auth(), Arc::new(system_roots())),
                 };
@@ -313,20 +319,21 @@ impl MemberConfigs {
 /// Takes no certificate of somebody whom the cell serves. Often one CA signs for members and clients, and a tenant that passed for a
 /// member would have all tenants' data.
 #[derive(Debug)]
-struct MembersAlone(Arc<dyn ClientCertVerifier>);
+struct MembersAlone;
 
-impl ClientCertVerifier for MembersAlone {
-    fn root_hint_subjects(&self) -> &[DistinguishedName] {
-        self.0.root_hint_subjects()
+impl Judge for MembersAlone {
+    fn hints<'a>(&self, base: &'a dyn ClientCertVerifier) -> &'a [DistinguishedName] {
+        base.root_hint_subjects()
     }
 
-    fn verify_client_cert(
+    fn judge(
         &self,
+        base: &dyn ClientCertVerifier,
         end_entity: &CertificateDer<'_>,
         intermediates: &[CertificateDer<'_>],
         now: UnixTime,
     ) -> Result<ClientCertVerified, rustls::Error> {
-        let verified = self.0.verify_client_cert(end_entity, intermediates, now)?;
+        let verified = base.verify_client_cert(end_entity, intermediates, now)?;
         match read_certificate(end_entity) {
             Some(certificate) if !is_served(&certificate) => Ok(verified),
             Some(_) | None => {
@@ -336,28 +343,6 @@ impl ClientCertVerifier for MembersAlone {
                 Err(CertificateError::ApplicationVerificationFailure.into())
             }
         }
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        message: &[u8],
-        certificate: &CertificateDer<'_>,
-        signature: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        self.0.verify_tls12_signature(message, certificate, signature)
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        certificate: &CertificateDer<'_>,
-        signature: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        self.0.verify_tls13_signature(message, certificate, signature)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.0.supported_verify_schemes()
     }
 }
 
