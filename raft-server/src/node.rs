@@ -13,7 +13,7 @@
 //! A sole voter writes its log on this thread: nobody else's messages wait here, its reads need no round, and two changes of
 //! threads for each sync are spared (decision 0003). Proposals fill the next batch meanwhile, as they would otherwise.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::VecDeque;
 use std::panic::AssertUnwindSafe;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -35,7 +35,7 @@ use crate::frame;
 use crate::log::{Conf, Log, LogWrite, Position, RaftStorage};
 use crate::pending::Pending;
 use crate::proposals::{Batch, Origin, Proposal, Waiter};
-use crate::read_index::ReadRounds;
+use crate::read_index::{self, ReadRounds};
 use crate::shared::{Leadership, Progress, Shared};
 use crate::snapshot::{self, OutgoingSnapshot, SnapshotOffer, Snapshotter};
 use crate::transport::{Message, PeerMessage, Transport};
@@ -241,7 +241,7 @@ impl<R: Send + 'static> Node<R> {
 
     fn on_tick(&mut self) {
         self.raw.tick();
-        if let Some(name) = self.reads.on_tick() {
+        if let Some(name) = self.reads.on_tick(self.raw.raft.term) {
             self.shared.metrics.read_rounds_repeated.fetch_add(1, Ordering::Relaxed);
             self.raw.read_index(name);
         }
@@ -267,9 +267,12 @@ impl<R: Send + 'static> Node<R> {
             // Raft takes for granted that it has the round's name.
             MessageType::MsgReadIndex if message.entries.is_empty() => return,
             MessageType::MsgReadIndex if self.is_leader() => {
+                let name = message.take_entries().iter_mut().next().map(Entry::take_data).unwrap_or_default().to_vec();
+                if self.is_confirmed_by(message.from, &name) {
+                    return self.answer_read_requests([(message.from, name)], self.raw.raft.raft_log.committed);
+                }
                 // A reader like any other: it joins our next round.
-                let name = message.take_entries().iter_mut().next().map(Entry::take_data).unwrap_or_default();
-                return self.reads.join_member(message.from, name.to_vec());
+                return self.reads.join_member(message.from, name);
             }
             MessageType::MsgReadIndex => {}
             MessageType::MsgSnapshot => return self.on_offer(message),
@@ -756,8 +759,17 @@ impl<R: Send + 'static> Node<R> {
             .collect();
     }
 
-    /// Answers members whose requests a round has served.
-    pub(crate) fn answer_read_requests(&mut self, members: BTreeMap<u64, Vec<u8>>, index: u64) {
+    /// Whether this member, which leads, knows by that member's request alone all that was committed before it was made: see the essay
+    /// of [`read_index`].
+    fn is_confirmed_by(&self, id: u64, name: &[u8]) -> bool {
+        let raft = &self.raw.raft;
+        read_index::term_of(name) == Some(raft.term)
+            && raft.commit_to_current_term()
+            && raft.prs().has_quorum(&[self.config.id, id].into_iter().collect())
+    }
+
+    /// Answers members' requests with an index that was committed, and confirmed, after they were made.
+    pub(crate) fn answer_read_requests(&mut self, members: impl IntoIterator<Item = (u64, Vec<u8>)>, index: u64) {
         if !self.is_leader() {
             return;
         }
@@ -783,7 +795,7 @@ impl<R: Send + 'static> Node<R> {
         self.reads.take(&mut self.shared.readers.lock(), can_ask);
         let begins = can_ask && self.reads.wants_round();
         if begins {
-            let name = self.reads.begin();
+            let name = self.reads.begin(self.raw.raft.term);
             self.raw.read_index(name);
         }
         begins

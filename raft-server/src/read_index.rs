@@ -5,16 +5,20 @@
 //! that has begun, since a write may have been acknowledged in between: it waits for the next, which starts when the
 //! current one ends. So at most one round is under way, whatever the number of readers.
 //!
-//! Another member's request is a reader like any other, to the leader: it joins the leader's next round instead of beginning one
-//! of its own, and is answered with the round's index. A round costs a message to each voter and back, so a group under load
-//! has one at a time, not one for each member. A member has one request at a time: a newer one takes the place of the older.
+//! Another member's request says in which term it was made, and so is an answer already: whoever asked had not voted in a later
+//! term by then, and neither has the leader that reads it in that same term. If the two are a quorum, as in a group of three, no later
+//! leader was elected before the request was made, so whatever was acknowledged before it is committed here, and the leader
+//! answers at once with its commit index (decision 0006). If they are not, the request is a reader like any other: it joins the
+//! leader's next round instead of beginning one of its own, and is answered with the round's index. A round costs a message to
+//! each voter and back, so a group under load has one at a time, not one for each member. A member has one request at a time:
+//! a newer one takes the place of the older.
 //!
 //! Readers leave their senders in [`Readers`], and ring only if raft's thread would not look there otherwise; a thread that
 //! sleeps is dear to wake. While a round is under way its end will make the thread look.
 //!
 //! Requests and answers may be lost: a round is asked again under a new name after [`RETRY_TICKS`]. The name carries the
-//! member and a random number drawn at start: the answer to a round of an earlier life must not confirm one of this
-//! life, its index may be too old.
+//! member and a random number drawn at start, because the answer to a round of an earlier life must not confirm one of this
+//! life, its index may be too old; and the term in which it was drawn, which is after everybody came whom the round serves.
 //!
 //! This file is the bookkeeping, without raft: pure calls, so that its rules can be tested one by one.
 
@@ -150,12 +154,12 @@ impl ReadRounds {
         self.current.is_none() && !(self.joining.is_empty() && self.joining_members.is_empty())
     }
 
-    /// Begins a round for all who joined: its name, for raft.
-    pub(crate) fn begin(&mut self) -> Vec<u8> {
+    /// Begins a round for all who joined: its name, for raft. `term`: this member's, now.
+    pub(crate) fn begin(&mut self, term: u64) -> Vec<u8> {
         assert!(self.wants_round(), "one round at a time");
         let waiters = std::mem::take(&mut self.joining);
         let members = std::mem::take(&mut self.joining_members);
-        let name = self.name_round();
+        let name = self.name_round(term);
         self.current = Some(Round { name: name.clone(), asked_ticks: 0, waiters, members });
         name
     }
@@ -179,8 +183,8 @@ impl ReadRounds {
         }
     }
 
-    /// One tick: fails who waited too long. Gives a name if the current round must be asked again.
-    pub(crate) fn on_tick(&mut self) -> Option<Vec<u8>> {
+    /// One tick: fails who waited too long. Gives a name if the current round must be asked again. `term`: this member's, now.
+    pub(crate) fn on_tick(&mut self, term: u64) -> Option<Vec<u8>> {
         let timeout_ticks = self.timeout_ticks;
         let timed_out = &mut self.timed_out;
         let mut expire = |waiters: &mut Vec<Waiter>| {
@@ -206,7 +210,7 @@ impl ReadRounds {
             self.current = None;
             return None;
         }
-        let name = self.name_round();
+        let name = self.name_round(term);
         let round = self.current.as_mut().expect("it was there");
         (round.asked_ticks, round.name) = (0, name.clone());
         Some(name)
@@ -220,12 +224,18 @@ impl ReadRounds {
         answer(std::mem::take(&mut self.confirmed).into_iter().flat_map(|(_, waiters)| waiters), Err(error));
     }
 
-    fn name_round(&mut self) -> Vec<u8> {
+    fn name_round(&mut self, term: u64) -> Vec<u8> {
         self.rounds_named += 1;
-        let name = [self.member_id, self.nonce, self.rounds_named].map(u64::to_be_bytes).concat();
+        let name = [self.member_id, self.nonce, self.rounds_named, term].map(u64::to_be_bytes).concat();
         (self.asked, self.answers) = (name.clone(), 0);
         name
     }
+}
+
+/// The term in which the member that asks drew this name; `None`: its release does not say.
+pub(crate) fn term_of(name: &[u8]) -> Option<u64> {
+    let term = name.strip_prefix(name.first_chunk::<{ 3 * size_of::<u64>() }>()?)?;
+    Some(u64::from_be_bytes(term.try_into().ok()?))
 }
 
 fn answer(waiters: impl IntoIterator<Item = Waiter>, result: Result<u64, ReadError>) {
@@ -251,7 +261,7 @@ mod tests {
     fn a_round_serves_only_those_who_came_before_it() {
         let mut rounds = ReadRounds::new(1, 7, 10);
         let mut early = [reader(&mut rounds), reader(&mut rounds)];
-        let first = rounds.begin();
+        let first = rounds.begin(3);
         let mut late = reader(&mut rounds);
         assert!(!rounds.wants_round(), "one round at a time");
         rounds.confirm(&first, 20);
@@ -262,7 +272,7 @@ mod tests {
             assert_eq!(reader.try_recv(), Ok(Ok(21)));
         }
         assert!(late.try_recv().is_err());
-        let second = rounds.begin();
+        let second = rounds.begin(3);
         assert_ne!(first, second);
         rounds.confirm(&second, 21);
         rounds.on_applied(21);
@@ -273,9 +283,9 @@ mod tests {
     fn lost_rounds_are_asked_again_and_late_answers_ignored() {
         let mut rounds = ReadRounds::new(1, 7, 10);
         let mut waiting = reader(&mut rounds);
-        let lost = rounds.begin();
-        assert_eq!(rounds.on_tick(), None);
-        let again = rounds.on_tick().expect("asked again");
+        let lost = rounds.begin(3);
+        assert_eq!(rounds.on_tick(3), None);
+        let again = rounds.on_tick(3).expect("asked again");
         rounds.confirm(&lost, 5);
         rounds.on_applied(5);
         assert!(waiting.try_recv().is_err());
@@ -288,13 +298,13 @@ mod tests {
     fn readers_time_out_wherever_they_wait() {
         let mut rounds = ReadRounds::new(1, 7, 3);
         let mut confirmed = reader(&mut rounds);
-        let name = rounds.begin();
+        let name = rounds.begin(3);
         rounds.confirm(&name, 100);
         let mut current = reader(&mut rounds);
-        rounds.begin();
+        rounds.begin(3);
         let mut joining = reader(&mut rounds);
         for _ in 0..4 {
-            rounds.on_tick();
+            rounds.on_tick(3);
         }
         for reader in [&mut confirmed, &mut current, &mut joining] {
             assert_eq!(reader.try_recv(), Ok(Err(ReadError::Timeout)));
@@ -309,17 +319,17 @@ mod tests {
         let mut rounds = ReadRounds::new(1, 7, 10);
         let mut own = reader(&mut rounds);
         rounds.join_member(2, b"early".to_vec());
-        let first = rounds.begin();
+        let first = rounds.begin(3);
         rounds.join_member(3, b"lost".to_vec());
         rounds.join_member(3, b"late".to_vec());
         assert_eq!(rounds.confirm(&first, 20), BTreeMap::from([(2, b"early".to_vec())]));
         rounds.on_applied(20);
         assert_eq!(own.try_recv(), Ok(Ok(20)));
         assert!(rounds.wants_round(), "a member alone is reason enough");
-        let second = rounds.begin();
+        let second = rounds.begin(3);
         assert_eq!(rounds.confirm(&second, 21), BTreeMap::from([(3, b"late".to_vec())]));
         rounds.join_member(2, b"again".to_vec());
-        let third = rounds.begin();
+        let third = rounds.begin(3);
         rounds.join_member(3, b"more".to_vec());
         rounds.forget_members();
         assert!(rounds.confirm(&third, 22).is_empty() && !rounds.wants_round(), "who leads no more tells nobody");
@@ -329,9 +339,9 @@ mod tests {
     fn a_round_for_members_alone_ends_when_it_is_lost() {
         let mut rounds = ReadRounds::new(1, 7, 10);
         rounds.join_member(2, b"name".to_vec());
-        let lost = rounds.begin();
-        assert_eq!((rounds.on_tick(), rounds.current.is_some()), (None, true));
-        assert_eq!((rounds.on_tick(), rounds.current.is_some()), (None, false), "it asks again by itself");
+        let lost = rounds.begin(3);
+        assert_eq!((rounds.on_tick(3), rounds.current.is_some()), (None, true));
+        assert_eq!((rounds.on_tick(3), rounds.current.is_some()), (None, false), "it asks again by itself");
         assert!(rounds.confirm(&lost, 5).is_empty());
     }
 
@@ -340,11 +350,11 @@ mod tests {
         let mut rounds = ReadRounds::new(1, 7, 10);
         drop(reader(&mut rounds));
         let stays = reader(&mut rounds);
-        rounds.on_tick();
+        rounds.on_tick(3);
         assert_eq!((rounds.joining.len(), rounds.timed_out), (1, 0));
-        rounds.begin();
+        rounds.begin(3);
         drop(stays);
-        rounds.on_tick();
+        rounds.on_tick(3);
         assert!(rounds.current.is_none());
     }
 
@@ -356,17 +366,17 @@ mod tests {
         assert_eq!((join(&mut readers), join(&mut readers)), (Some(true), Some(false)));
         rounds.take(&mut readers, true);
         assert_eq!(join(&mut readers), Some(false), "a round is about to begin");
-        let name = rounds.begin();
+        let name = rounds.begin(3);
         rounds.take(&mut readers, true);
         rounds.confirm(&name, 5);
         rounds.take(&mut readers, true);
         assert!(rounds.wants_round(), "who came meanwhile");
-        let name = rounds.begin();
+        let name = rounds.begin(3);
         rounds.confirm(&name, 5);
         rounds.take(&mut readers, false);
         assert_eq!(join(&mut readers), Some(false), "when a leader is there, the thread hears of it");
         rounds.take(&mut readers, true);
-        rounds.begin();
+        rounds.begin(3);
         let (sender, mut waiting) = oneshot::channel();
         readers.join(sender);
         readers.close();
@@ -374,11 +384,26 @@ mod tests {
     }
 
     #[test]
+    fn a_name_says_in_which_term_it_was_drawn() {
+        let mut rounds = ReadRounds::new(1, 7, 10);
+        let _reader = reader(&mut rounds);
+        assert_eq!(term_of(&rounds.begin(3)), Some(3));
+        assert_eq!(rounds.on_tick(3), None);
+        let again = rounds.on_tick(4).expect("asked again");
+        assert_eq!(term_of(&again), Some(4));
+        assert_eq!(
+            [term_of(&again[..24]), term_of(&again[..31]), term_of(b"")],
+            [None; 3],
+            "an earlier release's, and none"
+        );
+    }
+
+    #[test]
     fn names_differ_between_members_and_lives() {
         let name = |id, nonce| {
             let mut rounds = ReadRounds::new(id, nonce, 3);
             let _reader = reader(&mut rounds);
-            rounds.begin()
+            rounds.begin(3)
         };
         assert!(name(1, 7) != name(2, 7) && name(1, 7) != name(1, 8));
     }

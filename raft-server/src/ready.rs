@@ -55,8 +55,8 @@ impl Outbox {
 /// threads that it spares, and meanwhile the next batch could be on its way to the disk.
 const APPLY_HERE_BYTES_MAX: usize = 1_500;
 
-/// Whether a message that raft holds until the disk has been written says nothing of the disk. Who answers a heartbeat says that
-/// it had not voted in a later term by then, and votes wait for the disk; who asks for a read promises nothing.
+/// Whether a message that raft holds until the disk has been written says nothing of the disk. Who answers a heartbeat, or asks
+/// for a read, says that it had not voted in a later term by then, and votes wait for the disk.
 fn is_no_promise(message: &Message) -> bool {
     matches!(message.get_msg_type(), MessageType::MsgHeartbeatResponse | MessageType::MsgReadIndex)
 }

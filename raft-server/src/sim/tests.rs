@@ -1,8 +1,12 @@
 //! Runs of the simulation: many seeds, the ones that found something, and mistakes made on purpose.
 
+use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::{Bug, Run, Violation, run};
+use rand::SeedableRng;
+use rand::rngs::StdRng;
+
+use super::{Bug, Run, Violation, World, run};
 
 /// Seeds of `make test`; `TENURE_SIM_SEEDS` says otherwise, 0 for no end.
 const SEEDS: u64 = 1_000;
@@ -83,4 +87,66 @@ fn mistakes_made_on_purpose_are_found() {
     assert!(matches!(dropped, Some(Violation::WatchDiffers { .. })), "{dropped:?}");
     let late = found(Bug::LateRecord);
     assert!(matches!(late, Some(Violation::DifferInMembers { .. } | Violation::Panicked(_))), "{late:?}");
+}
+
+/// A leader answers at once who asks it for a read if the two are a quorum (see the essay of `read_index`). Here they are not: two of five, whose
+/// clocks stand still, so that they do not find out that the others have elected another leader.
+#[test]
+fn a_leader_and_a_reader_that_are_too_few_confirm_nothing() {
+    let dir = tempfile::tempdir().expect("a directory for snapshots");
+    let mut world = World::new(StdRng::seed_from_u64(0), 5, Bug::None, dir.path());
+    let everybody = [1, 2, 3, 4, 5];
+    let leads = |world: &World, id: u64| world.lives[&id].handle().status().is_leader;
+    let rounds = |world: &mut World, ticking: &[u64], until: &dyn Fn(&World) -> bool| {
+        for _ in 0..500 {
+            if until(world) {
+                return;
+            }
+            world.round(ticking).expect("no promise is broken");
+        }
+        panic!("it does not come to that");
+    };
+    rounds(&mut world, &everybody, &|world| everybody.iter().any(|id| leads(world, *id)));
+    let old = everybody.into_iter().find(|id| leads(&world, *id)).expect("one leads");
+    let mut others = everybody.into_iter().filter(|id| *id != old);
+    let reader = others.next().expect("there are five");
+    let others: Vec<u64> = others.collect();
+    world.write(old);
+    world.write(old);
+    rounds(&mut world, &everybody, &|world| world.acknowledged > 1);
+
+    world.cut_off(&BTreeSet::from([old, reader]));
+    rounds(&mut world, &others, &|world| others.iter().any(|id| leads(world, *id)));
+    let before = world.acknowledged;
+    world.write(others[0]);
+    rounds(&mut world, &others, &|world| world.acknowledged > before);
+    world.read(reader);
+    for _ in 0..20 {
+        world.round(&others).expect("no promise is broken");
+    }
+    assert!(leads(&world, old), "nobody told it");
+    assert_eq!(world.reading.len(), 1, "nobody may answer");
+    world.cut.clear();
+    rounds(&mut world, &everybody, &|world| world.reading.is_empty());
+}
+
+/// Of three members the leader and who asks are a quorum: the read needs nobody's answer but the leader's.
+#[test]
+fn a_leader_and_a_reader_that_are_a_quorum_ask_nobody_else() {
+    let dir = tempfile::tempdir().expect("a directory for snapshots");
+    let mut world = World::new(StdRng::seed_from_u64(0), 3, Bug::None, dir.path());
+    while !world.lives.values().any(|life| life.handle().status().is_leader) {
+        world.round(&[1, 2, 3]).expect("no promise is broken");
+    }
+    let status = |id| world.lives[&id].handle().status();
+    let reader = (1..=3).find(|id| !status(*id).is_leader).expect("there are three");
+    for _ in 0..3 {
+        world.round(&[]).expect("no promise is broken");
+    }
+    world.read(reader);
+    // The request, and the answer.
+    for _ in 0..3 {
+        world.round(&[]).expect("no promise is broken");
+    }
+    assert!(world.reading.is_empty());
 }

@@ -39,6 +39,18 @@ const WIRE_MAX: usize = 400;
 /// Members that there ever are in a run.
 const MEMBERS_MAX: u64 = 8;
 
+/// What goes wrong beside what always may: messages that are lost, late or doubled.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Trouble {
+    Crashes,
+    Partitions,
+    Stalls,
+    /// Of members.
+    Changes,
+}
+
+const TROUBLES: [Trouble; 4] = [Trouble::Crashes, Trouble::Partitions, Trouble::Stalls, Trouble::Changes];
+
 /// A mistake that is made on purpose, to see that it is found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Bug {
@@ -67,7 +79,7 @@ pub(crate) struct Run {
 
 /// A run of one seed, or what was broken.
 pub(crate) fn run(seed: u64, bug: Bug, dir: &Path) -> Result<Run, Violation> {
-    let mut world = World::new(seed, bug, dir);
+    let mut world = World::drawn(seed, bug, dir);
     for _ in 0..STEPS {
         world.step()?;
         world.collect()?;
@@ -82,18 +94,18 @@ struct Writing {
     member: u64,
 }
 
-struct Reading {
+pub(super) struct Reading {
     answer: oneshot::Receiver<Result<u64, ReadError>>,
     member: u64,
     acknowledged_before: i64,
 }
 
-struct World {
+pub(super) struct World {
     rng: StdRng,
     bug: Bug,
     dir: std::path::PathBuf,
     disks: BTreeMap<u64, Disk>,
-    lives: BTreeMap<u64, Life>,
+    pub(super) lives: BTreeMap<u64, Life>,
     lives_begun: u64,
     /// Those that exist from the beginning.
     founders: Vec<u64>,
@@ -107,30 +119,50 @@ struct World {
     changes: Vec<oneshot::Receiver<ChangeProposed>>,
     wire: VecDeque<PeerMessage>,
     fetches: BTreeMap<u64, SnapshotOffer>,
-    /// Pairs whose messages are lost.
-    cut: BTreeSet<(u64, u64)>,
+    /// Pairs whose messages are lost, and for how many steps more.
+    pub(super) cut: BTreeSet<(u64, u64)>,
+    cut_steps: usize,
+    /// Members that do nothing for so many of their turns, as if stopped by a signal; what is sent to them waits.
+    stalled: BTreeMap<u64, usize>,
+    /// Members whose clocks are slow.
+    slow: BTreeSet<u64>,
     writes: Vec<Write>,
     writing: Vec<Writing>,
-    reading: Vec<Reading>,
+    pub(super) reading: Vec<Reading>,
     unheard: Vec<Pending<Outcome>>,
     watchers: Vec<Watcher>,
+    /// Whether members and messages are quick beside the clocks in this run: then what takes many messages fits between two ticks, as a
+    /// write that the one side of a partition acknowledges while the other still believes that it leads. Else the steps of one member
+    /// fall between those of another.
+    quick: bool,
+    /// The kinds of trouble of this run: one kind alone lasts long enough to show what all kinds together would cut short.
+    troubles: Vec<Trouble>,
     /// Whether clients compact in this run: then what came before cannot be looked up in the end.
     compacts: bool,
     /// The newest revision that some client was told of.
-    acknowledged: i64,
+    pub(super) acknowledged: i64,
     trace: std::collections::hash_map::DefaultHasher,
 }
 
 impl World {
-    fn new(seed: u64, bug: Bug, dir: &Path) -> Self {
+    fn drawn(seed: u64, bug: Bug, dir: &Path) -> Self {
+        let mut rng = StdRng::seed_from_u64(seed);
+        let quick = rng.random_bool(0.5);
+        let troubles = TROUBLES.into_iter().filter(|_| rng.random_bool(0.5)).collect();
+        let founders = [1, 3, 5][rng.random_range(0..3)];
+        World { quick, troubles, compacts: seed % 2 == 1, ..World::new(rng, founders, bug, dir) }
+    }
+
+    /// A group of so many members, without trouble.
+    pub(super) fn new(rng: StdRng, founders: u64, bug: Bug, dir: &Path) -> Self {
         let mut world = World {
-            rng: StdRng::seed_from_u64(seed),
+            rng,
             bug,
             dir: dir.to_path_buf(),
             disks: BTreeMap::new(),
             lives: BTreeMap::new(),
             lives_begun: 0,
-            founders: Vec::new(),
+            founders: (1..=founders).collect(),
             removed: BTreeSet::new(),
             gone: BTreeSet::new(),
             leaving: None,
@@ -138,16 +170,20 @@ impl World {
             wire: VecDeque::new(),
             fetches: BTreeMap::new(),
             cut: BTreeSet::new(),
+            cut_steps: 0,
+            stalled: BTreeMap::new(),
+            slow: BTreeSet::new(),
             writes: Vec::new(),
             writing: Vec::new(),
             reading: Vec::new(),
             unheard: Vec::new(),
             watchers: (0..2).map(|_| Watcher::new()).collect(),
-            compacts: seed % 2 == 1,
+            quick: false,
+            troubles: Vec::new(),
+            compacts: false,
             acknowledged: 1,
             trace: std::collections::hash_map::DefaultHasher::new(),
         };
-        world.founders = (1..=world.pick(&[1, 3, 5]).expect("one of them")).collect();
         for id in world.founders.clone() {
             world.make(id);
         }
@@ -168,6 +204,12 @@ impl World {
         // two that always stand for election at the same time could keep everybody from winning for ever.
         let own = usize::try_from(id).expect("a small id");
         let election_timeout_ticks = 8 + own + self.rng.random_range(0..2) * 6;
+        self.stalled.remove(&id);
+        if self.rng.random_ratio(1, 4) {
+            self.slow.insert(id);
+        } else {
+            self.slow.remove(&id);
+        }
         let config = Config {
             initial_voters,
             election_timeout_ticks,
@@ -194,6 +236,10 @@ impl World {
         (!from.is_empty()).then(|| from[self.rng.random_range(0..from.len())])
     }
 
+    fn has(&self, trouble: Trouble) -> bool {
+        self.troubles.contains(&trouble)
+    }
+
     fn alive(&self) -> Vec<u64> {
         self.lives.keys().copied().collect()
     }
@@ -205,14 +251,20 @@ impl World {
             self.restart_one();
             return Ok(());
         };
+        if self.stalled.get(&id).is_some_and(|turns| *turns > 0) {
+            self.stalled.entry(id).and_modify(|turns| *turns -= 1);
+            self.deliver();
+            return Ok(());
+        }
         match self.rng.random_range(0..1000) {
+            0..170 if self.quick => self.tick(id),
             0..470 => self.work(id),
-            470..730 => self.deliver(),
-            730..820 => {
-                self.note(("tick", id));
-                let ticked = self.life(id).tick();
-                self.unless_lost(id, ticked);
+            470..730 => {
+                for _ in 0..if self.quick { 4 } else { 1 } {
+                    self.deliver();
+                }
             }
+            730..820 => self.tick(id),
             820..870 => self.write(id),
             870..885 => self.ask_for_leases(id),
             885..890 => self.compact(id),
@@ -223,11 +275,16 @@ impl World {
                 self.note(("flush", id));
                 self.disks[&id].flush_state();
             }
-            965..969 => self.crash(id),
+            965..969 if self.has(Trouble::Crashes) => self.crash(id),
             969..979 => self.restart_one(),
-            979..982 => self.partition(),
-            982..990 => self.cut.clear(),
-            _ => self.change_members(),
+            979..982 if self.has(Trouble::Partitions) => self.partition(),
+            982..990 if self.has(Trouble::Changes) => self.change_members(),
+            990..992 if self.has(Trouble::Stalls) => self.stall(id),
+            _ => self.read(id),
+        }
+        self.cut_steps = self.cut_steps.saturating_sub(1);
+        if self.cut_steps == 0 {
+            self.cut.clear();
         }
         self.take_sent();
         Ok(())
@@ -237,13 +294,36 @@ impl World {
         self.lives.get_mut(&id).expect("it is alive")
     }
 
+    /// These and the others do not hear each other any more.
+    pub(super) fn cut_off(&mut self, one_side: &BTreeSet<u64>) {
+        let pairs = self.disks.keys().flat_map(|from| self.disks.keys().map(|to| (*from, *to)));
+        self.cut = pairs.filter(|(from, to)| one_side.contains(from) != one_side.contains(to)).collect();
+    }
+
+    fn tick(&mut self, id: u64) {
+        if self.slow.contains(&id) && self.rng.random_ratio(3, 4) {
+            return;
+        }
+        self.note(("tick", id));
+        let ticked = self.life(id).tick();
+        self.unless_lost(id, ticked);
+    }
+
+    fn stall(&mut self, id: u64) {
+        let turns = self.rng.random_range(1..400);
+        self.note(("stall", id, turns));
+        self.stalled.insert(id, turns);
+    }
+
     /// A turn of one of the member's threads.
     fn work(&mut self, id: u64) {
         let kind = self.rng.random_range(0..3);
         let (events, at_once) = (self.rng.random_range(1..5), self.rng.random_bool(0.5));
         self.note(("work", id, kind));
+        let quick = self.quick;
         let life = self.life(id);
         let worked = match kind {
+            _ if quick => life.work_off(),
             0 => life.turn(events),
             1 if life.is_writing() => life.finish_write(),
             1 => {
@@ -314,7 +394,7 @@ impl World {
         }
     }
 
-    fn write(&mut self, id: u64) {
+    pub(super) fn write(&mut self, id: u64) {
         let number = self.writes.len();
         let value = format!("<value {number}>");
         let put = PutRequest {
@@ -384,7 +464,7 @@ impl World {
         watcher.listen(messages)
     }
 
-    fn read(&mut self, id: u64) {
+    pub(super) fn read(&mut self, id: u64) {
         self.note(("read", id));
         let (sender, answer) = oneshot::channel();
         let handle = self.lives[&id].handle();
@@ -465,14 +545,28 @@ impl World {
         }
     }
 
-    /// Cuts one direction between two members, or one member off.
+    /// Cuts one direction between two members, one member off, or the group in two, for a moment or for some elections' time: long enough
+    /// for one side to elect another leader, and for the other's to find out later.
     fn partition(&mut self) {
         let ids: Vec<u64> = self.disks.keys().copied().collect();
         let (Some(one), Some(other)) = (self.pick(&ids), self.pick(&ids)) else { return };
-        self.note(("partition", one, other));
-        if one == other {
-            self.cut.extend(ids.iter().flat_map(|id| [(one, *id), (*id, one)]));
-        } else {
+        if !self.cut.is_empty() {
+            return;
+        }
+        let leads = |id: &u64| self.lives.get(id).is_some_and(|life| life.handle().status().is_leader);
+        let leader = ids.iter().copied().find(leads);
+        let one_side = match self.rng.random_range(0..4) {
+            0 => BTreeSet::new(),
+            1 => BTreeSet::from([one]),
+            2 => ids.iter().copied().filter(|_| self.rng.random_bool(0.5)).collect(),
+            // A leader that somebody still follows, but too few.
+            _ => BTreeSet::from([leader.unwrap_or(one), other]),
+        };
+        self.cut_steps =
+            if self.rng.random_bool(0.5) { self.rng.random_range(1..200) } else { self.rng.random_range(200..2_000) };
+        self.note(("partition", one, other, one_side.len(), self.cut_steps));
+        self.cut_off(&one_side);
+        if one_side.is_empty() {
             self.cut.insert((one, other));
         }
     }
@@ -564,20 +658,7 @@ impl World {
             self.begin(id);
         }
         for _ in 0..ROUNDS_TO_SETTLE {
-            for id in self.alive() {
-                let life = self.life(id);
-                life.tick().and_then(|()| life.work_off()).expect("memory has no faults");
-                self.take_sent();
-            }
-            for message in std::mem::take(&mut self.wire) {
-                if let Some(life) = self.lives.get(&message.to()) {
-                    life.handle().deliver(message);
-                }
-            }
-            while !self.fetches.is_empty() {
-                self.fetch();
-            }
-            self.collect()?;
+            self.round(&self.alive())?;
             if let Some(members) = self.agreeing() {
                 // Who is no member waits for a leader for ever, as it is told to.
                 let is_member = |id: &u64| members.iter().any(|member| member.id == *id);
@@ -589,6 +670,25 @@ impl World {
         }
         let members = self.lives.values().map(Life::describe);
         Err(Violation::Stuck { waiting: self.writing.len() + self.reading.len(), members: members.collect() })
+    }
+
+    /// The clocks of these tick once, everybody does what there is to do, and what was sent arrives, unless it is cut.
+    pub(super) fn round(&mut self, ticking: &[u64]) -> Result<(), Violation> {
+        for id in self.alive() {
+            let life = self.life(id);
+            let ticked = if ticking.contains(&id) { life.tick() } else { Ok(()) };
+            ticked.and_then(|()| life.work_off()).expect("memory has no faults");
+            self.take_sent();
+        }
+        for message in std::mem::take(&mut self.wire) {
+            if let Some(life) = self.lives.get(&message.to()).filter(|_| !self.is_cut(message.from(), message.to())) {
+                life.handle().deliver(message);
+            }
+        }
+        while !self.fetches.is_empty() {
+            self.fetch();
+        }
+        self.collect()
     }
 
     /// The members of the leader's group, learners too, if they have all applied all that the leader's log holds.
