@@ -240,7 +240,9 @@ impl<R: Send + 'static> Node<R> {
     }
 
     fn on_tick(&mut self) {
-        self.raw.tick();
+        if !self.lacks_entries() {
+            self.raw.tick();
+        }
         if let Some(name) = self.reads.on_tick(self.raw.raft.term) {
             self.shared.metrics.read_rounds_repeated.fetch_add(1, Ordering::Relaxed);
             self.raw.read_index(name);
@@ -285,6 +287,7 @@ impl<R: Send + 'static> Node<R> {
                     return;
                 }
             }
+            MessageType::MsgTimeoutNow if self.lacks_entries() => return,
             MessageType::MsgHeartbeatResponse if !message.context.is_empty() => {
                 if self.reads.on_answer(&message.context) >= self.others() {
                     self.hold_reads_until = None;
@@ -834,6 +837,12 @@ impl<R: Send + 'static> Node<R> {
             _ => *self.read_floor.insert(Position { index: committed, term }),
         };
         self.shared.status.applied_index.load(Ordering::Acquire) >= floor.index
+    }
+
+    /// Whether a snapshot is on its way into the state. Then raft believes that nothing is applied of what the snapshot stands for, and whoever
+    /// stands for election looks for changes of members in what is not applied: in entries that are not there. So it must not.
+    fn lacks_entries(&self) -> bool {
+        self.raw.raft.raft_log.applied < self.log.truncated().index
     }
 
     fn append_paused(&self) -> bool {

@@ -130,6 +130,11 @@ impl Life {
         &self.assembled.node.conf
     }
 
+    /// Whether a snapshot is on its way into the state.
+    pub(super) fn is_installing(&self) -> bool {
+        self.assembled.node.snapshots.installing.is_some()
+    }
+
     pub(super) fn take_sent(&self) -> Sent {
         std::mem::take(&mut self.sent.lock())
     }

@@ -104,7 +104,7 @@ pub(super) struct World {
     rng: StdRng,
     bug: Bug,
     dir: std::path::PathBuf,
-    disks: BTreeMap<u64, Disk>,
+    pub(super) disks: BTreeMap<u64, Disk>,
     pub(super) lives: BTreeMap<u64, Life>,
     lives_begun: u64,
     /// Those that exist from the beginning.
@@ -678,8 +678,13 @@ impl World {
             let life = self.life(id);
             let ticked = if ticking.contains(&id) { life.tick() } else { Ok(()) };
             ticked.and_then(|()| life.work_off()).expect("memory has no faults");
-            self.take_sent();
         }
+        self.arrive()
+    }
+
+    /// All that was sent arrives.
+    pub(super) fn arrive(&mut self) -> Result<(), Violation> {
+        self.take_sent();
         for message in std::mem::take(&mut self.wire) {
             if let Some(life) = self.lives.get(&message.to()).filter(|_| !self.is_cut(message.from(), message.to())) {
                 life.handle().deliver(message);
