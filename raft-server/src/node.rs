@@ -138,6 +138,10 @@ pub(crate) struct Node<R> {
     /// What we forward to a leader, and what we take from members as one.
     pub(crate) sending: Sending,
     pub(crate) intakes: Intakes,
+    /// The term that this member led when it last looked.
+    pub(crate) leads_term: Option<u64>,
+    /// What the other members were told is committed, if this one leads; see [`Node::tell_commit`].
+    pub(crate) told_committed: u64,
     pub(crate) snapshots: Snapshots,
 }
 
@@ -356,6 +360,7 @@ impl<R: Send + 'static> Node<R> {
     pub(crate) fn settle(&mut self) -> Result<(), Fault> {
         self.notice_new_term();
         self.propose_batches();
+        self.tell_commit();
         self.begin_read_round();
         self.finish_joint_change();
         self.on_all_ready()?;
@@ -385,16 +390,17 @@ impl<R: Send + 'static> Node<R> {
         Ok(())
     }
 
-    /// What other members sent us to propose was for the term they sent it in.
+    /// What other members sent us to propose was for the term they sent it in. Leadership may end anywhere in a turn: at a message, or at
+    /// the entry that removes this member.
     fn notice_new_term(&mut self) {
-        let term = self.shared.status.term.load(Ordering::Relaxed);
-        let led = self.shared.status.is_leader.load(Ordering::Relaxed);
-        if led && (!self.is_leader() || self.raw.raft.term != term) {
+        let leads_term = self.is_leader().then_some(self.raw.raft.term);
+        if self.leads_term.is_some() && self.leads_term != leads_term {
             self.underway.clear();
             self.reads.forget_members();
             let mut queue = self.shared.queue.lock();
             queue.lanes.retain(|proposal| matches!(proposal.waiter, Waiter::Local(_)));
         }
+        self.leads_term = leads_term;
     }
 
     /// A sole voter's batch has arrived when it is on its disk, which is known first; anybody else's when it is committed.
@@ -459,8 +465,20 @@ impl<R: Send + 'static> Node<R> {
             self.shared.requeue(proposals);
             return false;
         }
+        // Goes to the others with their new entries.
+        self.told_committed = self.raw.raft.raft_log.committed;
         self.register(proposals);
         true
+    }
+
+    /// Tells the others what is committed, unless the next batch just has. Raft itself would send each of them a message for that, and get an
+    /// answer, in the same turn as the batch that waited for it.
+    fn tell_commit(&mut self) {
+        let committed = self.raw.raft.raft_log.committed;
+        if self.is_leader() && committed > self.told_committed {
+            self.told_committed = committed;
+            self.raw.raft.bcast_append();
+        }
     }
 
     /// Remembers who waits for the entry that was just appended.
@@ -524,6 +542,8 @@ impl<R: Send + 'static> Node<R> {
             return;
         }
         let (life, paused) = (message.life, self.append_paused());
+        // The sender has it proposed again when it sees an entry of a later term.
+        let only_in = Some(message.term);
         let answer = {
             let mut queue = self.shared.queue.lock();
             self.intakes.receive(message.term, message, |number, lane, command| {
@@ -531,7 +551,7 @@ impl<R: Send + 'static> Node<R> {
                 let waiter = Waiter::Remote(Origin { life, number });
                 !paused
                     && bytes <= self.config.command_bytes_max
-                    && queue.lanes.push(lane, bytes, Proposal { lane, command, waiter, only_in: None }).is_ok()
+                    && queue.lanes.push(lane, bytes, Proposal { lane, command, waiter, only_in }).is_ok()
             })
         };
         self.outgoing.push(PeerMessage::Forwarded(answer));

@@ -182,6 +182,8 @@ pub(crate) fn assemble<S: StateMachine>(
         again: false,
         sending: Sending::default(),
         intakes: Intakes::default(),
+        leads_term: None,
+        told_committed: 0,
         snapshots: Snapshots {
             snapshotter: state_machine.snapshotter(),
             making: false,
@@ -294,6 +296,8 @@ fn raft_config(config: &Config, applied: u64) -> raft::Config {
         max_committed_size_per_ready: config.apply_bytes_max as u64,
         pre_vote: config.pre_vote,
         check_quorum: true,
+        // We do it: see `Node::tell_commit`.
+        skip_bcast_commit: true,
         min_election_tick: config.election_timeout_ticks + 1,
         max_election_tick: config.election_timeout_ticks + 1 + config.election_jitter_ticks,
         ..raft::Config::default()
