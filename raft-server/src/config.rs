@@ -83,8 +83,8 @@ pub struct Config {
     pub flush_entries: u64,
     /// An apply of a round of entries that takes longer is counted and logged. Default 100 ms.
     pub slow_apply: Duration,
-    /// How long a leader waits, when a read round has ended, for members that have not answered it, since what they ask for comes with
-    /// their answers: then the next round serves them too. Default 200 µs; zero in simulations, which know no clock.
+    /// How long, after a read round that served several, the next one waits at most for as many to come again. Default 200 µs; zero in
+    /// simulations, which know no clock.
     pub read_hold: Duration,
     /// Of what the state has durably, the newest entries are kept for members that are behind: this many at most. Default 5,000.
     pub log_catchup_entries: u64,

@@ -119,7 +119,7 @@ pub(crate) struct Node<R> {
     /// What this turn has to send: goes together, so that what is for one member goes in one frame.
     pub(crate) outgoing: Vec<PeerMessage>,
     pub(crate) reads: ReadRounds,
-    /// No read round begins before this moment; see `Config::read_hold`.
+    /// Until then the next read round waits for its readers; see `Config::read_hold`.
     pub(crate) hold_reads_until: Option<Instant>,
     pub(crate) events: EventReceiver<Event<R>>,
     pub(crate) next_tick: Instant,
@@ -292,11 +292,6 @@ impl<R: Send + 'static> Node<R> {
                 }
             }
             MessageType::MsgTimeoutNow if self.lacks_entries() => return,
-            MessageType::MsgHeartbeatResponse if !message.context.is_empty() => {
-                if self.reads.on_answer(&message.context) >= self.others() {
-                    self.hold_reads_until = None;
-                }
-            }
             MessageType::MsgHup
             | MessageType::MsgBeat
             | MessageType::MsgAppendResponse
@@ -810,14 +805,11 @@ impl<R: Send + 'static> Node<R> {
     /// Begins the next round if somebody waits for it, none is under way, and there is somebody to ask. Gives whether it did.
     fn begin_read_round(&mut self) -> bool {
         // Before it has committed in its own term a leader does not know what is committed; raft would ignore the round.
-        let can_ask = if self.is_leader() {
-            self.raw.raft.commit_to_current_term() && self.hold_reads_until.is_none()
-        } else {
-            self.raw.raft.leader_id != 0
-        };
-        self.reads.take(&mut self.shared.readers.lock(), can_ask);
-        let begins = can_ask && self.reads.wants_round();
+        let can_ask =
+            if self.is_leader() { self.raw.raft.commit_to_current_term() } else { self.raw.raft.leader_id != 0 };
+        let begins = self.reads.take(&mut self.shared.readers.lock(), can_ask, self.hold_reads_until.is_some());
         if begins {
+            self.hold_reads_until = None;
             let name = self.reads.begin(self.raw.raft.term);
             self.raw.read_index(name);
         }
@@ -869,17 +861,10 @@ impl<R: Send + 'static> Node<R> {
         self.config.append_paused.load(Ordering::Relaxed)
     }
 
-    /// How many others may answer a read round: those that were heard of lately.
-    fn others(&self) -> usize {
-        let own = self.config.id;
-        self.raw.raft.prs().iter().filter(|(id, of)| **id != own && of.recent_active).count()
-    }
-
-    /// A read round has ended: those who have not answered it may have something to ask.
+    /// A read round has ended: the next waits a little for those whom this one served.
     pub(crate) fn hold_reads(&mut self) {
         let wait = self.config.read_hold;
-        let waits = self.is_leader() && !wait.is_zero() && self.reads.answers() < self.others();
-        self.hold_reads_until = waits.then(|| Instant::now() + wait);
+        self.hold_reads_until = (!wait.is_zero() && self.reads.served_several()).then(|| Instant::now() + wait);
     }
 
     pub(crate) fn is_leader(&self) -> bool {

@@ -13,8 +13,11 @@
 //! each voter and back, so a group under load has one at a time, not one for each member. A member has one request at a time:
 //! a newer one takes the place of the older.
 //!
-//! Readers leave their senders in [`Readers`], and ring only if raft's thread would not look there otherwise; a thread that
-//! sleeps is dear to wake. While a round is under way its end will make the thread look.
+//! Who was answered mostly asks again, but not at once. So the next round waits until it has as many readers as the one before, for
+//! `Config::read_hold` at most: under load that makes of many small rounds a few large ones, and one reader alone waits for nobody.
+//!
+//! Readers leave their senders in [`Readers`], and ring only if raft's thread would not look there otherwise, or if the round that waits
+//! for them is complete; a thread that sleeps is dear to wake. While a round is under way its end will make the thread look.
 //!
 //! Requests and answers may be lost: a round is asked again under a new name after [`RETRY_TICKS`]. The name carries the
 //! member and a random number drawn at start, because the answer to a round of an earlier life must not confirm one of this
@@ -40,6 +43,8 @@ pub(crate) struct Readers {
     joining: Vec<ReadSender>,
     /// Raft's thread will look here without being told: it was told, or something must happen first that it hears of.
     rung: bool,
+    /// It waits until there are so many.
+    ring_at: Option<usize>,
     closed: bool,
 }
 
@@ -50,7 +55,7 @@ impl Readers {
             return None;
         }
         self.joining.push(sender);
-        Some(!std::mem::replace(&mut self.rung, true))
+        Some(!std::mem::replace(&mut self.rung, true) || self.ring_at == Some(self.joining.len()))
     }
 
     /// Refuses those who wait and all who come.
@@ -84,9 +89,8 @@ pub(crate) struct ReadRounds {
     /// Other members that ask for an index, and the names of their rounds.
     joining_members: BTreeMap<u64, Vec<u8>>,
     current: Option<Round>,
-    /// The newest round begun, and how many members have answered it.
-    asked: Vec<u8>,
-    answers: usize,
+    /// How many the last round that ended was for, members included.
+    served: usize,
     /// Confirmed, by growing index; wait for it to be applied.
     confirmed: VecDeque<(u64, Vec<Waiter>)>,
     timeout_ticks: usize,
@@ -106,34 +110,31 @@ impl ReadRounds {
             joining,
             joining_members,
             current,
-            asked: Vec::new(),
-            answers: 0,
+            served: 0,
             confirmed,
             timeout_ticks,
             timed_out,
         }
     }
 
-    /// A member has answered the round of this name. Gives how many have.
-    pub(crate) fn on_answer(&mut self, name: &[u8]) -> usize {
-        self.answers += usize::from(self.asked == name);
-        self.answers
-    }
-
-    /// How many members have answered the newest round.
-    pub(crate) fn answers(&self) -> usize {
-        self.answers
+    /// Whether the next round has somebody to wait for.
+    pub(crate) fn served_several(&self) -> bool {
+        self.served > 1
     }
 
     fn join(&mut self, sender: ReadSender) {
         self.joining.push(Waiter { sender, waited_ticks: 0 });
     }
 
-    /// Takes all readers that came. `can_begin`: whether a round could begin now; if nobody is there for one, the next reader
-    /// rings.
-    pub(crate) fn take(&mut self, readers: &mut Readers, can_begin: bool) {
+    /// Takes all readers that came. Gives whether a round is to begin now. `can_begin`: whether one could; `held`: whether it is to wait
+    /// until it is for as many as the one before. If nobody is there for one, the next reader rings.
+    pub(crate) fn take(&mut self, readers: &mut Readers, can_begin: bool, held: bool) -> bool {
         readers.joining.drain(..).for_each(|sender| self.join(sender));
-        readers.rung = !can_begin || self.current.is_some() || self.wants_round();
+        let missing = self.served.saturating_sub(self.joining.len() + self.joining_members.len());
+        readers.ring_at = (can_begin && held && missing > 0).then_some(missing);
+        let begins = can_begin && readers.ring_at.is_none() && self.wants_round();
+        readers.rung = begins || !can_begin || readers.ring_at.is_some() || self.current.is_some();
+        begins
     }
 
     /// A member asks this one, which leads, for an index; its round's name.
@@ -168,6 +169,7 @@ impl ReadRounds {
     /// to tell, and the names of their rounds.
     pub(crate) fn confirm(&mut self, name: &[u8], index: u64) -> BTreeMap<u64, Vec<u8>> {
         let Some(round) = self.current.take_if(|round| round.name == name) else { return BTreeMap::new() };
+        self.served = round.waiters.len() + round.members.len();
         if !round.waiters.is_empty() {
             let at = self.confirmed.partition_point(|(waits_for, _)| *waits_for <= index);
             self.confirmed.insert(at, (index, round.waiters));
@@ -226,9 +228,7 @@ impl ReadRounds {
 
     fn name_round(&mut self, term: u64) -> Vec<u8> {
         self.rounds_named += 1;
-        let name = [self.member_id, self.nonce, self.rounds_named, term].map(u64::to_be_bytes).concat();
-        (self.asked, self.answers) = (name.clone(), 0);
-        name
+        [self.member_id, self.nonce, self.rounds_named, term].map(u64::to_be_bytes).concat()
     }
 }
 
@@ -364,23 +364,50 @@ mod tests {
         let (mut rounds, mut readers) = (ReadRounds::new(1, 7, 10), Readers::default());
         let join = |readers: &mut Readers| readers.join(oneshot::channel().0);
         assert_eq!((join(&mut readers), join(&mut readers)), (Some(true), Some(false)));
-        rounds.take(&mut readers, true);
+        assert!(rounds.take(&mut readers, true, false));
         assert_eq!(join(&mut readers), Some(false), "a round is about to begin");
         let name = rounds.begin(3);
-        rounds.take(&mut readers, true);
+        assert!(!rounds.take(&mut readers, true, false), "one at a time");
         rounds.confirm(&name, 5);
-        rounds.take(&mut readers, true);
-        assert!(rounds.wants_round(), "who came meanwhile");
+        assert!(rounds.take(&mut readers, true, false), "who came meanwhile");
         let name = rounds.begin(3);
         rounds.confirm(&name, 5);
-        rounds.take(&mut readers, false);
+        assert!(!rounds.take(&mut readers, false, false));
         assert_eq!(join(&mut readers), Some(false), "when a leader is there, the thread hears of it");
-        rounds.take(&mut readers, true);
+        assert!(rounds.take(&mut readers, true, false));
         rounds.begin(3);
         let (sender, mut waiting) = oneshot::channel();
         readers.join(sender);
         readers.close();
         assert_eq!((waiting.try_recv(), join(&mut readers)), (Ok(Err(ReadError::Stopped)), None));
+    }
+
+    // A round that waits for as many as the last one had begins with the last of them, whose coming is told, or when its time is over.
+    #[test]
+    fn a_round_that_is_held_waits_for_as_many_as_before() {
+        let (mut rounds, mut readers) = (ReadRounds::new(1, 7, 10), Readers::default());
+        let join = |readers: &mut Readers| readers.join(oneshot::channel().0);
+        for _ in 0..3 {
+            join(&mut readers);
+        }
+        assert!(rounds.take(&mut readers, true, false) && !rounds.served_several());
+        let name = rounds.begin(3);
+        rounds.confirm(&name, 5);
+        assert!(rounds.served_several());
+        assert!(!rounds.take(&mut readers, true, true));
+        assert_eq!(join(&mut readers), Some(false), "one of three");
+        assert!(!rounds.take(&mut readers, true, true));
+        assert_eq!([join(&mut readers), join(&mut readers)], [Some(false), Some(true)], "the third");
+        assert!(rounds.take(&mut readers, true, true));
+        let name = rounds.begin(3);
+        rounds.confirm(&name, 6);
+        assert_eq!((join(&mut readers), rounds.take(&mut readers, true, true)), (Some(false), false));
+        assert!(rounds.take(&mut readers, true, false), "its time is over");
+        let name = rounds.begin(3);
+        rounds.confirm(&name, 7);
+        assert!(!rounds.served_several());
+        assert!(!rounds.take(&mut readers, true, false));
+        assert_eq!(join(&mut readers), Some(true), "nobody else would tell");
     }
 
     #[test]
