@@ -323,7 +323,14 @@ impl<R: Send + 'static> Node<R> {
         let applied = applied.min(self.raw.raft.raft_log.persisted);
         if applied > self.raw.raft.raft_log.applied {
             self.raw.advance_apply_to(applied);
-            self.reads.on_applied(applied);
+            self.answer_reads(applied);
+        }
+    }
+
+    fn answer_reads(&mut self, applied_index: u64) {
+        let ready = self.reads.take_applied(applied_index);
+        if !ready.is_empty() {
+            self.shared.allow_reads(ready, applied_index);
         }
     }
 
@@ -366,7 +373,7 @@ impl<R: Send + 'static> Node<R> {
         self.flush();
         self.make_snapshot();
         // A read round of a single voter is confirmed at once.
-        self.reads.on_applied(self.shared.status.applied_index.load(Ordering::Acquire));
+        self.answer_reads(self.shared.status.applied_index.load(Ordering::Acquire));
         self.publish();
         Ok(())
     }

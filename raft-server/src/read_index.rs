@@ -177,12 +177,13 @@ impl ReadRounds {
         round.members
     }
 
-    /// Answers all whose index is applied.
-    pub(crate) fn on_applied(&mut self, applied_index: u64) {
-        while self.confirmed.front().is_some_and(|(index, _)| *index <= applied_index) {
-            let (_, waiters) = self.confirmed.pop_front().expect("the front was there");
-            answer(waiters, Ok(applied_index));
+    /// Takes out all whose index is applied: they may read now.
+    pub(crate) fn take_applied(&mut self, applied_index: u64) -> Vec<ReadSender> {
+        let mut ready = Vec::new();
+        while let Some((_, waiters)) = self.confirmed.pop_front_if(|(index, _)| *index <= applied_index) {
+            ready.extend(waiters.into_iter().map(|waiter| waiter.sender));
         }
+        ready
     }
 
     /// One tick: fails who waited too long. Gives a name if the current round must be asked again. `term`: this member's, now.
@@ -249,6 +250,12 @@ fn answer(waiters: impl IntoIterator<Item = Waiter>, result: Result<u64, ReadErr
 mod tests {
     use super::*;
 
+    fn on_applied(rounds: &mut ReadRounds, applied_index: u64) {
+        for sender in rounds.take_applied(applied_index) {
+            sender.send(Ok(applied_index)).unwrap();
+        }
+    }
+
     fn reader(rounds: &mut ReadRounds) -> oneshot::Receiver<Result<u64, ReadError>> {
         let (sender, receiver) = oneshot::channel();
         rounds.join(sender);
@@ -265,9 +272,9 @@ mod tests {
         let mut late = reader(&mut rounds);
         assert!(!rounds.wants_round(), "one round at a time");
         rounds.confirm(&first, 20);
-        rounds.on_applied(19);
+        on_applied(&mut rounds, 19);
         assert!(early[0].try_recv().is_err(), "not applied yet");
-        rounds.on_applied(21);
+        on_applied(&mut rounds, 21);
         for reader in &mut early {
             assert_eq!(reader.try_recv(), Ok(Ok(21)));
         }
@@ -275,7 +282,7 @@ mod tests {
         let second = rounds.begin(3);
         assert_ne!(first, second);
         rounds.confirm(&second, 21);
-        rounds.on_applied(21);
+        on_applied(&mut rounds, 21);
         assert_eq!(late.try_recv(), Ok(Ok(21)));
     }
 
@@ -287,10 +294,10 @@ mod tests {
         assert_eq!(rounds.on_tick(3), None);
         let again = rounds.on_tick(3).expect("asked again");
         rounds.confirm(&lost, 5);
-        rounds.on_applied(5);
+        on_applied(&mut rounds, 5);
         assert!(waiting.try_recv().is_err());
         rounds.confirm(&again, 6);
-        rounds.on_applied(6);
+        on_applied(&mut rounds, 6);
         assert_eq!(waiting.try_recv(), Ok(Ok(6)));
     }
 
@@ -323,7 +330,7 @@ mod tests {
         rounds.join_member(3, b"lost".to_vec());
         rounds.join_member(3, b"late".to_vec());
         assert_eq!(rounds.confirm(&first, 20), BTreeMap::from([(2, b"early".to_vec())]));
-        rounds.on_applied(20);
+        on_applied(&mut rounds, 20);
         assert_eq!(own.try_recv(), Ok(Ok(20)));
         assert!(rounds.wants_round(), "a member alone is reason enough");
         let second = rounds.begin(3);

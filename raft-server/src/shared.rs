@@ -132,6 +132,21 @@ impl<R: Send + 'static> Shared<R> {
             let gone = send_replies(answered);
             metrics.proposals_pending.fetch_add(gone, Ordering::Relaxed);
         };
+        self.reply(several, send);
+    }
+
+    /// Answers readers, who may read what is applied up to here.
+    pub(crate) fn allow_reads(&self, readers: Vec<ReadSender>, applied_index: u64) {
+        self.reply(readers.len() > 1, move || {
+            for reader in readers {
+                // A reader that went away needs no answer.
+                let _ = reader.send(Ok(applied_index));
+            }
+        });
+    }
+
+    /// Several replies go to the runtime together, and are sent there: each of those who wait is woken by a thread that may run it.
+    fn reply(&self, several: bool, send: impl FnOnce() + Send + 'static) {
         match &self.reply_runtime {
             // Dropped with its runtime, it drops the senders, and who waits learns that.
             Some(runtime) if several => drop(runtime.spawn(async move { send() })),
