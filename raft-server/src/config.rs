@@ -83,9 +83,6 @@ pub struct Config {
     pub flush_entries: u64,
     /// An apply of a round of entries that takes longer is counted and logged. Default 100 ms.
     pub slow_apply: Duration,
-    /// How long, after a read round that served several, the next one waits at most for as many to come again. Default 200 µs; zero in
-    /// simulations, which know no clock.
-    pub read_hold: Duration,
     /// Of what the state has durably, the newest entries are kept for members that are behind: this many at most. Default 5,000.
     pub log_catchup_entries: u64,
     /// And of these as many as fit. Default 64 MiB. A sole voter keeps none.
@@ -137,7 +134,6 @@ impl Config {
             log_bytes_flush: 64 << 20,
             flush_entries: 0,
             slow_apply: Duration::from_millis(100),
-            read_hold: Duration::from_micros(200),
             log_catchup_entries: 5_000,
             log_catchup_bytes: 64 << 20,
             life: 0,

@@ -119,8 +119,6 @@ pub(crate) struct Node<R> {
     /// What this turn has to send: goes together, so that what is for one member goes in one frame.
     pub(crate) outgoing: Vec<PeerMessage>,
     pub(crate) reads: ReadRounds,
-    /// Until then the next read round waits for its readers; see `Config::read_hold`.
-    pub(crate) hold_reads_until: Option<Instant>,
     pub(crate) events: EventReceiver<Event<R>>,
     pub(crate) next_tick: Instant,
     /// Indexes of our batches that a further one waits for, oldest first: see [`Node::forget_arrived`].
@@ -201,15 +199,8 @@ impl<R: Send + 'static> Node<R> {
             if std::mem::take(&mut self.again) {
                 return self.events.try_recv().unwrap_or(Event::Proposals);
             }
-            let until = self.hold_reads_until.map_or(self.next_tick, |held| held.min(self.next_tick));
-            if now < until
-                && let Some(event) = self.events.recv_until(until)
-            {
+            if let Some(event) = self.events.recv_until(self.next_tick) {
                 return event;
-            }
-            if until < self.next_tick {
-                self.hold_reads_until = None;
-                return Event::Readers;
             }
         }
         // After a stall, time goes on from now: a burst of ticks would start elections for nothing.
@@ -814,9 +805,8 @@ impl<R: Send + 'static> Node<R> {
         // Before it has committed in its own term a leader does not know what is committed; raft would ignore the round.
         let can_ask =
             if self.is_leader() { self.raw.raft.commit_to_current_term() } else { self.raw.raft.leader_id != 0 };
-        let begins = self.reads.take(&mut self.shared.readers.lock(), can_ask, self.hold_reads_until.is_some());
+        let begins = self.reads.take(&mut self.shared.readers.lock(), can_ask);
         if begins {
-            self.hold_reads_until = None;
             let name = self.reads.begin(self.raw.raft.term);
             self.raw.read_index(name);
         }
@@ -866,12 +856,6 @@ impl<R: Send + 'static> Node<R> {
 
     fn append_paused(&self) -> bool {
         self.config.append_paused.load(Ordering::Relaxed)
-    }
-
-    /// A read round has ended: the next waits a little for those whom this one served.
-    pub(crate) fn hold_reads(&mut self) {
-        let wait = self.config.read_hold;
-        self.hold_reads_until = (!wait.is_zero() && self.reads.served_several()).then(|| Instant::now() + wait);
     }
 
     pub(crate) fn is_leader(&self) -> bool {

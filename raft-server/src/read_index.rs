@@ -13,11 +13,8 @@
 //! each voter and back, so a group under load has one at a time, not one for each member. A member has one request at a time:
 //! a newer one takes the place of the older.
 //!
-//! Who was answered mostly asks again, but not at once. So the next round waits until it has as many readers as the one before, for
-//! `Config::read_hold` at most: under load that makes of many small rounds a few large ones, and one reader alone waits for nobody.
-//!
-//! Readers leave their senders in [`Readers`], and ring only if raft's thread would not look there otherwise, or if the round that waits
-//! for them is complete; a thread that sleeps is dear to wake. While a round is under way its end will make the thread look.
+//! Readers leave their senders in [`Readers`], and ring only if raft's thread would not look there otherwise; a thread that
+//! sleeps is dear to wake. While a round is under way its end will make the thread look.
 //!
 //! Requests and answers may be lost: a round is asked again under a new name after [`RETRY_TICKS`]. The name carries the
 //! member and a random number drawn at start, because the answer to a round of an earlier life must not confirm one of this
@@ -43,8 +40,6 @@ pub(crate) struct Readers {
     joining: Vec<ReadSender>,
     /// Raft's thread will look here without being told: it was told, or something must happen first that it hears of.
     rung: bool,
-    /// It waits until there are so many.
-    ring_at: Option<usize>,
     closed: bool,
 }
 
@@ -55,7 +50,7 @@ impl Readers {
             return None;
         }
         self.joining.push(sender);
-        Some(!std::mem::replace(&mut self.rung, true) || self.ring_at == Some(self.joining.len()))
+        Some(!std::mem::replace(&mut self.rung, true))
     }
 
     /// Refuses those who wait and all who come.
@@ -89,8 +84,6 @@ pub(crate) struct ReadRounds {
     /// Other members that ask for an index, and the names of their rounds.
     joining_members: BTreeMap<u64, Vec<u8>>,
     current: Option<Round>,
-    /// How many the last round that ended was for, members included.
-    served: usize,
     /// Confirmed, by growing index; wait for it to be applied.
     confirmed: VecDeque<(u64, Vec<Waiter>)>,
     timeout_ticks: usize,
@@ -110,30 +103,22 @@ impl ReadRounds {
             joining,
             joining_members,
             current,
-            served: 0,
             confirmed,
             timeout_ticks,
             timed_out,
         }
     }
 
-    /// Whether the next round has somebody to wait for.
-    pub(crate) fn served_several(&self) -> bool {
-        self.served > 1
-    }
-
     fn join(&mut self, sender: ReadSender) {
         self.joining.push(Waiter { sender, waited_ticks: 0 });
     }
 
-    /// Takes all readers that came. Gives whether a round is to begin now. `can_begin`: whether one could; `held`: whether it is to wait
-    /// until it is for as many as the one before. If nobody is there for one, the next reader rings.
-    pub(crate) fn take(&mut self, readers: &mut Readers, can_begin: bool, held: bool) -> bool {
+    /// Takes all readers that came. Gives whether a round is to begin now. `can_begin`: whether one could; if nobody is there for it, the next
+    /// reader rings.
+    pub(crate) fn take(&mut self, readers: &mut Readers, can_begin: bool) -> bool {
         readers.joining.drain(..).for_each(|sender| self.join(sender));
-        let missing = self.served.saturating_sub(self.joining.len() + self.joining_members.len());
-        readers.ring_at = (can_begin && held && missing > 0).then_some(missing);
-        let begins = can_begin && readers.ring_at.is_none() && self.wants_round();
-        readers.rung = begins || !can_begin || readers.ring_at.is_some() || self.current.is_some();
+        let begins = can_begin && self.wants_round();
+        readers.rung = begins || !can_begin || self.current.is_some();
         begins
     }
 
@@ -169,7 +154,6 @@ impl ReadRounds {
     /// to tell, and the names of their rounds.
     pub(crate) fn confirm(&mut self, name: &[u8], index: u64) -> BTreeMap<u64, Vec<u8>> {
         let Some(round) = self.current.take_if(|round| round.name == name) else { return BTreeMap::new() };
-        self.served = round.waiters.len() + round.members.len();
         if !round.waiters.is_empty() {
             let at = self.confirmed.partition_point(|(waits_for, _)| *waits_for <= index);
             self.confirmed.insert(at, (index, round.waiters));
@@ -180,7 +164,8 @@ impl ReadRounds {
     /// Takes out all whose index is applied: they may read now.
     pub(crate) fn take_applied(&mut self, applied_index: u64) -> Vec<ReadSender> {
         let mut ready = Vec::new();
-        while let Some((_, waiters)) = self.confirmed.pop_front_if(|(index, _)| *index <= applied_index) {
+        let applied = self.confirmed.partition_point(|(index, _)| *index <= applied_index);
+        for (_, waiters) in self.confirmed.drain(..applied) {
             ready.extend(waiters.into_iter().map(|waiter| waiter.sender));
         }
         ready
@@ -371,50 +356,22 @@ mod tests {
         let (mut rounds, mut readers) = (ReadRounds::new(1, 7, 10), Readers::default());
         let join = |readers: &mut Readers| readers.join(oneshot::channel().0);
         assert_eq!((join(&mut readers), join(&mut readers)), (Some(true), Some(false)));
-        assert!(rounds.take(&mut readers, true, false));
+        assert!(rounds.take(&mut readers, true));
         assert_eq!(join(&mut readers), Some(false), "a round is about to begin");
         let name = rounds.begin(3);
-        assert!(!rounds.take(&mut readers, true, false), "one at a time");
+        assert!(!rounds.take(&mut readers, true), "one at a time");
         rounds.confirm(&name, 5);
-        assert!(rounds.take(&mut readers, true, false), "who came meanwhile");
+        assert!(rounds.take(&mut readers, true), "who came meanwhile");
         let name = rounds.begin(3);
         rounds.confirm(&name, 5);
-        assert!(!rounds.take(&mut readers, false, false));
+        assert!(!rounds.take(&mut readers, false));
         assert_eq!(join(&mut readers), Some(false), "when a leader is there, the thread hears of it");
-        assert!(rounds.take(&mut readers, true, false));
+        assert!(rounds.take(&mut readers, true));
         rounds.begin(3);
         let (sender, mut waiting) = oneshot::channel();
         readers.join(sender);
         readers.close();
         assert_eq!((waiting.try_recv(), join(&mut readers)), (Ok(Err(ReadError::Stopped)), None));
-    }
-
-    // A round that waits for as many as the last one had begins with the last of them, whose coming is told, or when its time is over.
-    #[test]
-    fn a_round_that_is_held_waits_for_as_many_as_before() {
-        let (mut rounds, mut readers) = (ReadRounds::new(1, 7, 10), Readers::default());
-        let join = |readers: &mut Readers| readers.join(oneshot::channel().0);
-        for _ in 0..3 {
-            join(&mut readers);
-        }
-        assert!(rounds.take(&mut readers, true, false) && !rounds.served_several());
-        let name = rounds.begin(3);
-        rounds.confirm(&name, 5);
-        assert!(rounds.served_several());
-        assert!(!rounds.take(&mut readers, true, true));
-        assert_eq!(join(&mut readers), Some(false), "one of three");
-        assert!(!rounds.take(&mut readers, true, true));
-        assert_eq!([join(&mut readers), join(&mut readers)], [Some(false), Some(true)], "the third");
-        assert!(rounds.take(&mut readers, true, true));
-        let name = rounds.begin(3);
-        rounds.confirm(&name, 6);
-        assert_eq!((join(&mut readers), rounds.take(&mut readers, true, true)), (Some(false), false));
-        assert!(rounds.take(&mut readers, true, false), "its time is over");
-        let name = rounds.begin(3);
-        rounds.confirm(&name, 7);
-        assert!(!rounds.served_several());
-        assert!(!rounds.take(&mut readers, true, false));
-        assert_eq!(join(&mut readers), Some(true), "nobody else would tell");
     }
 
     #[test]

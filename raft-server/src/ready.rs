@@ -71,7 +71,6 @@ impl<R: Send + 'static> Node<R> {
         for state in ready.take_read_states() {
             let members = self.reads.confirm(&state.request_ctx, state.index);
             self.answer_read_requests(members, state.index);
-            self.hold_reads();
         }
         if !ready.snapshot().is_empty() {
             return self.begin_install(ready);

@@ -169,7 +169,6 @@ pub(crate) fn assemble<S: StateMachine>(
         applier: None,
         transport: Box::new(transport),
         reads: ReadRounds::new(config.id, shared.life, config.read_timeout_ticks),
-        hold_reads_until: None,
         outgoing: Vec::new(),
         events,
         next_tick: Instant::now() + Duration::from_millis(config.tick_ms),

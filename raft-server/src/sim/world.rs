@@ -3,7 +3,6 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::hash::{Hash, Hasher};
 use std::path::Path;
-use std::time::Duration;
 
 use bytes::Bytes;
 use raft::eraftpb::ConfState;
@@ -215,7 +214,6 @@ impl World {
             election_timeout_ticks,
             election_jitter_ticks: 1,
             read_timeout_ticks: 40,
-            read_hold: Duration::ZERO,
             life: self.lives_begun,
             log_bytes_flush: 64 << 10,
             log_catchup_entries: 3,

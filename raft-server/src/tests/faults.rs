@@ -67,6 +67,7 @@ async fn faults_after(command: impl Into<Bytes>, spoil: fn(&FailingLog)) -> Vec<
     let (handle, guard) = start_on(config, probe.boot(), log.clone(), NoPeers).unwrap();
     wait_for_leadership(&handle).await;
     patiently(handle.propose(1, Bytes::from_static(b"fine"))).await.unwrap();
+    until(|| handle.read_point_now().is_some()).await;
     spoil(&log);
     let unanswered = patiently(handle.propose(1, command.into())).await;
     assert_eq!(unanswered, Err(ProposeError::Dropped), "nobody knows whether it took effect");

@@ -12,13 +12,16 @@ fn names_in(dir: &Path) -> BTreeSet<OsString> {
 
 /// What a kill -9 at this moment leaves of the log: its files as they are, without the clean end that a stop writes. They are
 /// copied one after the other, which is one moment's image if none came, went or was renamed meanwhile: then all but the newest
-/// stand still, and of that one a beginning is copied.
+/// stand still, and of that one a beginning is copied. The mark that says how far they reach at least goes first.
 fn copy_log(from: &Path, to: &Path) {
     let (from, to) = (log_dir(from), log_dir(to));
     loop {
         std::fs::create_dir(&to).unwrap();
         let names = names_in(&from);
-        let copied = names.iter().try_for_each(|name| std::fs::copy(from.join(name), to.join(name)).map(drop));
+        let (marks, files): (Vec<_>, Vec<_>) = names.iter().partition(|name| *name == "synced");
+        assert_eq!(marks.len(), 1);
+        let copied =
+            marks.into_iter().chain(files).try_for_each(|name| std::fs::copy(from.join(name), to.join(name)).map(drop));
         match copied {
             Ok(()) if names_in(&from) == names => return,
             Ok(()) => {}

@@ -79,7 +79,7 @@ async fn a_read_barrier_of_a_single_voter_sees_every_acknowledged_write() {
     let dir = tempfile::tempdir().unwrap();
     let probe = Probe::default();
     let (handle, guard) = start_single(config(1, dir.path()), &probe).await;
-    patiently(handle.read_barrier()).await.unwrap();
+    until(|| handle.read_point_now().is_some()).await;
     for command in numbered(0..20) {
         patiently(handle.propose(1, command)).await.unwrap();
         let applied = patiently(handle.read_barrier()).await.unwrap();
