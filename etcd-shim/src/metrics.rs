@@ -5,13 +5,14 @@
 //! some tenant's write, a file that is open some tenant's connection.
 
 mod tenants;
+pub(crate) mod text;
 
 use std::fmt::Write as _;
 use std::sync::Arc;
 
-use tenure_raft_server::HistogramSnapshot;
 use tenure_raft_server::transport::peers::{PeerStats, SnapshotStats};
 
+use self::text::{buckets, family, histogram, metric};
 use crate::cell::{Cell, DEFAULT_TENANT, Tenant};
 use crate::rpc_metrics::RpcMetrics;
 use crate::service::ETCD_VERSION;
@@ -33,121 +34,297 @@ pub(crate) fn render(cell: &Cell, tenant: Option<&Tenant>, rpc_metrics: &RpcMetr
     out
 }
 
-fn metric(out: &mut String, name: &str, kind: &str, value: impl std::fmt::Display) {
-    let _ = writeln!(out, "# TYPE {name} {kind}\n{name} {value}");
-}
-
 /// What tells a tenant no other's business.
 fn of_everybody(out: &mut String, cell: &Cell) {
     let status = cell.raft_status();
-    metric(out, "etcd_server_has_leader", "gauge", u8::from(status.leader_id != 0));
-    metric(out, "etcd_server_is_leader", "gauge", u8::from(status.is_leader));
-    metric(out, "etcd_server_is_learner", "gauge", u8::from(status.is_learner));
-    let labelled = [
-        ("etcd_server_version", "server_version", ETCD_VERSION.to_string()),
-        ("etcd_cluster_version", "cluster_version", "3.7".to_string()),
-        ("etcd_server_id", "server_id", format!("{:x}", cell.member_id())),
+    let yes_or_no = [
+        ("etcd_server_has_leader", "1 if this member knows who leads, else 0", status.leader_id != 0),
+        ("etcd_server_is_leader", "1 if this member leads, else 0", status.is_leader),
+        ("etcd_server_is_learner", "1 if this member is a learner, else 0", status.is_learner),
     ];
-    for (name, label, value) in labelled {
-        let _ = writeln!(out, "# TYPE {name} gauge\n{name}{{{label}=\"{value}\"}} 1");
+    for (name, help, value) in yes_or_no {
+        metric(out, name, "gauge", help, u8::from(value));
+    }
+    let labelled = [
+        (
+            "etcd_server_version",
+            "Always 1, labelled with the release of etcd that this member answers as",
+            "server_version",
+            ETCD_VERSION.to_string(),
+        ),
+        (
+            "etcd_cluster_version",
+            "Always 1, labelled with the version of etcd's API that all members speak",
+            "cluster_version",
+            "3.7".to_string(),
+        ),
+        (
+            "etcd_server_id",
+            "Always 1, labelled with this member's id in hexadecimal",
+            "server_id",
+            format!("{:x}", cell.member_id()),
+        ),
+    ];
+    for (name, help, label, value) in labelled {
+        family(out, name, "gauge", help);
+        let _ = writeln!(out, "{name}{{{label}=\"{value}\"}} 1");
     }
 }
 
 fn of_tenant(out: &mut String, tenant: &Tenant) {
     let state = tenant.reader().state();
     let (streams, watchers) = tenant.reader().watch_counts();
-    metric(out, "etcd_server_quota_backend_bytes", "gauge", tenant.quota_bytes());
-    metric(out, "etcd_mvcc_db_total_size_in_bytes", "gauge", state.db_size_bytes());
-    metric(out, "etcd_mvcc_db_total_size_in_use_in_bytes", "gauge", state.db_in_use_bytes());
-    metric(out, "etcd_debugging_mvcc_current_revision", "gauge", state.revision);
-    metric(out, "etcd_debugging_mvcc_compact_revision", "gauge", state.compact_revision);
-    metric(out, "etcd_debugging_mvcc_keys_total", "gauge", state.usage.live_keys);
-    metric(out, "etcd_debugging_mvcc_watch_stream_total", "gauge", streams);
-    metric(out, "etcd_debugging_mvcc_watcher_total", "gauge", watchers);
+    metric(
+        out,
+        "etcd_server_quota_backend_bytes",
+        "gauge",
+        "Bytes that the tenant may store, below 0 if there is no limit",
+        tenant.quota_bytes(),
+    );
+    metric(
+        out,
+        "etcd_mvcc_db_total_size_in_bytes",
+        "gauge",
+        "Bytes that the tenant stores, in all versions that are kept",
+        state.db_size_bytes(),
+    );
+    metric(
+        out,
+        "etcd_mvcc_db_total_size_in_use_in_bytes",
+        "gauge",
+        "Bytes that the tenant stores in the newest versions of its keys",
+        state.db_in_use_bytes(),
+    );
+    metric(out, "etcd_debugging_mvcc_current_revision", "gauge", "Newest revision of the tenant", state.revision);
+    metric(
+        out,
+        "etcd_debugging_mvcc_compact_revision",
+        "gauge",
+        "Revision that the tenant was compacted at, -1 if it never was",
+        state.compact_revision,
+    );
+    metric(out, "etcd_debugging_mvcc_keys_total", "gauge", "Keys that the tenant has now", state.usage.live_keys);
+    metric(
+        out,
+        "etcd_debugging_mvcc_watch_stream_total",
+        "gauge",
+        "Watch streams that the tenant has open at this member",
+        streams,
+    );
+    metric(out, "etcd_debugging_mvcc_watcher_total", "gauge", "Watchers that the tenant has at this member", watchers);
 }
 
 fn of_member(out: &mut String, cell: &Cell) {
+    of_log(out, cell);
+    of_replication(out, cell);
+    of_promotions(out, cell);
+    of_disk(out, cell);
+}
+
+fn of_log(out: &mut String, cell: &Cell) {
     let (status, metrics) = (cell.raft_status(), cell.raft_metrics());
-    metric(out, "etcd_server_leader_changes_seen_total", "counter", metrics.leader_changes());
-    metric(out, "etcd_server_proposals_committed_total", "gauge", status.commit_index);
-    metric(out, "etcd_server_proposals_applied_total", "gauge", status.applied_index);
-    metric(out, "etcd_server_proposals_pending", "gauge", metrics.proposals_pending());
-    metric(out, "etcd_server_proposals_failed_total", "counter", metrics.proposals_failed());
-    metric(out, "etcd_server_slow_apply_total", "counter", metrics.slow_applies());
-    metric(out, "etcd_disk_wal_write_bytes_total", "gauge", metrics.wal_write_bytes());
+    metric(
+        out,
+        "etcd_server_leader_changes_seen_total",
+        "counter",
+        "Times that this member found a leader, after another one or after none",
+        metrics.leader_changes(),
+    );
+    metric(
+        out,
+        "etcd_server_proposals_committed_total",
+        "gauge",
+        "Index in raft's log up to which this member knows it committed",
+        status.commit_index,
+    );
+    metric(
+        out,
+        "etcd_server_proposals_applied_total",
+        "gauge",
+        "Index in raft's log up to which this member has applied it",
+        status.applied_index,
+    );
+    metric(
+        out,
+        "etcd_server_proposals_pending",
+        "gauge",
+        "Commands that wait at this member for a batch or for their reply",
+        metrics.proposals_pending(),
+    );
+    metric(
+        out,
+        "etcd_server_proposals_failed_total",
+        "counter",
+        "Commands that were refused or dropped, or that nobody waited for any more",
+        metrics.proposals_failed(),
+    );
+    metric(
+        out,
+        "etcd_server_slow_apply_total",
+        "counter",
+        "Rounds of entries that took longer to apply than --warning-apply-duration",
+        metrics.slow_applies(),
+    );
+    metric(
+        out,
+        "etcd_disk_wal_write_bytes_total",
+        "gauge",
+        "Bytes that this process has written to raft's log",
+        metrics.wal_write_bytes(),
+    );
+}
+
+fn of_replication(out: &mut String, cell: &Cell) {
+    let metrics = cell.raft_metrics();
     let heartbeats = cell.peer_stats().iter().map(|(_, stats)| stats.heartbeats_dropped()).sum::<u64>();
-    metric(out, "etcd_server_heartbeat_send_failures_total", "counter", heartbeats);
-    metric(out, "etcd_server_read_indexes_failed_total", "counter", metrics.reads_failed());
-    metric(out, "etcd_server_slow_read_indexes_total", "counter", metrics.read_rounds_repeated());
-    metric(out, "etcd_server_snapshot_apply_in_progress_total", "gauge", metrics.snapshots_installing());
-    metric(out, "etcd_server_learner_promote_successes", "counter", cell.learners_promoted());
-    let _ = writeln!(out, "# TYPE etcd_server_learner_promote_failures counter");
+    metric(
+        out,
+        "etcd_server_heartbeat_send_failures_total",
+        "counter",
+        "Heartbeats for other members that were dropped before they were sent",
+        heartbeats,
+    );
+    metric(
+        out,
+        "etcd_server_read_indexes_failed_total",
+        "counter",
+        "Linearizable reads that no leader confirmed in time",
+        metrics.reads_failed(),
+    );
+    metric(
+        out,
+        "etcd_server_slow_read_indexes_total",
+        "counter",
+        "Read rounds that were asked for again, and ticks at which readers gave up",
+        metrics.read_rounds_repeated(),
+    );
+    metric(
+        out,
+        "etcd_server_snapshot_apply_in_progress_total",
+        "gauge",
+        "1 while a snapshot becomes the state of this member, else 0",
+        metrics.snapshots_installing(),
+    );
+}
+
+fn of_promotions(out: &mut String, cell: &Cell) {
+    metric(
+        out,
+        "etcd_server_learner_promote_successes",
+        "counter",
+        "Learners that got their vote from this member as the leader",
+        cell.learners_promoted(),
+    );
+    const FAILURES: &str = "etcd_server_learner_promote_failures";
+    family(out, FAILURES, "counter", "Promotions of learners that this member refused as the leader, by reason");
     for (reason, count) in cell.promotions_refused() {
-        let _ = writeln!(out, "etcd_server_learner_promote_failures{{Reason=\"{reason}\"}} {count}");
+        let _ = writeln!(out, "{FAILURES}{{Reason=\"{reason}\"}} {count}");
     }
-    let disk = cell.disk();
-    metric(out, "tenure_disk_free_bytes", "gauge", disk.free_bytes());
-    metric(out, "tenure_disk_reserve_bytes", "gauge", disk.reserve_bytes());
-    metric(out, "tenure_disk_full", "gauge", u8::from(disk.is_full()));
-    histogram(out, "etcd_disk_backend_commit_duration_seconds", &metrics.backend_commit_duration.snapshot());
-    histogram(out, "etcd_disk_wal_fsync_duration_seconds", &metrics.wal_fsync_duration.snapshot());
-    histogram(out, "etcd_disk_wal_write_duration_seconds", &metrics.wal_write_duration.snapshot());
 }
 
-fn histogram(out: &mut String, name: &str, snapshot: &HistogramSnapshot) {
-    let _ = writeln!(out, "# TYPE {name} histogram");
-    buckets(out, name, "", snapshot);
-}
-
-/// `labels` in front of a bucket's own, each with its comma.
-fn buckets(out: &mut String, name: &str, labels: &str, snapshot: &HistogramSnapshot) {
-    for (bound, count) in &snapshot.buckets {
-        let bound = if bound.is_finite() { bound.to_string() } else { "+Inf".to_string() };
-        let _ = writeln!(out, "{name}_bucket{{{labels}le=\"{bound}\"}} {count}");
-    }
-    let alone = labels.trim_end_matches(',');
-    let braces = if alone.is_empty() { String::new() } else { format!("{{{alone}}}") };
-    let _ = writeln!(out, "{name}_sum{braces} {}\n{name}_count{braces} {}", snapshot.sum_seconds, snapshot.count);
+fn of_disk(out: &mut String, cell: &Cell) {
+    let (disk, metrics) = (cell.disk(), cell.raft_metrics());
+    metric(
+        out,
+        "tenure_disk_free_bytes",
+        "gauge",
+        "Bytes that are free on the disk of the data directory",
+        disk.free_bytes(),
+    );
+    metric(
+        out,
+        "tenure_disk_reserve_bytes",
+        "gauge",
+        "Bytes of the disk that are not given to clients: with fewer free, their writes are refused",
+        disk.reserve_bytes(),
+    );
+    metric(
+        out,
+        "tenure_disk_full",
+        "gauge",
+        "1 while this member refuses writes to keep its reserve of the disk, else 0",
+        u8::from(disk.is_full()),
+    );
+    histogram(
+        out,
+        "etcd_disk_backend_commit_duration_seconds",
+        "Seconds that it took to apply a round of entries to the state",
+        &metrics.backend_commit_duration.snapshot(),
+    );
+    histogram(
+        out,
+        "etcd_disk_wal_fsync_duration_seconds",
+        "Seconds that a sync of raft's log to the disk took",
+        &metrics.wal_fsync_duration.snapshot(),
+    );
+    histogram(
+        out,
+        "etcd_disk_wal_write_duration_seconds",
+        "Seconds that a write to raft's log took, without the sync after it",
+        &metrics.wal_write_duration.snapshot(),
+    );
 }
 
 /// What is counted of the other members, under etcd's names.
 fn of_peers(out: &mut String, cell: &Cell) {
     let peers = cell.peer_stats();
     let own = format!("{:x}", cell.member_id());
-    let _ = writeln!(out, "# TYPE etcd_network_known_peers gauge");
+    family(out, "etcd_network_known_peers", "gauge", "Always 1, for each other member that this one knows");
     for (id, _) in &peers {
         let _ = writeln!(out, "etcd_network_known_peers{{Local=\"{own}\",Remote=\"{id:x}\"}} 1");
     }
-    type Count = (&'static str, fn(&PeerStats) -> u64);
-    let counts: [Count; 4] = [
-        ("etcd_network_peer_sent_failures_total", PeerStats::sent_failures),
-        ("etcd_network_peer_received_failures_total", PeerStats::received_failures),
-        ("etcd_network_peer_sent_bytes_total", PeerStats::sent_bytes),
-        ("etcd_network_peer_received_bytes_total", PeerStats::received_bytes),
-    ];
-    for (name, count) in counts {
-        let label = if name.contains("received") { "From" } else { "To" };
-        let _ = writeln!(out, "# TYPE {name} counter");
-        for (id, stats) in &peers {
-            let _ = writeln!(out, "{name}{{{label}=\"{id:x}\"}} {}", count(stats));
-        }
-    }
+    messages(out, &peers);
     snapshots(out, &peers, "send", "To", |stats| &stats.sent_snapshots);
     snapshots(out, &peers, "receive", "From", |stats| &stats.received_snapshots);
-    let _ = writeln!(out, "# TYPE etcd_network_active_peers gauge");
+    family(out, "etcd_network_active_peers", "gauge", "1 while this member's streams to the other one are up, else 0");
     for (id, stats) in &peers {
         let active = u8::from(stats.connected_for().is_some());
         let _ = writeln!(out, "etcd_network_active_peers{{Local=\"{own}\",Remote=\"{id:x}\"}} {active}");
     }
-    let _ = writeln!(out, "# TYPE etcd_network_disconnected_peers_total counter");
+    const DISCONNECTED: &str = "etcd_network_disconnected_peers_total";
+    family(out, DISCONNECTED, "counter", "Times that this member lost its streams to the other one");
     for (id, stats) in &peers {
         let times = stats.disconnections();
-        let _ = writeln!(out, "etcd_network_disconnected_peers_total{{Local=\"{own}\",Remote=\"{id:x}\"}} {times}");
+        let _ = writeln!(out, "{DISCONNECTED}{{Local=\"{own}\",Remote=\"{id:x}\"}} {times}");
     }
     const ROUND_TRIP: &str = "etcd_network_peer_round_trip_time_seconds";
-    let _ = writeln!(out, "# TYPE {ROUND_TRIP} histogram");
+    family(out, ROUND_TRIP, "histogram", "Seconds until another member answered a probe of this one");
     for (id, stats) in &peers {
         buckets(out, ROUND_TRIP, &format!("To=\"{id:x}\","), &stats.round_trip().snapshot());
+    }
+}
+
+/// Raft's messages to other members and from them.
+fn messages(out: &mut String, peers: &[(u64, Arc<PeerStats>)]) {
+    type Count = (&'static str, &'static str, fn(&PeerStats) -> u64);
+    let counts: [Count; 4] = [
+        (
+            "etcd_network_peer_sent_failures_total",
+            "Messages for another member that were dropped, and connections to it that broke",
+            PeerStats::sent_failures,
+        ),
+        (
+            "etcd_network_peer_received_failures_total",
+            "Streams of another member that broke or held what is no message",
+            PeerStats::received_failures,
+        ),
+        (
+            "etcd_network_peer_sent_bytes_total",
+            "Bytes of raft's messages sent to another member, without snapshots",
+            PeerStats::sent_bytes,
+        ),
+        (
+            "etcd_network_peer_received_bytes_total",
+            "Bytes of raft's messages that came from another member, without snapshots",
+            PeerStats::received_bytes,
+        ),
+    ];
+    for (name, help, count) in counts {
+        let label = if name.contains("received") { "From" } else { "To" };
+        family(out, name, "counter", help);
+        for (id, stats) in peers {
+            let _ = writeln!(out, "{name}{{{label}=\"{id:x}\"}} {}", count(stats));
+        }
     }
 }
 
@@ -161,21 +338,24 @@ fn snapshots(
 ) {
     let seen = |stats: &SnapshotStats| stats.succeeded() + stats.failed() > 0 || stats.is_inflight();
     let all: Vec<_> = peers.iter().map(|(id, stats)| (id, of(stats))).filter(|(_, stats)| seen(stats)).collect();
-    type Count = (&'static str, &'static str, fn(&SnapshotStats) -> u64);
+    type Count = (&'static str, &'static str, &'static str, fn(&SnapshotStats) -> u64);
     let counts: [Count; 3] = [
-        ("success", "counter", SnapshotStats::succeeded),
-        ("failures", "counter", SnapshotStats::failed),
-        ("inflights_total", "gauge", |stats| u64::from(stats.is_inflight())),
+        ("success", "counter", "Snapshots that got across, by the other member", SnapshotStats::succeeded),
+        ("failures", "counter", "Snapshots that did not get across, by the other member", SnapshotStats::failed),
+        ("inflights_total", "gauge", "Snapshots on their way now, by the other member", |stats| {
+            u64::from(stats.is_inflight())
+        }),
     ];
-    for (name, kind, count) in counts {
-        let _ = writeln!(out, "# TYPE etcd_network_snapshot_{direction}_{name} {kind}");
+    for (name, kind, help, count) in counts {
+        let name = format!("etcd_network_snapshot_{direction}_{name}");
+        family(out, &name, kind, help);
         for (id, stats) in &all {
-            let value = count(stats);
-            let _ = writeln!(out, "etcd_network_snapshot_{direction}_{name}{{{label}=\"{id:x}\"}} {value}");
+            let _ = writeln!(out, "{name}{{{label}=\"{id:x}\"}} {}", count(stats));
         }
     }
     let name = format!("etcd_network_snapshot_{direction}_total_duration_seconds");
-    let _ = writeln!(out, "# TYPE {name} histogram");
+    let help = "Seconds that snapshots took to get across or to fail, by the other member";
+    family(out, &name, "histogram", help);
     for (id, stats) in &all {
         buckets(out, &name, &format!("{label}=\"{id:x}\","), &stats.duration().snapshot());
     }
@@ -184,19 +364,21 @@ fn snapshots(
 /// Of this process, from the operating system; what it does not say is left out.
 fn of_process(out: &mut String) {
     if let Some(bytes) = resident_bytes() {
-        metric(out, "process_resident_memory_bytes", "gauge", bytes);
+        metric(out, "process_resident_memory_bytes", "gauge", "Bytes of memory that this process holds", bytes);
     }
     if let Ok(files) = std::fs::read_dir("/proc/self/fd") {
-        metric(out, "process_open_fds", "gauge", files.count());
+        metric(out, "process_open_fds", "gauge", "Files and sockets that this process has open", files.count());
     }
     if let Some(files) = rustix::process::getrlimit(rustix::process::Resource::Nofile).current {
-        metric(out, "process_max_fds", "gauge", files);
+        metric(out, "process_max_fds", "gauge", "Files and sockets that this process may have open", files);
     }
     let used = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
-    let _ = writeln!(
+    metric(
         out,
-        "# TYPE process_cpu_seconds_total counter\nprocess_cpu_seconds_total {}.{:09}",
-        used.tv_sec, used.tv_nsec
+        "process_cpu_seconds_total",
+        "counter",
+        "Seconds of processor time that this process has taken",
+        format_args!("{}.{:09}", used.tv_sec, used.tv_nsec),
     );
 }
 
@@ -205,4 +387,67 @@ pub(crate) fn resident_bytes() -> Option<u64> {
     let statm = std::fs::read_to_string("/proc/self/statm").ok()?;
     let pages: u64 = statm.split(' ').nth(1)?.parse().ok()?;
     Some(pages * rustix::param::page_size() as u64)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+    use crate::service::testing::TestCell;
+
+    /// The families of an answer. Each has one head, its help and then its kind, and after it its own samples and no others.
+    fn families(text: &str) -> BTreeSet<&str> {
+        let (mut all, mut family) = (BTreeSet::new(), "");
+        let mut lines = text.lines();
+        while let Some(line) = lines.next() {
+            if let Some(head) = line.strip_prefix("# HELP ") {
+                let (name, help) = head.split_once(' ').unwrap();
+                assert!(!help.is_empty() && help == help.trim() && !help.contains('\\'), "{line}");
+                let kind = lines.next().and_then(|line| line.strip_prefix("# TYPE ")?.strip_prefix(name));
+                assert!(matches!(kind, Some(" counter" | " gauge" | " histogram")), "{kind:?} after {line}");
+                assert!(all.insert(name), "twice: {name}");
+                family = name;
+            } else {
+                let name = line.split(['{', ' ']).next().unwrap();
+                let part = name.strip_prefix(family);
+                assert!(matches!(part, Some("" | "_bucket" | "_sum" | "_count")), "none of {family:?}: {line}");
+            }
+        }
+        all
+    }
+
+    // What a metric means is asked where it is queried, and a head that is not whole or comes twice may cost the whole scrape.
+    #[tokio::test]
+    async fn every_family_says_what_it_is() {
+        let test = TestCell::open().await;
+        let (cell, rpc_metrics) = (test.context().cell, RpcMetrics::default());
+        cell.peers().set_members(&[(7, vec!["http://127.0.0.1:1".to_string()])]);
+        let [default, other] = [DEFAULT_TENANT, "other"].map(|name| test.tenant(name));
+        drop(rpc_metrics.begin(default.id(), "/etcdserverpb.KV/Put"));
+
+        let text = render(&cell, Some(&default), &rpc_metrics);
+        let all = families(&text);
+        let of_each_part = [
+            "etcd_server_id",
+            "etcd_debugging_mvcc_keys_total",
+            "grpc_server_handled_total",
+            "etcd_disk_wal_fsync_duration_seconds",
+            "etcd_network_snapshot_receive_total_duration_seconds",
+            "tenure_tenant_request_duration_seconds",
+            "process_cpu_seconds_total",
+        ];
+        for name in of_each_part {
+            assert!(all.contains(name), "{name}");
+        }
+        for sample in
+            ["etcd_network_peer_round_trip_time_seconds_count{To=\"7\"}", "tenure_tenant_keys{tenant=\"other\"}"]
+        {
+            assert!(text.contains(sample), "{sample}");
+        }
+        for tenant in [None, Some(&other)] {
+            let some = render(&cell, tenant, &rpc_metrics);
+            assert!(families(&some).is_subset(&all), "{some}");
+        }
+    }
 }

@@ -14,6 +14,7 @@ use tenure_raft_server::{DurationHistogram, HistogramSnapshot};
 use tenure_storage::TenantId;
 use tonic::Code;
 
+use crate::metrics::text::{family, metric};
 use crate::throttle::TenantUse;
 
 const UNARY: &str = "unary";
@@ -153,6 +154,34 @@ impl TenantCounters {
             used: Arc::clone(&self.used),
         }
     }
+
+    /// A counter of each method.
+    fn render_methods(&self, out: &mut String, name: &str, help: &str, value: fn(&MethodCounters) -> &AtomicU64) {
+        family(out, name, "counter", help);
+        for ((service, method, kind), counters) in METHODS.iter().zip(&self.methods) {
+            let value = value(counters).load(Ordering::Relaxed);
+            let _ = writeln!(
+                out,
+                "{name}{{grpc_method=\"{method}\",grpc_service=\"{service}\",grpc_type=\"{kind}\"}} {value}"
+            );
+        }
+    }
+
+    /// How often each method was answered with each code.
+    fn render_handled(&self, out: &mut String) {
+        const NAME: &str = "grpc_server_handled_total";
+        family(out, NAME, "counter", "Calls that ended, by method and code");
+        for ((service, method, kind), counters) in METHODS.iter().zip(&self.methods) {
+            for (code, handled) in CODES.iter().zip(&counters.handled) {
+                let value = handled.load(Ordering::Relaxed);
+                let _ = writeln!(
+                    out,
+                    "{NAME}{{grpc_code=\"{code}\",grpc_method=\"{method}\",grpc_service=\"{service}\",\
+                     grpc_type=\"{kind}\"}} {value}"
+                );
+            }
+        }
+    }
 }
 
 /// The counters of all tenants. Cheap to clone; all clones count together.
@@ -196,35 +225,26 @@ impl RpcMetrics {
     pub fn render(&self, tenant: TenantId, out: &mut String) {
         let none = Arc::new(TenantCounters::new(tenant));
         let counters = self.0.read().get(&tenant).cloned().unwrap_or(none);
-        let family = |out: &mut String, name: &str, value: &dyn Fn(&MethodCounters) -> &AtomicU64| {
-            let _ = writeln!(out, "# TYPE {name} counter");
-            for ((service, method, kind), counters) in METHODS.iter().zip(&counters.methods) {
-                let value = value(counters).load(Ordering::Relaxed);
-                let _ = writeln!(
-                    out,
-                    "{name}{{grpc_method=\"{method}\",grpc_service=\"{service}\",grpc_type=\"{kind}\"}} {value}"
-                );
-            }
-        };
-        family(out, "grpc_server_started_total", &|method| &method.started);
-        family(out, "grpc_server_msg_received_total", &|method| &method.messages_received);
-        family(out, "grpc_server_msg_sent_total", &|method| &method.messages_sent);
-        let _ = writeln!(out, "# TYPE grpc_server_handled_total counter");
-        for ((service, method, kind), counters) in METHODS.iter().zip(&counters.methods) {
-            for (code, handled) in CODES.iter().zip(&counters.handled) {
-                let value = handled.load(Ordering::Relaxed);
-                let _ = writeln!(
-                    out,
-                    "grpc_server_handled_total{{grpc_code=\"{code}\",grpc_method=\"{method}\",grpc_service=\"{service}\",\
-                     grpc_type=\"{kind}\"}} {value}"
-                );
-            }
-        }
-        for (name, bytes) in [
-            ("etcd_network_client_grpc_received_bytes_total", &counters.received_bytes),
-            ("etcd_network_client_grpc_sent_bytes_total", &counters.sent_bytes),
+        let started = "Calls that began, by method";
+        counters.render_methods(out, "grpc_server_started_total", started, |method| &method.started);
+        let received = "Messages that came in from clients, by method";
+        counters.render_methods(out, "grpc_server_msg_received_total", received, |method| &method.messages_received);
+        let sent = "Messages that went out to clients, by method";
+        counters.render_methods(out, "grpc_server_msg_sent_total", sent, |method| &method.messages_sent);
+        counters.render_handled(out);
+        for (name, help, bytes) in [
+            (
+                "etcd_network_client_grpc_received_bytes_total",
+                "Bytes of messages that came in from clients",
+                &counters.received_bytes,
+            ),
+            (
+                "etcd_network_client_grpc_sent_bytes_total",
+                "Bytes of messages that went out to clients",
+                &counters.sent_bytes,
+            ),
         ] {
-            let _ = writeln!(out, "# TYPE {name} counter\n{name} {}", bytes.load(Ordering::Relaxed));
+            metric(out, name, "counter", help, bytes.load(Ordering::Relaxed));
         }
     }
 }

@@ -9,7 +9,7 @@ use std::fmt::Write as _;
 use tenure_raft_server::HistogramSnapshot;
 use tenure_storage::{AlarmKind, TenantPhase};
 
-use super::buckets;
+use super::text::{buckets, family};
 use crate::cell::{Cell, Tenant};
 use crate::rpc_metrics::RpcMetrics;
 use crate::throttle::Reason;
@@ -107,58 +107,91 @@ pub(super) fn render(out: &mut String, cell: &Cell, rpc_metrics: &RpcMetrics, sh
     rpc_metrics.retain(|tenant| tenant.0 == 0 || known.contains(&tenant));
     shown.extend(other.map(|other| (OTHER.to_string(), other)));
 
-    let _ = writeln!(out, "# TYPE tenure_tenants gauge");
+    family(out, "tenure_tenants", "gauge", "Tenants of the cell, by state");
     for (phase, tenants) in phases {
         let _ = writeln!(out, "tenure_tenants{{state=\"{phase}\"}} {tenants}");
     }
-    type Value = (&'static str, &'static str, fn(&Shown) -> Option<i128>);
+    values(out, &shown);
+    requests(out, &shown);
+    throttled(out, &shown);
+    alarms(out, &shown);
+    latency(out, &shown);
+}
+
+/// What is one number of a tenant.
+fn values(out: &mut String, shown: &[(String, Shown)]) {
+    type Value = (&'static str, &'static str, &'static str, fn(&Shown) -> Option<i128>);
     let values: [Value; 11] = [
-        ("received_bytes_total", "counter", |of| Some(of.received_bytes.into())),
-        ("sent_bytes_total", "counter", |of| Some(of.sent_bytes.into())),
-        ("stored_bytes", "gauge", |of| Some(of.stored_bytes.into())),
-        ("live_bytes", "gauge", |of| Some(of.live_bytes.into())),
-        ("history_bytes", "gauge", |of| Some(of.stored_bytes.saturating_sub(of.live_bytes).into())),
-        ("quota_bytes", "gauge", |of| Some(of.quota_bytes.into())),
-        ("keys", "gauge", |of| Some(of.keys.into())),
-        ("watchers", "gauge", |of| Some(of.watchers.into())),
-        ("connections", "gauge", |of| Some(of.connections.into())),
-        ("revision", "gauge", |of| of.revisions.map(|(revision, _)| revision.into())),
-        ("compact_revision", "gauge", |of| of.revisions.map(|(_, compact)| compact.into())),
+        ("received_bytes_total", "counter", "Bytes of messages from clients, at this member", |of| {
+            Some(of.received_bytes.into())
+        }),
+        ("sent_bytes_total", "counter", "Bytes of messages to clients, from this member", |of| {
+            Some(of.sent_bytes.into())
+        }),
+        ("stored_bytes", "gauge", "Bytes stored, in all versions that are kept", |of| Some(of.stored_bytes.into())),
+        ("live_bytes", "gauge", "Bytes stored in the newest versions of keys", |of| Some(of.live_bytes.into())),
+        ("history_bytes", "gauge", "Bytes stored in older versions and deletions, which a compaction may free", |of| {
+            Some(of.stored_bytes.saturating_sub(of.live_bytes).into())
+        }),
+        ("quota_bytes", "gauge", "Bytes that the tenant may store, 0 if there is no limit", |of| {
+            Some(of.quota_bytes.into())
+        }),
+        ("keys", "gauge", "Keys that the tenant has now", |of| Some(of.keys.into())),
+        ("watchers", "gauge", "Watchers at this member", |of| Some(of.watchers.into())),
+        ("connections", "gauge", "Connections of clients to this member", |of| Some(of.connections.into())),
+        ("revision", "gauge", "Newest revision of the tenant", |of| of.revisions.map(|(revision, _)| revision.into())),
+        ("compact_revision", "gauge", "Revision of the last compaction, -1 if there was none", |of| {
+            of.revisions.map(|(_, compact)| compact.into())
+        }),
     ];
-    for (name, kind, value) in values {
-        let _ = writeln!(out, "# TYPE tenure_tenant_{name} {kind}");
-        for (tenant, of) in &shown {
+    for (name, kind, help, value) in values {
+        let name = format!("tenure_tenant_{name}");
+        family(out, &name, kind, help);
+        for (tenant, of) in shown {
             if let Some(value) = value(of) {
-                let _ = writeln!(out, "tenure_tenant_{name}{{tenant=\"{tenant}\"}} {value}");
+                let _ = writeln!(out, "{name}{{tenant=\"{tenant}\"}} {value}");
             }
         }
     }
-    let _ = writeln!(out, "# TYPE tenure_tenant_requests_total counter");
-    for (tenant, of) in &shown {
+}
+
+fn requests(out: &mut String, shown: &[(String, Shown)]) {
+    const NAME: &str = "tenure_tenant_requests_total";
+    family(out, NAME, "counter", "Calls that ended at this member, by method and code");
+    for (tenant, of) in shown {
         for ((method, code), times) in &of.requests {
-            let labels = format!("tenant=\"{tenant}\",method=\"{method}\",code=\"{code}\"");
-            let _ = writeln!(out, "tenure_tenant_requests_total{{{labels}}} {times}");
+            let _ = writeln!(out, "{NAME}{{tenant=\"{tenant}\",method=\"{method}\",code=\"{code}\"}} {times}");
         }
     }
-    let _ = writeln!(out, "# TYPE tenure_tenant_throttled_total counter");
-    for (tenant, of) in &shown {
+}
+
+fn throttled(out: &mut String, shown: &[(String, Shown)]) {
+    const NAME: &str = "tenure_tenant_throttled_total";
+    family(out, NAME, "counter", "Times that a limit made this member refuse or delay something, by reason");
+    for (tenant, of) in shown {
         for (reason, times) in Reason::ALL.into_iter().zip(of.held_back) {
-            let labels = format!("tenant=\"{tenant}\",reason=\"{}\"", reason.name());
-            let _ = writeln!(out, "tenure_tenant_throttled_total{{{labels}}} {times}");
+            let _ = writeln!(out, "{NAME}{{tenant=\"{tenant}\",reason=\"{}\"}} {times}", reason.name());
         }
     }
-    let _ = writeln!(out, "# TYPE tenure_tenant_alarms gauge");
-    for (tenant, of) in &shown {
+}
+
+fn alarms(out: &mut String, shown: &[(String, Shown)]) {
+    const NAME: &str = "tenure_tenant_alarms";
+    family(out, NAME, "gauge", "Alarms that are active, of all members, by alarm");
+    for (tenant, of) in shown {
         for alarm in ["NOSPACE", "CORRUPT"] {
             let active = of.alarms.get(alarm).copied().unwrap_or(0);
-            let _ = writeln!(out, "tenure_tenant_alarms{{tenant=\"{tenant}\",alarm=\"{alarm}\"}} {active}");
+            let _ = writeln!(out, "{NAME}{{tenant=\"{tenant}\",alarm=\"{alarm}\"}} {active}");
         }
     }
-    const LATENCY: &str = "tenure_tenant_request_duration_seconds";
-    let _ = writeln!(out, "# TYPE {LATENCY} histogram");
-    for (tenant, of) in &shown {
+}
+
+fn latency(out: &mut String, shown: &[(String, Shown)]) {
+    const NAME: &str = "tenure_tenant_request_duration_seconds";
+    family(out, NAME, "histogram", "Seconds from the head of a unary call's request to the end of its answer");
+    for (tenant, of) in shown {
         if let Some(latency) = &of.latency {
-            buckets(out, LATENCY, &format!("tenant=\"{tenant}\","), latency);
+            buckets(out, NAME, &format!("tenant=\"{tenant}\","), latency);
         }
     }
 }
