@@ -51,6 +51,11 @@ var faults = []fault{
 	{name: "slow disk", members: 3, strike: slowDisk, ofSystem: true},
 	{name: "clock jumps", members: 3, strike: clockJumps, ofSystem: true},
 	{name: "full disk", members: 3, strike: fullDisk, ofSystem: true},
+	{name: "pause leader of five", members: 5, strike: pauseLeader, etcdLosesLeases: true},
+	{name: "rolling restart of five", members: 5, strike: rollingRestart, gentle: true},
+	{name: "slow disk of five", members: 5, strike: slowDisk, ofSystem: true},
+	{name: "clock jumps of five", members: 5, strike: clockJumps, ofSystem: true},
+	{name: "full disk of five", members: 5, strike: fullDisk, ofSystem: true},
 }
 
 // smallSnapshots makes a member that missed some hundred writes need a snapshot.
@@ -359,7 +364,7 @@ func clockJumps(f *faulty) {
 	const hours = time.Hour
 	for _, offsets := range [][]time.Duration{{10 * hours, 0, 0}, {-10 * hours, hours, -hours}, {0, -2 * hours, 5 * hours}} {
 		for i, m := range f.Members {
-			m.Faults.ShiftClock(offsets[i])
+			m.Faults.ShiftClock(offsets[i%len(offsets)])
 		}
 		f.some()
 		leader, _ := f.leader()
