@@ -4,9 +4,12 @@
 //! this task serves it: [`WATCH_DELIVERY_STEP`] watchers of one tenant, then of the next that has something waiting. Each costs
 //! the same however large its events are, because all share the bytes; so steps are counted in watchers.
 
+use std::time::Instant;
+
 use tenure_storage::TenantId;
 use tenure_storage::limits::WATCH_DELIVERY_STEP;
 
+use crate::priority::GaveWay;
 use crate::rotation::Rotation;
 
 /// Tenants with events that wait.
@@ -22,12 +25,14 @@ impl Deliveries {
     /// Delivers for ever. `deliver` serves so many watchers of a tenant and answers whether more wait.
     pub(crate) async fn run(&self, deliver: impl Fn(TenantId, usize) -> bool) {
         let mut last = TenantId(0);
+        let mut gave_way = GaveWay::NEVER;
         loop {
             match self.0.take_behind(&mut last) {
                 Some(tenant) => {
                     if deliver(tenant, WATCH_DELIVERY_STEP) {
                         self.0.add(tenant);
                     }
+                    gave_way = gave_way.again(Instant::now());
                     tokio::task::yield_now().await;
                 }
                 None => self.0.added().await,

@@ -4,6 +4,11 @@
 //! with threads that always have something to do, which a flood of requests or of large reads makes of those that serve
 //! connections and those that read, then each of them waits for the end of somebody's time slice, milliseconds each. So the latter
 //! step back ([`step_back`]). Nothing is taken from them while a processor is free.
+//!
+//! That alone decides who is next when a slice has ended, and the system's slices are milliseconds. So a thread that works for busy
+//! tenants ends its own now and then ([`GaveWay`]): whoever waits for the processor waits for a tenth of a millisecond.
+
+use std::time::{Duration, Instant};
 
 /// Steps of `nice` for threads that serve connections.
 pub const SERVING: i32 = 5;
@@ -18,6 +23,27 @@ pub fn step_back(steps: i32) {
     let now = rustix::process::getpriority_process(Some(thread)).unwrap_or(0);
     if let Err(error) = rustix::process::setpriority_process(Some(thread), now + steps) {
         tracing::debug!(%error, "lower the priority of a thread");
+    }
+}
+
+/// How long a thread works for busy tenants before it lets others in.
+const STEP: Duration = Duration::from_micros(100);
+
+/// When a thread let others in last.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct GaveWay(Option<Instant>);
+
+impl GaveWay {
+    pub(crate) const NEVER: GaveWay = GaveWay(None);
+
+    /// Lets other threads in if that is long ago, or never was. Costs nothing to speak of while none waits.
+    pub(crate) fn again(self, now: Instant) -> Self {
+        if self.0.is_some_and(|at| now.saturating_duration_since(at) < STEP) {
+            return self;
+        }
+        std::thread::yield_now();
+        // Others' time does not count.
+        GaveWay(Some(Instant::now()))
     }
 }
 

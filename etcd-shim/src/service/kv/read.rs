@@ -4,12 +4,14 @@
 //! goes to the reading threads. What does not fit the budget is dropped, and read again when there is room.
 
 use std::ops::ControlFlow;
+use std::time::Instant;
 
 use tenure_storage::{Engine, KeyRange, RangeRequest, RangeSummary, ReadError, TenantReader};
 
 use crate::cell::Tenant;
 use crate::cell_error::CellError;
 use crate::inflight::{InFlight, Reservation};
+use crate::priority::GaveWay;
 use crate::wire::KvRope;
 
 /// Whether the number of keys in the range is wanted too.
@@ -26,9 +28,8 @@ pub(super) struct Read {
     pub(super) reservation: Reservation,
 }
 
-/// How much is read before who waits for the processor is let in: a tenth of a millisecond's work. Without it a thread of the highest
-/// priority waits for the end of the reading thread's time slice, which is milliseconds.
-const READ_STEP_BYTES: usize = 128 << 10;
+/// How much is read between two looks at whether to let other threads in: some hundredths of a millisecond's work.
+const LOOK_BYTES: usize = 16 << 10;
 
 enum Attempt {
     Done(Read),
@@ -81,12 +82,12 @@ fn try_read<E: Engine>(
 ) -> Result<Attempt, ReadError> {
     let mut kvs = KvRope::default();
     let mut fits = true;
-    let mut step_ends_bytes = READ_STEP_BYTES;
+    let (mut gave_way, mut look_at_bytes) = (GaveWay::NEVER, LOOK_BYTES);
     let mut sink = |stored: &[u8]| {
         kvs.push(stored);
-        if kvs.len_bytes() >= step_ends_bytes {
-            std::thread::yield_now();
-            step_ends_bytes = kvs.len_bytes() + READ_STEP_BYTES;
+        if kvs.len_bytes() >= look_at_bytes {
+            gave_way = gave_way.again(Instant::now());
+            look_at_bytes = kvs.len_bytes() + LOOK_BYTES;
         }
         fits = reservation.try_reach(kvs.len_bytes());
         if fits { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
