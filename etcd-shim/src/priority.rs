@@ -30,7 +30,7 @@ pub fn step_back(steps: i32) {
 const STEP: Duration = Duration::from_micros(100);
 
 /// When a thread let others in last.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct GaveWay(Option<Instant>);
 
 impl GaveWay {
@@ -61,5 +61,13 @@ mod tests {
         });
         assert_eq!(stepped.join().unwrap(), (before + READING).min(19));
         assert_eq!(of(rustix::thread::gettid()), before);
+    }
+
+    #[test]
+    fn others_are_let_in_once_a_step() {
+        let first = GaveWay::NEVER.again(Instant::now());
+        let at = first.0.unwrap();
+        assert_eq!(first.again(at + STEP / 2), first);
+        assert!(first.again(at + STEP).0.unwrap() > at);
     }
 }

@@ -20,7 +20,7 @@
 //! acknowledged before it; a watcher saw every change, once, in order, whole revisions at a time, as the members have it; all
 //! members, learners too, have the same history, leases and hash, and know of the same members.
 //!
-//! `make sim` runs seeds without end; `make test` a thousand of them. A failing seed is printed with the command that
+//! `make sim` runs seeds without end; `make test` two thousand of them. A failing seed is printed with the command that
 //! runs it alone, and belongs into [`tests::FOUND_BEFORE`].
 
 mod check;

@@ -10,7 +10,7 @@ use rand::rngs::StdRng;
 use super::{Bug, Run, Violation, World, run};
 
 /// Seeds of `make test`; `TENURE_SIM_SEEDS` says otherwise, 0 for no end.
-const SEEDS: u64 = 1_000;
+const SEEDS: u64 = 2_000;
 
 /// Seeds of no other test that broke something, each with what. A seed is a run only for as long as the scheduler draws as it does now: whoever
 /// changes that takes the entries away, and keeps what they found as a test of its own or a [`Bug`], as [`Bug::LateRecord`] is.
