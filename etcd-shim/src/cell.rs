@@ -851,7 +851,7 @@ impl Inner {
     }
 
     async fn read_barrier(&self) -> Result<(), CellError> {
-        // The only voter knows without asking: spare the timer.
+        // A member that is alone knows without asking: spare the timer.
         if self.raft.read_point_now().is_some() {
             return Ok(());
         }

@@ -36,9 +36,10 @@ pub(crate) struct GaveWay(Option<Instant>);
 impl GaveWay {
     pub(crate) const NEVER: GaveWay = GaveWay(None);
 
-    /// Lets other threads in if that is long ago, or never was. Costs nothing to speak of while none waits.
+    /// Lets other threads in if that is long ago; the first call is the beginning. Costs nothing to speak of while none waits.
     pub(crate) fn again(self, now: Instant) -> Self {
-        if self.0.is_some_and(|at| now.saturating_duration_since(at) < STEP) {
+        let Some(at) = self.0 else { return GaveWay(Some(now)) };
+        if now.saturating_duration_since(at) < STEP {
             return self;
         }
         std::thread::yield_now();
@@ -65,8 +66,9 @@ mod tests {
 
     #[test]
     fn others_are_let_in_once_a_step() {
-        let first = GaveWay::NEVER.again(Instant::now());
-        let at = first.0.unwrap();
+        let at = Instant::now();
+        let first = GaveWay::NEVER.again(at);
+        assert_eq!(first, GaveWay(Some(at)));
         assert_eq!(first.again(at + STEP / 2), first);
         assert!(first.again(at + STEP).0.unwrap() > at);
     }

@@ -140,7 +140,7 @@ impl<R: Send + 'static> Handle<R> {
     /// A point from which a local read is linearizable: when this resolves, every write acknowledged anywhere before the
     /// call is applied here. Gives an applied index at or after that point.
     ///
-    /// One ReadIndex round serves all who wait. A leader that is the only voter needs none: it answers from memory.
+    /// One ReadIndex round serves all who wait. A member that is alone needs none: it answers from memory.
     ///
     /// # Errors
     /// See [`ReadError`]; nothing was changed, so a retry is always safe.

@@ -235,7 +235,10 @@ impl<R: Send + 'static> Node<R> {
     }
 
     fn on_tick(&mut self) {
-        if !self.lacks_entries() {
+        if self.lacks_entries() {
+            // Its time goes on: it need not wait for an election anew.
+            self.raw.raft.election_elapsed += 1;
+        } else {
             self.raw.tick();
         }
         if let Some(name) = self.reads.on_tick(self.raw.raft.term) {
@@ -836,7 +839,8 @@ impl<R: Send + 'static> Node<R> {
     /// Whether what is applied here is all that anybody was ever told is written; see `StatusCells::reads_freely`.
     fn may_read_freely(&mut self) -> bool {
         let raft = &self.raw.raft;
-        if !self.is_sole_voter() || !self.is_leader() || !raft.commit_to_current_term() {
+        // A learner may have applied more than the leader, and tells its clients.
+        if !self.is_alone() || !self.is_leader() || !raft.commit_to_current_term() {
             self.read_floor = None;
             return false;
         }

@@ -257,7 +257,7 @@ impl<R: Send + 'static> Node<R> {
         }
         self.shared.status.voters.store(voters.len() as u64, Ordering::Release);
         self.shared.status.conf_index.store(conf.index, Ordering::Release);
-        // Another voter may acknowledge writes from now on.
+        // Another member may acknowledge writes from now on.
         self.shared.status.reads_freely.store(false, Ordering::Release);
         *self.shared.members.write() = Arc::from(voters);
         self.joint.send_replace(!conf.state.voters_outgoing.is_empty());

@@ -49,8 +49,8 @@ pub(crate) struct StatusCells {
     /// Of the newest change of members.
     pub(crate) conf_index: AtomicU64,
     pub(crate) is_learner: AtomicBool,
-    /// This member is the only voter, leads, and has applied all that an earlier life may have acknowledged: what is
-    /// applied is what is acknowledged, and a read needs no round.
+    /// This member is alone in its group, leads, and has applied all that an earlier life, or a member that is gone, may have
+    /// acknowledged: what is applied is what is acknowledged, and a read needs no round.
     pub(crate) reads_freely: AtomicBool,
 }
 

@@ -2,6 +2,7 @@
 //!
 //! A life ends at the first [`Fault`]: memory has none, so the power is gone.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -43,6 +44,17 @@ pub(super) struct SimMachine {
     tenant: TenantId,
     bug: Bug,
     applied: u64,
+    /// The tenant's revision as of an applied index.
+    revisions: Revisions,
+}
+
+type Revisions = Arc<Mutex<BTreeMap<u64, i64>>>;
+
+impl SimMachine {
+    fn note_revision(&self) {
+        let revision = self.storage.store().reader(self.tenant).map_or(1, |reader| reader.revision());
+        self.revisions.lock().insert(self.storage.applied_index(), revision);
+    }
 }
 
 impl StateMachine for SimMachine {
@@ -66,7 +78,9 @@ impl StateMachine for SimMachine {
         if self.bug == Bug::DroppedEvent && self.applied.is_multiple_of(20) {
             self.storage.store().lose_next_revision(self.tenant);
         }
-        self.storage.apply(entries)
+        let outcomes = self.storage.apply(entries)?;
+        self.note_revision();
+        Ok(outcomes)
     }
 
     fn durable_index(&self) -> Result<u64, Fault> {
@@ -93,7 +107,9 @@ impl StateMachine for SimMachine {
     }
 
     fn install(&mut self, dir: &Path, index: u64) -> Result<(), Fault> {
-        self.storage.install(dir, index)
+        self.storage.install(dir, index)?;
+        self.note_revision();
+        Ok(())
     }
 }
 
@@ -104,6 +120,7 @@ pub(super) struct Life {
     /// What the log thread has in hand.
     writing: Option<Queued>,
     pub(super) store: Store<MemoryEngine>,
+    revisions: Revisions,
 }
 
 impl Life {
@@ -112,17 +129,24 @@ impl Life {
         let sent = Arc::new(Mutex::new(Sent::default()));
         let storage = Storage::open(Arc::clone(&disk.engine), Arc::new(NoObserver)).expect("memory opens");
         let store = storage.store();
-        let machine = SimMachine { storage, tenant, bug, applied: 0 };
+        let revisions = Revisions::default();
+        let machine = SimMachine { storage, tenant, bug, applied: 0, revisions: Arc::clone(&revisions) };
+        machine.note_revision();
         let transport = SimTransport(Arc::clone(&sent));
         let log = Arc::clone(&disk.log) as Arc<dyn LogStore>;
         let config = Config { snapshot_dir: disk.snapshots.clone(), snapshots_on_raft_thread: true, ..config };
         let mut assembled = assemble(config, machine, log, transport).expect("a member starts on its own disk");
         assembled.node.begin().expect("the power is back");
-        Life { assembled, sent, writing: None, store }
+        Life { assembled, sent, writing: None, store, revisions }
     }
 
     pub(super) fn handle(&self) -> &Handle<Outcome> {
         &self.assembled.handle
+    }
+
+    /// The tenant's revision when this much was applied.
+    pub(super) fn revision_at(&self, applied_index: u64) -> i64 {
+        self.revisions.lock().range(..=applied_index).next_back().map_or(1, |(_, revision)| *revision)
     }
 
     /// Who is in the group, as this member knows.
