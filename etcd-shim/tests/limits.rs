@@ -693,7 +693,9 @@ async fn top_tells_who_works() {
     assert!(now.received_bytes > acme.received_bytes + 200_000 && now.sent_bytes > acme.sent_bytes + 200_000);
     assert_eq!(now.keys, acme.keys + 20);
     let still = play.top("globex").await;
-    assert_eq!((still.requests, still.cpu_us, still.keys), (globex.requests, globex.cpu_us, globex.keys));
+    assert_eq!((still.requests, still.keys), (globex.requests, globex.keys));
+    // Its connection may have had something left to do, which was not what the other one's requests took.
+    assert!(2 * (still.cpu_us - globex.cpu_us) < now.cpu_us - acme.cpu_us, "{globex:?} {still:?} {acme:?} {now:?}");
     drop(watch);
     play.end().await;
 }
