@@ -5,8 +5,8 @@
 //! connections and those that read, then each of them waits for the end of somebody's time slice, milliseconds each. So the latter
 //! step back ([`step_back`]). Nothing is taken from them while a processor is free.
 //!
-//! That alone decides who is next when a slice has ended, and the system's slices are milliseconds. So a thread that works for busy
-//! tenants ends its own now and then ([`GaveWay`]): whoever waits for the processor waits for a tenth of a millisecond.
+//! That alone decides who is next when a slice has ended, and the system's slices are milliseconds. So a thread that reads much, or hands
+//! out many events, ends its own now and then ([`GaveWay`]): whoever waits for the processor waits for a tenth of a millisecond.
 
 use std::time::{Duration, Instant};
 
@@ -26,7 +26,7 @@ pub fn step_back(steps: i32) {
     }
 }
 
-/// How long a thread works for busy tenants before it lets others in.
+/// How long such a thread works before it lets others in.
 const STEP: Duration = Duration::from_micros(100);
 
 /// When a thread let others in last.

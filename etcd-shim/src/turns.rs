@@ -10,8 +10,7 @@
 //! [`HALF_LIFE`]. It falls into one of [`LEVELS`] classes, each four times as much as the one before. A tenant that is held back uses
 //! less, so it is in a lower class before long: nobody waits for ever. While no quiet tenant does anything nobody is held.
 //!
-//! A turn is short: an answer of many megabytes is written in pieces, one a turn ([`Paced`]). And between turns of busy tenants the
-//! system's other threads are let in ([`GaveWay`]), first of all those that order and apply what quiet ones write.
+//! A turn is short: an answer of many megabytes is written in pieces, one a turn ([`Paced`]).
 //!
 //! What must hold: where somebody waits all places are taken, and each is given on when its task was polled or dropped. What waits is
 //! bounded by the tasks there are, which connections and streams bound.
@@ -28,7 +27,6 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-use crate::priority::GaveWay;
 use crate::throttle::TenantUse;
 
 /// After this half of what was used is forgotten.
@@ -53,8 +51,6 @@ const TURN_BYTES_MAX: usize = 256 << 10;
 thread_local! {
     /// What the task that this thread polls may still write in its turn; `None`: it has no turn, and no bound.
     static MAY_WRITE: Cell<Option<usize>> = const { Cell::new(None) };
-    /// When this thread let others in between two tasks of busy tenants.
-    static GAVE_WAY: Cell<GaveWay> = const { Cell::new(GaveWay::NEVER) };
 }
 
 /// What holds during a turn, also one that panics.
@@ -401,10 +397,6 @@ impl Turn {
         drop(place);
         let now = Instant::now();
         woken.used.spent(now.saturating_duration_since(began), now);
-        if before == Ok(PLACED) {
-            // There is a quiet tenant, and this was not its task.
-            GAVE_WAY.set(GAVE_WAY.get().again(now));
-        }
         polled
     }
 }
