@@ -135,7 +135,7 @@ impl<R: Send + 'static> Shared<R> {
         self.reply(several, send);
     }
 
-    /// Answers readers, who may read what is applied up to here.
+    /// Answers readers, who may read what is applied up to here. What waits on the runtime is bounded as they are, by `read_waiters_max`.
     pub(crate) fn allow_reads(&self, readers: Vec<ReadSender>, applied_index: u64) {
         self.reply(readers.len() > 1, move || {
             for reader in readers {

@@ -3,8 +3,9 @@
 //! Nothing here has a thread or a clock. Each step the scheduler draws one thing that could happen next: a tick of some
 //! member's clock, a message that arrives, is lost or arrives twice, a turn of a member's raft, log or apply work, a client's
 //! write or read, a crash (now, or at one of the next writes to the disk: [`disk`] says what is on it then), a restart, a
-//! partition, a member that stands still for a while, a change of members. So time passes at another pace on every member, and every order of events that the
-//! threads could produce can be drawn. The same seed gives the same run; its trace is a number, to compare.
+//! partition, a member that stands still for a while, a change of members. So time passes at another pace on every member, and
+//! every order of events that the threads could produce can be drawn. The same seed gives the same run; its trace is a number,
+//! to compare.
 //!
 //! Each run has some of these kinds of trouble, and is quick or slow beside its clocks: all kinds at once would cut each other short, and an
 //! election, a write on the other side and a read on this one have to come after each other within one partition.
