@@ -45,7 +45,7 @@ test-go: test-etcd test-apiserver
 
 test-etcd: programs tools
 	cd tests/etcd && go vet ./... && go test -count=1 -v -timeout 30m ./client ./etcdctl ./history
-	cd tests/etcd && go test -count=1 -v -timeout 30m -parallel 2 -run 'Test(Auto|Max|Member|Move|NoStrict|PreVote|Quorum|Readyz)' ./cluster
+	cd tests/etcd && go test -count=1 -v -timeout 30m -parallel 2 -run 'Test(Auto|Max|Member|Move|NoStrict|Planted|PreVote|Quorum|Readyz)' ./cluster
 
 # Cells of real processes under faults, with recorded histories that are checked; longer than the others, TENURE_FAULT_ROUNDS says how much.
 test-faults: programs tools

@@ -78,6 +78,8 @@ struct Comparison<'a> {
     audience: &'a dyn Audience,
     /// By section and case, then server, in the order they were run.
     cases: Vec<(String, BTreeMap<String, Runs>)>,
+    /// What the other sections found, by name.
+    others: serde_json::Map<String, Value>,
 }
 
 /// A server of a section, as the loads see it.
@@ -88,7 +90,7 @@ struct Contestant {
     servers: Vec<Server>,
 }
 
-/// Compares, and writes `report.json` and the charts. Answers the report.
+/// Compares, and writes `report.json`, after each section anew, and at the end the charts. Answers the report.
 ///
 /// # Errors
 /// If a server cannot be started or driven, or a file not be written.
@@ -100,37 +102,38 @@ pub fn compare(plan: &Plan, audience: &dyn Audience) -> anyhow::Result<Value> {
     std::fs::create_dir_all(&data)?;
     let fdatasync_us = fdatasync_us(&data)?;
     audience.line(&format!("fdatasync of 4 KiB on this disk: median {fdatasync_us:.0} µs"));
-    let mut comparison = Comparison { plan, audience, cases: Vec::new() };
+    let mut comparison = Comparison { plan, audience, cases: Vec::new(), others: serde_json::Map::new() };
+    comparison.note("fdatasync_us", json!(fdatasync_us))?;
     comparison.section("plain", 1, false, &all_cases(plan))?;
     comparison.section("tls", 1, true, &main_cases(plan, 1))?;
     if plan.tenants > 1 {
         comparison.section("tenants", plan.tenants, false, &main_cases(plan, plan.tenants))?;
         comparison.section("tenants-tls", plan.tenants, true, &main_cases(plan, plan.tenants))?;
     }
-    let members = if plan.catch_up_writes > 0 { comparison.members()? } else { Vec::new() };
-    let large = if plan.large_keys > 0 { comparison.large()? } else { Vec::new() };
-    let tail = if plan.tail_revisions > 0 { comparison.tail()? } else { Vec::new() };
-    let noisy =
-        if plan.tenants > 1 && comparison.asked_for("noisy") { noisy::run(plan, audience)? } else { Vec::new() };
-    let idle = if plan.idle_tenants > 0 { comparison.idle()? } else { Value::Null };
-    let is_scaled = plan.idle_tenants > 0 && plan.large_keys > 0 && comparison.asked_for("scale");
-    let scale = if is_scaled { scale::run(plan, audience)? } else { Value::Null };
-    let medians = comparison.medians();
-    let report = json!({
-        "fdatasync_us": fdatasync_us,
-        "rounds": plan.rounds,
-        "seconds_per_run": plan.duration.as_secs_f64(),
-        "medians": medians,
-        "three_members": members,
-        "large": large,
-        "tail": tail,
-        "noisy_neighbour": noisy,
-        "idle_tenants": idle,
-        "scale": scale,
-        "runs": comparison.cases.iter().map(|(case, servers)| json!({ "case": case, "servers": servers })).collect::<Vec<_>>(),
-    });
-    std::fs::write(plan.dir.join("report.json"), serde_json::to_string_pretty(&report)?)?;
-    chart::write(&plan.dir, &medians)?;
+    if plan.catch_up_writes > 0 {
+        let members = comparison.members()?;
+        comparison.note("three_members", json!(members))?;
+    }
+    if plan.large_keys > 0 {
+        let large = comparison.large()?;
+        comparison.note("large", json!(large))?;
+    }
+    if plan.tail_revisions > 0 {
+        let tail = comparison.tail()?;
+        comparison.note("tail", json!(tail))?;
+    }
+    if plan.tenants > 1 && comparison.asked_for("noisy") {
+        comparison.note("noisy_neighbour", json!(noisy::run(plan, audience)?))?;
+    }
+    if plan.idle_tenants > 0 {
+        let idle = comparison.idle()?;
+        comparison.note("idle_tenants", idle)?;
+    }
+    if plan.idle_tenants > 0 && plan.large_keys > 0 && comparison.asked_for("scale") {
+        comparison.note("scale", scale::run(plan, audience)?)?;
+    }
+    let report = comparison.report();
+    chart::write(&plan.dir, &comparison.medians())?;
     std::fs::remove_dir_all(&data)?;
     Ok(report)
 }
@@ -218,7 +221,31 @@ impl Comparison<'_> {
             return Ok(());
         }
         let contestants = self.contestants(section, tenants, with_tls)?;
-        self.rounds(section, &contestants, cases)
+        self.rounds(section, &contestants, cases)?;
+        self.save()
+    }
+
+    /// Adds what a section found to the report.
+    fn note(&mut self, name: &str, found: Value) -> anyhow::Result<()> {
+        self.others.insert(name.to_owned(), found);
+        self.save()
+    }
+
+    /// Writes what there is by now: whoever ends a run early keeps the sections that it has gone through.
+    fn save(&self) -> anyhow::Result<()> {
+        let report = serde_json::to_string_pretty(&self.report())?;
+        Ok(std::fs::write(self.plan.dir.join("report.json"), report)?)
+    }
+
+    fn report(&self) -> Value {
+        let mut report = self.others.clone();
+        report.insert("rounds".to_owned(), json!(self.plan.rounds));
+        report.insert("seconds_per_run".to_owned(), json!(self.plan.duration.as_secs_f64()));
+        report.insert("medians".to_owned(), json!(self.medians()));
+        let runs: Vec<Value> =
+            self.cases.iter().map(|(case, servers)| json!({ "case": case, "servers": servers })).collect();
+        report.insert("runs".to_owned(), json!(runs));
+        Value::Object(report)
     }
 
     fn rounds(&mut self, section: &str, contestants: &[Contestant], cases: &[Case]) -> anyhow::Result<()> {
@@ -481,7 +508,7 @@ impl Comparison<'_> {
                 revisions += load::block_on(load::run(&target, &put, &told))?.operations;
             }
             let txn =
-                Load { rate: Some(TAIL_RATE), duration: 3 * self.plan.duration, ..base(self.plan, Workload::KubeTxn) };
+                Load { rate: Some(TAIL_RATE), duration: 4 * self.plan.duration, ..base(self.plan, Workload::KubeTxn) };
             let quiet = load::block_on(load::run(&target, &txn, &told))?;
             let mut lists = Noise::begin(&self.plan.bench, &target.addresses[0], &list)?;
             lists.stand()?;

@@ -137,10 +137,10 @@ struct CompareArgs {
     #[arg(long, default_value_t = 3)]
     rounds: usize,
     /// Seconds of each run.
-    #[arg(long, default_value_t = 2.0)]
+    #[arg(long, default_value_t = 1.5)]
     duration: f64,
     /// Seconds before each run.
-    #[arg(long, default_value_t = 0.4)]
+    #[arg(long, default_value_t = 0.3)]
     warm_up: f64,
     /// Tenants of the sections with many; 0 leaves them out.
     #[arg(long, default_value_t = 1000)]

@@ -75,7 +75,7 @@ type report struct {
 
 const (
 	// reportLines of one message, reportMessages of one test, and reportBytes of one line are said again.
-	reportLines    = 6
+	reportLines    = 16
 	reportMessages = 12
 	reportBytes    = 400
 	panicLines     = 15

@@ -383,12 +383,7 @@ impl Inner {
 
     fn check_promotion(&self, membership: &Membership, id: u64) -> Result<(), CellError> {
         let member = membership.member(id).ok_or(Refusal::MemberNotFound)?;
-        if !is_in_sync(&self.raft.progress(), self.identity().member_id, id) {
-            return Err(MembershipError::LearnerNotReady.into());
-        }
-        if !member.is_learner {
-            return Err(Refusal::MemberNotLearner.into());
-        }
+        check_learner(member, &self.raft.progress(), self.identity().member_id)?;
         if self.strict_reconfig_check {
             let voters = membership.members.iter().filter(|member| !member.is_learner || member.id == id);
             let (mut started, mut all) = (0, 0);
@@ -413,6 +408,18 @@ impl Inner {
         });
         CellMembers { cluster_id: self.identity().cluster_id, members: members.collect() }
     }
+}
+
+/// Whether a member is a learner that may vote from now on. A voter is told what it is whatever the leader knows of its progress, which
+/// may be nothing.
+fn check_learner(member: &Member, progress: &[Progress], leader: u64) -> Result<(), CellError> {
+    if !member.is_learner {
+        return Err(Refusal::MemberNotLearner.into());
+    }
+    if !is_in_sync(progress, leader, member.id) {
+        return Err(MembershipError::LearnerNotReady.into());
+    }
+    Ok(())
 }
 
 /// Whether a member is near enough to the leader to vote. Nobody is while the leader has not counted: it does so once a tick, so
@@ -522,6 +529,21 @@ mod tests {
         assert!(!is_in_sync(&[of(2, 100)], 1, 2));
         assert!(!is_in_sync(&[of(1, 100), of(2, 89)], 1, 2));
         assert!(is_in_sync(&[of(1, 100), of(2, 90)], 1, 2));
+    }
+
+    // Right after an election a voter was told that it was not in sync, instead of that it was no learner.
+    #[test]
+    fn a_voter_is_no_learner_whatever_the_leader_has_counted() {
+        let member = |is_learner| Member { id: 2, is_learner, ..Member::default() };
+        let counted: Vec<Progress> =
+            [1, 2].map(|id| Progress { id, matched_index: 100, is_active: true, is_learner: id == 2 }).into();
+        for progress in [&[], counted.as_slice()] {
+            let checked = check_learner(&member(false), progress, 1);
+            assert!(matches!(checked, Err(CellError::Refused(Refusal::MemberNotLearner))), "{checked:?}");
+        }
+        let early = check_learner(&member(true), &[], 1);
+        assert!(matches!(early, Err(CellError::Membership(MembershipError::LearnerNotReady))), "{early:?}");
+        check_learner(&member(true), &counted, 1).expect("in sync");
     }
 
     #[test]

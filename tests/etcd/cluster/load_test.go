@@ -14,6 +14,7 @@ import (
 	"go.etcd.io/etcd/api/v3/mvccpb"
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
+	"google.golang.org/grpc"
 
 	"tenure.dev/tests/etcd/history"
 	"tenure.dev/tests/harness"
@@ -66,6 +67,8 @@ type options struct {
 	patience time.Duration
 	// losesLeases says that leases may end that are kept alive.
 	losesLeases bool
+	// dial are options of all clients' connections.
+	dial []grpc.DialOption
 }
 
 // startLoad begins with clients that know all members, and those of options. Watches are of both kinds always.
@@ -76,7 +79,7 @@ func startLoad(t testing.TB, c *harness.Cluster, tenant string, seed uint64, opt
 		t:         t,
 		cluster:   c,
 		tenant:    tenant,
-		perMember: each(t, c, tenant),
+		perMember: each(t, c, tenant, options.dial...),
 		members:   map[uint64]*harness.Member{},
 		options:   options,
 	}
@@ -96,7 +99,7 @@ func startLoad(t testing.TB, c *harness.Cluster, tenant string, seed uint64, opt
 		shared = 2
 	}
 	for i := range shared {
-		l.startWorker(fmt.Sprintf("shared%d", i), newClient(t, c.Endpoints(tenant)...), seed, true)
+		l.startWorker(fmt.Sprintf("shared%d", i), dialled(t, c.Endpoints(tenant), options.dial...), seed, true)
 	}
 	if options.pinned {
 		for i, client := range l.perMember {

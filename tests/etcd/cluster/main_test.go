@@ -82,6 +82,11 @@ func number(t testing.TB, name string, otherwise int) int {
 // newClient gives a connection of its own to some endpoints.
 func newClient(t testing.TB, endpoints ...string) *clientv3.Client {
 	t.Helper()
+	return dialled(t, endpoints)
+}
+
+func dialled(t testing.TB, endpoints []string, options ...grpc.DialOption) *clientv3.Client {
+	t.Helper()
 	client, err := clientv3.New(clientv3.Config{
 		Endpoints: endpoints,
 		Logger:    zap.NewNop(),
@@ -89,10 +94,10 @@ func newClient(t testing.TB, endpoints ...string) *clientv3.Client {
 		DialKeepAliveTime:    30 * time.Second,
 		DialKeepAliveTimeout: 10 * time.Second,
 		// A member that comes back is soon used again.
-		DialOptions: []grpc.DialOption{grpc.WithConnectParams(grpc.ConnectParams{
+		DialOptions: append(options, grpc.WithConnectParams(grpc.ConnectParams{
 			Backoff:           backoff.Config{BaseDelay: 50 * time.Millisecond, Multiplier: 1.5, MaxDelay: 500 * time.Millisecond},
 			MinConnectTimeout: 5 * time.Second,
-		})},
+		})),
 	})
 	must(t, err)
 	t.Cleanup(func() { _ = client.Close() })
@@ -100,11 +105,11 @@ func newClient(t testing.TB, endpoints ...string) *clientv3.Client {
 }
 
 // each gives one client a member, in the order of the cluster's members.
-func each(t testing.TB, c *harness.Cluster, tenant string) []*clientv3.Client {
+func each(t testing.TB, c *harness.Cluster, tenant string, options ...grpc.DialOption) []*clientv3.Client {
 	t.Helper()
 	var clients []*clientv3.Client
 	for _, endpoint := range c.Endpoints(tenant) {
-		clients = append(clients, newClient(t, endpoint))
+		clients = append(clients, dialled(t, []string{endpoint}, options...))
 	}
 	return clients
 }

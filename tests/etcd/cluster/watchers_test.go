@@ -41,7 +41,7 @@ func (l *load) startWatchers() {
 			Name: name + "/one", Key: pods + "00",
 		}})
 	}
-	l.startWatcher(&watcher{client: newClient(l.t, l.cluster.Endpoints(l.tenant)...), all: true, asks: true, Watch: &history.Watch{
+	l.startWatcher(&watcher{client: dialled(l.t, l.cluster.Endpoints(l.tenant), l.dial...), all: true, asks: true, Watch: &history.Watch{
 		Name: "shared/all", Key: registry, End: theEnd, PrevKV: true,
 	}})
 }
