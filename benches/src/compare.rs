@@ -234,7 +234,9 @@ impl Comparison<'_> {
     /// Writes what there is by now: whoever ends a run early keeps the sections that it has gone through.
     fn save(&self) -> anyhow::Result<()> {
         let report = serde_json::to_string_pretty(&self.report())?;
-        Ok(std::fs::write(self.plan.dir.join("report.json"), report)?)
+        let (new, path) = (self.plan.dir.join("report.json.new"), self.plan.dir.join("report.json"));
+        std::fs::write(&new, report)?;
+        Ok(std::fs::rename(new, path)?)
     }
 
     fn report(&self) -> Value {

@@ -380,7 +380,7 @@ impl<E: Engine> TenantReader<E> {
     /// # Errors
     /// [`Refusal::FutureRevision`] and [`Refusal::Compacted`] before anything was handed out; [`Refusal::TenantNotFound`] at any time.
     pub fn range(&self, request: &RangeRequest, sink: &mut Sink<'_>) -> Result<RangeSummary, ReadError> {
-        self.while_it_lives(|| self.range_with(request, true, sink))
+        self.range_with(request, true, sink)
     }
 
     /// As [`TenantReader::range`] for callers who do not need `count`; it then is the number of keys handed out.
@@ -388,7 +388,7 @@ impl<E: Engine> TenantReader<E> {
     /// # Errors
     /// As [`TenantReader::range`].
     pub fn range_uncounted(&self, request: &RangeRequest, sink: &mut Sink<'_>) -> Result<RangeSummary, ReadError> {
-        self.while_it_lives(|| self.range_with(request, false, sink))
+        self.range_with(request, false, sink)
     }
 
     fn range_with(
@@ -409,7 +409,8 @@ impl<E: Engine> TenantReader<E> {
             false => Count::Unwanted,
             true => counts.get(tenant, at, &request.range).map_or(Count::Exact, Count::Known),
         };
-        let found = read::range(&view, tenant, at, request, count, sink)?;
+        // What is counted with holes must not be remembered.
+        let found = self.while_it_lives(|| Ok(read::range(&view, tenant, at, request, count, sink)?))?;
         let was_counted = count == Count::Exact && (found.more || request.count_only) && !request.range.is_single();
         if was_counted && at == row.revision {
             counts.settle(armed, tenant, at, &request.range, found.count);

@@ -1,7 +1,8 @@
 // Package cluster holds expectations of clusters of three and five members, as real processes.
 //
 // TestFault is tenured's: members crash, stop, restart and lose their network under a load like that of kube-apiservers, and
-// what all clients saw is then judged by package history. What a cluster answers (membership, loss of quorum) runs on
+// what all clients saw is then judged by package history. TestPlanted does wrong to clients of a cluster that does none, and wants
+// that found. What a cluster answers (membership, loss of quorum) runs on
 // a real etcd too, so that what is expected is what etcd does. The environment may say otherwise:
 //
 //	TENURE_CLUSTER       etcd or tenured: run everything on this one only

@@ -36,7 +36,8 @@ var plants = []plant{
 		return grpc.EmptyDialOption{}
 	}},
 	{name: "stale read", found: []string{"stale read"}, dial: staleRead},
-	{name: "dropped event", found: []string{"dropped event"}, dial: droppedEvent},
+	// Progress may be told before the next event comes, which is then the lie.
+	{name: "dropped event", found: []string{"dropped event", "dishonest progress"}, dial: droppedEvent},
 	{name: "applied out of order", found: []string{"members differ"}, dial: appliedOutOfOrder},
 }
 
