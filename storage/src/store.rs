@@ -98,10 +98,6 @@ impl Tenant {
         }
     }
 
-    pub(crate) fn is_deleted(&self) -> bool {
-        self.is_deleted.load(Ordering::Acquire)
-    }
-
     /// Its rows are about to go.
     pub(crate) fn end(&self) {
         self.is_deleted.store(true, Ordering::Release);
@@ -224,9 +220,9 @@ impl<E: Engine> Store<E> {
     ///
     /// # Errors
     /// Any [`Fault`] ends this member.
-    pub fn discard_tenant(&self, tenant: TenantId) -> Result<(), Fault> {
+    pub fn compact_tenant(&self, tenant: TenantId) -> Result<(), Fault> {
         let bounds = key::tenant_bounds(tenant);
-        self.engine.discard_range(&bounds.lower, &bounds.upper)
+        self.engine.compact_range(&bounds.lower, &bounds.upper)
     }
 
     /// The read side of one tenant; `None` if there is no such tenant.
@@ -329,7 +325,7 @@ impl<E: Engine> TenantReader<E> {
 
     /// Whether the tenant has been deleted: its reads answer [`Refusal::TenantNotFound`]. In memory.
     pub fn is_deleted(&self) -> bool {
-        self.tenant.is_deleted()
+        self.tenant.is_deleted.load(Ordering::Acquire)
     }
 
     /// Bytes it may hold before writes are refused; negative = no quota. In memory.
@@ -346,13 +342,6 @@ impl<E: Engine> TenantReader<E> {
             }
             None => Err(missing_row(self.tenant.id).into()),
         }
-    }
-
-    /// What a read found, if the tenant was there until its end: rows of a deleted one may go under any view, and what is missing then is
-    /// no damage.
-    fn while_it_lives<T>(&self, read: impl FnOnce() -> Result<T, ReadError>) -> Result<T, ReadError> {
-        let found = read();
-        if self.is_deleted() { Err(Refusal::TenantNotFound.into()) } else { found }
     }
 
     /// Counters after the last published batch. In memory.
@@ -378,7 +367,7 @@ impl<E: Engine> TenantReader<E> {
     /// Reads a range, handing every key's stored bytes to `sink` in result order (stripped, if `keys_only`).
     ///
     /// # Errors
-    /// [`Refusal::FutureRevision`] and [`Refusal::Compacted`] before anything was handed out; [`Refusal::TenantNotFound`] at any time.
+    /// [`Refusal::FutureRevision`] and [`Refusal::Compacted`] before anything was handed out.
     pub fn range(&self, request: &RangeRequest, sink: &mut Sink<'_>) -> Result<RangeSummary, ReadError> {
         self.range_with(request, true, sink)
     }
@@ -409,8 +398,7 @@ impl<E: Engine> TenantReader<E> {
             false => Count::Unwanted,
             true => counts.get(tenant, at, &request.range).map_or(Count::Exact, Count::Known),
         };
-        // What is counted with holes must not be remembered.
-        let found = self.while_it_lives(|| Ok(read::range(&view, tenant, at, request, count, sink)?))?;
+        let found = read::range(&view, tenant, at, request, count, sink)?;
         let was_counted = count == Count::Exact && (found.more || request.count_only) && !request.range.is_single();
         if was_counted && at == row.revision {
             counts.settle(armed, tenant, at, &request.range, found.count);
@@ -432,12 +420,10 @@ impl<E: Engine> TenantReader<E> {
     /// # Panics
     /// If the txn holds anything but ranges.
     pub fn txn_read_only(&self, request: &TxnRequest) -> Result<(i64, TxnReply), ReadError> {
-        self.while_it_lives(|| {
-            let view = self.store.engine.view();
-            let row = self.row(&view)?;
-            let reply = txn::read_only(&view, self.tenant.id, request, row.revision, row.compact_revision)??;
-            Ok((row.revision, reply))
-        })
+        let view = self.store.engine.view();
+        let row = self.row(&view)?;
+        let reply = txn::read_only(&view, self.tenant.id, request, row.revision, row.compact_revision)??;
+        Ok((row.revision, reply))
     }
 
     /// Hashes history up to `revision` (0 = now; negative = nothing) so that members can be compared. Reads everything.
@@ -445,10 +431,6 @@ impl<E: Engine> TenantReader<E> {
     /// # Errors
     /// [`Refusal::FutureRevision`], [`Refusal::Compacted`].
     pub fn hash_kv(&self, revision: i64) -> Result<HashKv, ReadError> {
-        self.while_it_lives(|| self.hash_kv_at(revision))
-    }
-
-    fn hash_kv_at(&self, revision: i64) -> Result<HashKv, ReadError> {
         let view = self.store.engine.view();
         let row = self.row(&view)?;
         let hash_revision = if revision == 0 { row.revision } else { revision };
@@ -533,25 +515,24 @@ mod tests {
     use crate::engine::MemoryEngine;
     use crate::types::PutRequest;
 
-    fn put(key: &str) -> Command {
-        Command::Put(PutRequest {
-            key: Bytes::copy_from_slice(key.as_bytes()),
-            value: Bytes::new(),
-            lease: LeaseId::NONE,
-            prev_kv: false,
-            ignore_value: false,
-            ignore_lease: false,
-        })
-    }
-
     /// Clients ask for the page behind the last key they got. If that is not where the count is remembered, every page
     /// counts all that is behind it, and paging takes time in the square of the keys.
     #[test]
     fn the_count_is_remembered_where_clients_go_on() {
         let mut state = StateMachine::open(Arc::new(MemoryEngine::default()), Arc::new(NoObserver)).unwrap();
+        let put = |key: String| {
+            Command::Put(PutRequest {
+                key: key.into(),
+                value: Bytes::new(),
+                lease: LeaseId::NONE,
+                prev_kv: false,
+                ignore_value: false,
+                ignore_lease: false,
+            })
+        };
         let tenant = TenantId(1);
         let create = Command::Tenant(TenantCommand::create("acme"));
-        let commands = [create].into_iter().chain((0..5).map(|number| put(&format!("key{number}"))));
+        let commands = [create].into_iter().chain((0..5).map(|number| put(format!("key{number}"))));
         let commands = commands.map(|command| Envelope { tenant, member_id: 1, command }.encode()).collect();
         state.apply(vec![(1, commands)]).unwrap();
         let store = state.store();
@@ -564,32 +545,5 @@ mod tests {
         let next = KeyRange::HalfOpen { start: Bytes::from_static(b"key1\0"), end };
         assert_eq!(summary.rest, Some(next.clone()));
         assert_eq!(store.shared.counts.get(tenant, summary.read_revision, &next), Some(3));
-    }
-
-    /// Rows of a deleted tenant go under readers that are at work: what they find then must be neither a fault, which ends the member, nor
-    /// an answer with holes.
-    #[test]
-    fn a_read_that_outlives_its_tenant_is_refused() {
-        let mut state = StateMachine::open(Arc::new(MemoryEngine::default()), Arc::new(NoObserver)).unwrap();
-        let tenant = TenantId(1);
-        let mut index = 0;
-        let mut apply = |command| {
-            index += 1;
-            state.apply(vec![(index, vec![Envelope { tenant, member_id: 1, command }.encode()])]).unwrap();
-            state.store()
-        };
-        apply(Command::Tenant(TenantCommand::create("acme")));
-        apply(put("a"));
-        let reader = apply(put("b")).reader(tenant).unwrap();
-        let all = KeyRange::HalfOpen { start: Bytes::from_static(b"a"), end: Bytes::from_static(b"z") };
-        let mut seen = 0;
-        let found = reader.range(&RangeRequest::new(all), &mut |_| {
-            seen += 1;
-            if seen == 1 {
-                apply(Command::Tenant(TenantCommand::Delete));
-            }
-            ControlFlow::Continue(())
-        });
-        assert!(matches!(found, Err(ReadError::Refused(Refusal::TenantNotFound))), "{found:?}");
     }
 }

@@ -208,7 +208,7 @@ pub(super) async fn clear(cell: Weak<Inner>, changes: Arc<Changes>) {
         let tenant = changes.next_deleted().await;
         let Some(for_disk) = cell.upgrade() else { return };
         let cleared = tokio::task::spawn_blocking(move || {
-            for_disk.store.discard_tenant(tenant).map_err(|fault| for_disk.report(fault)).is_ok()
+            for_disk.store.compact_tenant(tenant).map_err(|fault| for_disk.report(fault)).is_ok()
         });
         if !matches!(cleared.await, Ok(true)) {
             return;

@@ -85,7 +85,7 @@ impl Engine for MemoryEngine {
         Ok(())
     }
 
-    fn discard_range(&self, _: &[u8], _: &[u8]) -> Result<(), Fault> {
+    fn compact_range(&self, _: &[u8], _: &[u8]) -> Result<(), Fault> {
         Ok(())
     }
 

@@ -42,9 +42,9 @@ impl<A: Engine, B: Engine> Engine for Mirror<A, B> {
         self.1.compact()
     }
 
-    fn discard_range(&self, lower: &[u8], upper: &[u8]) -> Result<(), Fault> {
-        self.0.discard_range(lower, upper)?;
-        self.1.discard_range(lower, upper)
+    fn compact_range(&self, lower: &[u8], upper: &[u8]) -> Result<(), Fault> {
+        self.0.compact_range(lower, upper)?;
+        self.1.compact_range(lower, upper)
     }
 
     fn disk_bytes(&self) -> u64 {

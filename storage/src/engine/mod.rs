@@ -128,12 +128,11 @@ pub trait Engine: Send + Sync + 'static {
     /// As [`Engine::write`].
     fn compact(&self) -> Result<(), Fault>;
 
-    /// Gives back the space of `[lower, upper)` in every family, which a batch has cleared and nobody writes to again. Reads and writes
-    /// of other keys go on meanwhile; views from before the batch may miss rows of the range from now on, and cursors made before do not.
+    /// As [`Engine::compact`], of the keys in `[lower, upper)` of every family alone.
     ///
     /// # Errors
     /// As [`Engine::write`].
-    fn discard_range(&self, lower: &[u8], upper: &[u8]) -> Result<(), Fault>;
+    fn compact_range(&self, lower: &[u8], upper: &[u8]) -> Result<(), Fault>;
 
     /// Bytes of all files on disk; 0 for an engine without any.
     fn disk_bytes(&self) -> u64;

@@ -9,7 +9,6 @@
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
-use std::time::Instant;
 
 use bytes::Bytes;
 use parking_lot::RwLock;
@@ -78,10 +77,6 @@ impl Drop for Files {
 const ACTIVE: &str = "ACTIVE";
 const ACTIVE_NEW: &str = "ACTIVE.new";
 
-/// How long the disk is left to others after a file of a discarded range went, as a multiple of what that took: file systems that tell the
-/// disk what is free keep everybody's syncs waiting meanwhile.
-const DISCARD_PAUSE: u32 = 4;
-
 /// What the directories of databases that came from elsewhere are called, with a number behind it.
 const NAME_PREFIX: &str = "db-";
 
@@ -109,28 +104,30 @@ impl RocksEngine {
     fn current(&self) -> Arc<Database> {
         Arc::clone(&self.current.read())
     }
-}
 
-impl Database {
     fn rewrite(&self, range: Option<(&[u8], &[u8])>) -> Result<(), Fault> {
-        self.flush(true)?;
+        self.flush_all(true)?;
         let mut whole = CompactOptions::default();
         whole.set_exclusive_manual_compaction(false);
         whole.set_bottommost_level_compaction(BottommostLevelCompaction::ForceOptimized);
+        let current = self.current();
         let (lower, upper) = range.unzip();
         for family in Family::ALL {
-            self.db.compact_range_cf_opt(self.handle(family), lower, upper, &whole);
+            current.db.compact_range_cf_opt(current.handle(family), lower, upper, &whole);
         }
         Ok(())
     }
 
-    fn flush(&self, wait: bool) -> Result<(), Fault> {
+    fn flush_all(&self, wait: bool) -> Result<(), Fault> {
         let mut options = FlushOptions::default();
         options.set_wait(wait);
-        let handles = Family::ALL.map(|family| self.handle(family));
-        self.db.flush_cfs_opt(&handles, &options).map_err(fault)
+        let current = self.current();
+        let handles = Family::ALL.map(|family| current.handle(family));
+        current.db.flush_cfs_opt(&handles, &options).map_err(fault)
     }
+}
 
+impl Database {
     fn handle(&self, family: Family) -> &ColumnFamily {
         handle_in(&self.db, family)
     }
@@ -267,11 +264,11 @@ impl Engine for RocksEngine {
     }
 
     fn flush(&self) -> Result<(), Fault> {
-        self.current().flush(true)
+        self.flush_all(true)
     }
 
     fn begin_flush(&self) -> Result<(), Fault> {
-        self.current().flush(false)
+        self.flush_all(false)
     }
 
     fn durable_get(&self, family: Family, key: &[u8]) -> Result<Option<Bytes>, Fault> {
@@ -283,39 +280,11 @@ impl Engine for RocksEngine {
     }
 
     fn compact(&self) -> Result<(), Fault> {
-        self.current().rewrite(None)
+        self.rewrite(None)
     }
 
-    /// Most of a large range lies in files of its own, which go unread, one after the other: the oldest rows first, so that what hides them
-    /// outlives them. It may still hide rows in a file that reaches beyond the range, so the range is deleted again before the rest is
-    /// rewritten. A crash in between may bring such rows back, for nobody; rows that all members read when they start are not risked for the
-    /// little that they take, so [`Family::Meta`] is only rewritten.
-    fn discard_range(&self, lower: &[u8], upper: &[u8]) -> Result<(), Fault> {
-        let current = self.current();
-        // What is cleared must be so after a crash too, before its files go.
-        current.flush(true)?;
-        let mut files = current.db.live_files().map_err(fault)?;
-        // Those of level 0 are never dropped, and others lie below them.
-        files.retain(|file| file.level > 0);
-        files.sort_by_key(|file| std::cmp::Reverse(file.level));
-        for file in files {
-            let family = Family::ALL.into_iter().find(|family| family.name() == file.column_family_name);
-            if let (Some(family), Some(first), Some(last)) = (family, file.start_key, file.end_key)
-                && family != Family::Meta
-                // A file ends where its tombstones do: at `upper`, which no row is named.
-                && (lower <= &first[..] && &last[..] <= upper)
-            {
-                let began = Instant::now();
-                current.db.delete_file_in_range_cf(current.handle(family), first, last).map_err(fault)?;
-                std::thread::sleep(began.elapsed() * DISCARD_PAUSE);
-            }
-        }
-        let mut again = WriteBatch::default();
-        for family in Family::ALL {
-            again.delete_range_cf(current.handle(family), lower, upper);
-        }
-        current.db.write_opt(again, &self.no_wal).map_err(fault)?;
-        current.rewrite(Some((lower, upper)))
+    fn compact_range(&self, lower: &[u8], upper: &[u8]) -> Result<(), Fault> {
+        self.rewrite(Some((lower, upper)))
     }
 
     fn disk_bytes(&self) -> u64 {
@@ -561,55 +530,5 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         check(&RocksEngine::open(dir.path(), &RocksOptions::default()).unwrap());
         check(&MemoryEngine::default());
-    }
-
-    /// Files that hold nothing but a deleted tenant's rows go unread. Those at its edges hold rows of its neighbours, which must stay, and
-    /// rows of its own, which must not come back with the file that held their tombstone.
-    #[test]
-    fn a_discarded_range_goes_in_whole_files_and_takes_nothing_with_it() {
-        for is_tombstone_compacted in [false, true] {
-            let dir = tempfile::tempdir().unwrap();
-            let engine = RocksEngine::open(dir.path(), &RocksOptions::default()).unwrap();
-            let files = |engine: &RocksEngine| {
-                let all = engine.current().db.live_files().unwrap();
-                all.iter().filter(|file| file.column_family_name == Family::Kv.name()).count()
-            };
-            // A file each: what lies beside the others is not rewritten with them.
-            for rows in [["a1", "b1"], ["b2", "b8"], ["b9", "c1"]] {
-                let mut batch = Batch::default();
-                for row in rows {
-                    batch.put(Family::Kv, row.into(), Bytes::from_static(b"value"));
-                }
-                engine.write(&batch).unwrap();
-                engine.current().rewrite(Some((rows[0].as_bytes(), rows[1].as_bytes()))).unwrap();
-            }
-            assert_eq!(files(&engine), 3);
-            let before = engine.view();
-            let mut cursor = before.cursor(Family::Kv, b"b", b"c").unwrap();
-            let mut batch = Batch::default();
-            batch.clear_range(b"b".to_vec(), b"c".to_vec());
-            engine.write(&batch).unwrap();
-            if is_tombstone_compacted {
-                engine.current().rewrite(Some((b"b2", b"b8"))).unwrap();
-            }
-            engine.discard_range(b"b", b"c").unwrap();
-            let mut seen = Vec::new();
-            while let Some((key, _)) = cursor.entry() {
-                seen.push(String::from_utf8_lossy(key).into_owned());
-                cursor.advance().unwrap();
-            }
-            assert_eq!(seen, ["b1", "b2", "b8", "b9"], "a cursor from before holds its files");
-            drop(cursor);
-            drop(before);
-            let check = |engine: &RocksEngine| {
-                let is_there = |row: &&str| engine.view().get(Family::Kv, row.as_bytes()).unwrap().is_some();
-                let left: Vec<&str> = ["a1", "b1", "b2", "b8", "b9", "c1"].into_iter().filter(is_there).collect();
-                assert_eq!(left, ["a1", "c1"]);
-                assert!(files(engine) <= 2, "{}", files(engine));
-            };
-            check(&engine);
-            drop(engine);
-            check(&RocksEngine::open(dir.path(), &RocksOptions::default()).unwrap());
-        }
     }
 }

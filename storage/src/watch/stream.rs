@@ -78,11 +78,7 @@ impl<E: Engine> WatchStream<E> {
     pub fn replay_step(&self) -> Result<(), Fault> {
         let Some(plan) = self.tenant.hub.plan_replay(self.id) else { return Ok(()) };
         let view = self.engine.view();
-        let replayed = match replay(&view, self.tenant.id, &plan) {
-            // Its rows may go under any view: what is missing is no damage.
-            _ if self.tenant.is_deleted() => no_history(&plan),
-            replayed => replayed?,
-        };
+        let replayed = replay(&view, self.tenant.id, &plan)?;
         self.tenant.hub.finish_replay(self.id, &plan, replayed);
         Ok(())
     }
@@ -94,14 +90,12 @@ impl<E: Engine> Drop for WatchStream<E> {
     }
 }
 
-/// What a tenant has that was deleted.
-fn no_history(plan: &ReplayPlan) -> Replayed {
-    Replayed::Compacted { compact_revision: plan.next }
-}
-
 /// Reads history from `plan.next` on, up to the bounds of one step, never splitting a revision.
 fn replay<R: Reader>(reader: &R, tenant: TenantId, plan: &ReplayPlan) -> Result<Replayed, Fault> {
-    let Some(row) = tenant_row(reader, tenant)? else { return Ok(no_history(plan)) };
+    // A tenant that was deleted has no history.
+    let Some(row) = tenant_row(reader, tenant)? else {
+        return Ok(Replayed::Compacted { compact_revision: plan.next });
+    };
     if plan.next < row.compact_revision {
         return Ok(Replayed::Compacted { compact_revision: row.compact_revision });
     }

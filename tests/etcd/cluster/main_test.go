@@ -86,6 +86,7 @@ func newClient(t testing.TB, endpoints ...string) *clientv3.Client {
 	return dialled(t, endpoints)
 }
 
+// dialled is newClient with options of its connections.
 func dialled(t testing.TB, endpoints []string, options ...grpc.DialOption) *clientv3.Client {
 	t.Helper()
 	client, err := clientv3.New(clientv3.Config{

@@ -85,7 +85,7 @@ const staleFor = 10
 // staleRead answers linearizable reads as they were answered once before.
 func staleRead(p *planted) grpc.DialOption {
 	var mu sync.Mutex
-	once := map[string]proto.Message{}
+	once := map[string]*etcdserverpb.RangeResponse{}
 	return grpc.WithChainUnaryInterceptor(func(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, next grpc.UnaryInvoker, opts ...grpc.CallOption) error {
 		err := next(ctx, method, req, reply, cc, opts...)
 		asked, isRange := req.(*etcdserverpb.RangeRequest)
@@ -98,8 +98,8 @@ func staleRead(p *planted) grpc.DialOption {
 		defer mu.Unlock()
 		before, known := once[key]
 		if !known {
-			once[key] = proto.Clone(answer)
-		} else if before.(*etcdserverpb.RangeResponse).Header.Revision+staleFor <= answer.Header.Revision {
+			once[key] = proto.CloneOf(answer)
+		} else if before.Header.Revision+staleFor <= answer.Header.Revision {
 			proto.Reset(answer)
 			proto.Merge(answer, before)
 			p.struck.Store(true)
