@@ -11,6 +11,8 @@
 mod memory;
 pub mod mirror;
 #[cfg(feature = "rocksdb")]
+mod removal;
+#[cfg(feature = "rocksdb")]
 mod rocks;
 
 use std::collections::BTreeMap;

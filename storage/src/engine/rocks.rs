@@ -20,6 +20,7 @@ use rocksdb::{
 };
 use self_cell::self_cell;
 
+use super::removal::{REMOVED, Remover};
 use super::{Batch, Cursor, Engine, Family, IsRight, Reader};
 use crate::error::Fault;
 
@@ -46,6 +47,7 @@ pub struct RocksEngine {
     base: PathBuf,
     options: RocksOptions,
     no_wal: WriteOptions,
+    _remover: Remover,
 }
 
 /// One database, open. Views hold on to it when another takes its place; its files go with the last of them.
@@ -98,6 +100,7 @@ impl RocksEngine {
             base: dir.to_path_buf(),
             options: options.clone(),
             no_wal,
+            _remover: Remover::start(dir, NAME_PREFIX)?,
         })
     }
 
@@ -179,14 +182,18 @@ fn set_active(base: &Path, name: &str) -> Result<(), Fault> {
 }
 
 /// Removes databases below `base`: all but `kept`, or `gone` alone. The one in the base itself is everything there but the
-/// directories of others and the name of the active one.
+/// directories of others, the name of the active one and the files that are being given back.
 fn remove_others(base: &Path, kept: Option<&str>, gone: Option<&str>) -> Result<(), Fault> {
     for entry in std::fs::read_dir(base)? {
         let entry = entry?;
         let file_name = entry.file_name();
         let file_name = file_name.to_string_lossy();
         let name = if file_name.starts_with(NAME_PREFIX) { &file_name } else { "" };
-        if file_name.starts_with(ACTIVE) || kept == Some(name) || gone.is_some_and(|gone| gone != name) {
+        if file_name.starts_with(ACTIVE)
+            || file_name == REMOVED
+            || kept == Some(name)
+            || gone.is_some_and(|gone| gone != name)
+        {
             continue;
         }
         if entry.file_type()?.is_dir() {
@@ -488,7 +495,8 @@ mod tests {
             let engine = RocksEngine::open(&own, &options).unwrap();
             check(&source, &engine, dir.path());
             drop(engine);
-            let names = std::fs::read_dir(&own).unwrap().map(|entry| entry.unwrap().file_name()).collect::<Vec<_>>();
+            let names = std::fs::read_dir(&own).unwrap().map(|entry| entry.unwrap().file_name());
+            let names = names.filter(|name| name != REMOVED).collect::<Vec<_>>();
             assert_eq!(names.len(), 2, "the old one is gone: {names:?}");
             let engine = RocksEngine::open(&own, &options).unwrap();
             assert_eq!(engine.view().get(Family::Meta, b"k").unwrap().as_deref(), Some(&b"newest"[..]));
