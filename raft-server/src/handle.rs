@@ -245,8 +245,7 @@ impl<R: Send + 'static> Handle<R> {
 
     /// Changes who is in the group, on the leader, together with the command that records it, if the newest change in force is
     /// still the one at index `seen` ([`Handle::conf_index`]): that whoever decides on this one has looked at. Resolves as
-    /// [`Handle::propose`] does; the change is in force before that, jointly with the members before it until
-    /// [`Handle::joint_left`].
+    /// [`Handle::propose`] does; the change is in force here before that.
     ///
     /// # Errors
     /// See [`ChangeError`].
@@ -256,18 +255,6 @@ impl<R: Send + 'static> Handle<R> {
         self.shared.events.try_send(event).map_err(|_| ChangeError::Propose(ProposeError::QueueFull))?;
         let proposed = receiver.await.unwrap_or(Err(ChangeError::Propose(ProposeError::Stopped)))?;
         Ok(proposed.await?)
-    }
-
-    /// Resolves when the configuration that is in force here is not a joint one: then the members before the newest change that
-    /// this member has applied are needed for a quorum no more. Whoever is told that a member is gone, or votes, may stop another
-    /// one at once, so they should hear it after this. That takes a quorum of both: a voter that is new and does not run yet may
-    /// be needed for it, and the caller bounds the wait.
-    ///
-    /// # Errors
-    /// [`ProposeError::Dropped`] if the member stops first.
-    pub async fn joint_left(&self) -> Result<(), ProposeError> {
-        let mut joint = self.shared.joint.clone();
-        joint.wait_for(|joint| !joint).await.map(drop).map_err(|_| ProposeError::Dropped)
     }
 
     /// Asks the leader, if this is it, to hand over: to that member, or to the one that is furthest if it is 0. Whether it came

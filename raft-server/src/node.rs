@@ -24,7 +24,7 @@ use bytes::Bytes;
 use raft::eraftpb::{ConfChangeSingle, ConfChangeTransition, ConfChangeType, ConfChangeV2, Entry, MessageType};
 use raft::{RawNode, SnapshotStatus, StateRole};
 use tenure_storage::Fault;
-use tokio::sync::{oneshot, watch};
+use tokio::sync::oneshot;
 
 use crate::apply::{self, ApplyHere, ApplySignal};
 use crate::config::Config;
@@ -127,8 +127,6 @@ pub(crate) struct Node<R> {
     /// What raft wants saved but needs no sync for: goes with the next write.
     pub(crate) unsaved: LogWrite,
     pub(crate) conf: Conf,
-    /// Whether it is a joint one. Ends with the node, so that nobody waits for one that stopped.
-    pub(crate) joint: watch::Sender<bool>,
     /// The term in which we may read freely, and from which applied index on.
     pub(crate) read_floor: Option<Position>,
     /// A write was done on this thread: there may be more to do without any event's saying so.
@@ -583,14 +581,15 @@ impl<R: Send + 'static> Node<R> {
         }
         let mut single = ConfChangeSingle::default();
         (single.change_type, single.node_id) = (kind, node_id);
-        let joint = ConfChangeV2 {
-            // Through both configurations; raft leaves the joint one by itself.
-            transition: ConfChangeTransition::Implicit,
+        let change_of_one = ConfChangeV2 {
+            // One member at a time, so no joint configuration is needed, and none is wanted: to leave it takes a quorum of those before,
+            // which whoever is being removed may be needed for (decision 0008).
+            transition: ConfChangeTransition::Auto,
             changes: vec![single].into(),
             context: frame::encode([(&command, None)].into_iter()).into(),
             ..ConfChangeV2::default()
         };
-        if let Err(error) = self.raw.propose_conf_change(Vec::new(), joint) {
+        if let Err(error) = self.raw.propose_conf_change(Vec::new(), change_of_one) {
             tracing::warn!(%error, ?change, "propose a change of members");
             return refuse(reply, ChangeError::Invalid);
         }
@@ -602,7 +601,7 @@ impl<R: Send + 'static> Node<R> {
         let _ = reply.send(Ok(Pending::new(receiver, Arc::clone(&self.shared.metrics))));
     }
 
-    /// A leader that took over in the middle of a change completes it; raft itself does only for its own.
+    /// Completes what an earlier release began, whose changes were joint ones; raft itself does only for its own.
     fn finish_joint_change(&mut self) {
         let raft = &self.raw.raft;
         let is_joint = !self.conf.state.voters_outgoing.is_empty() && self.conf.state.auto_leave;

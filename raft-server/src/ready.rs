@@ -260,7 +260,6 @@ impl<R: Send + 'static> Node<R> {
         // Another member may acknowledge writes from now on.
         self.shared.status.reads_freely.store(false, Ordering::Release);
         *self.shared.members.write() = Arc::from(voters);
-        self.joint.send_replace(!conf.state.voters_outgoing.is_empty());
         self.conf = conf;
     }
 }

@@ -128,7 +128,6 @@ pub(crate) fn assemble<S: StateMachine>(
 
     let (event_sender, events) = events::queue(config.event_queue_max);
     let lanes = Lanes::new(config.lane_queue_bytes_max, config.queue_bytes_max);
-    let (joint_sender, joint) = watch::channel(false);
     let shared = Arc::new(Shared {
         id: config.id,
         queue: Mutex::new(ProposalQueue { lanes, rung: false }),
@@ -144,7 +143,6 @@ pub(crate) fn assemble<S: StateMachine>(
         },
         members: RwLock::new(Arc::from(Vec::new())),
         progress: RwLock::new(Arc::from(Vec::new())),
-        joint,
         removed: watch::Sender::new(false),
         leadership: watch::Sender::new(Leadership::default()),
         metrics: Arc::default(),
@@ -176,7 +174,6 @@ pub(crate) fn assemble<S: StateMachine>(
         outbox: Default::default(),
         unsaved: LogWrite::default(),
         conf: Conf::default(),
-        joint: joint_sender,
         read_floor: None,
         again: false,
         sending: Sending::default(),

@@ -75,8 +75,6 @@ pub(crate) struct Shared<R> {
     pub(crate) members: RwLock<Arc<[u64]>>,
     /// Of a leader, every member's; of others, nobody's.
     pub(crate) progress: RwLock<Arc<[Progress]>>,
-    /// Whether the members before the newest change count as well.
-    pub(crate) joint: watch::Receiver<bool>,
     /// Whether this member was in the group and no longer is.
     pub(crate) removed: watch::Sender<bool>,
     pub(crate) leadership: watch::Sender<Leadership>,

@@ -222,7 +222,7 @@ async fn leases_outlive_the_loss_of_a_quorum() {
 
 // How cells grow and shrink in operation: one member at a time, as a learner first, while clients go on; those that leave may lead.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_cell_grows_to_five_members_and_shrinks_again_under_load() {
+async fn a_cell_grows_to_five_members_and_shrinks_to_one_under_load() {
     let dir = tempfile::tempdir().unwrap();
     let mut cluster = Cluster::new("http", 5, dir.path(), &[]);
     let urls: Vec<String> = cluster.members.iter().map(|member| member.peer_url.clone()).collect();
@@ -250,7 +250,7 @@ async fn a_cell_grows_to_five_members_and_shrinks_again_under_load() {
         load.progress(5).await;
     }
     assert_eq!(members(&mut client).await.iter().filter(|member| !member.is_learner).count(), 5);
-    for _ in 0..2 {
+    for _ in 0..4 {
         let leader = leader_of(&cluster).await;
         let mut leaving = cluster.members.remove(leader);
         let mut client = Client::new(cluster.members[0].client);
@@ -263,7 +263,7 @@ async fn a_cell_grows_to_five_members_and_shrinks_again_under_load() {
     }
     let names: BTreeSet<String> =
         members(&mut Client::new(cluster.members[0].client)).await.into_iter().map(|member| member.name).collect();
-    assert_eq!(names.len(), 3);
+    assert_eq!(names.len(), 1);
     let keys = load.end().await;
     check(&cluster, &keys).await;
 }

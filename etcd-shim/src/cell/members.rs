@@ -269,32 +269,15 @@ impl Inner {
             }
             return Ok(PeerAnswer { not_leader: true, ..PeerAnswer::default() });
         }
-        // A member that is added does not run yet: a quorum without it is one of the members before as well. With a single one
-        // before, nobody leaves the joint configuration until it does run. Of other changes the client hears afterwards.
-        let is_addition = change.kind() == Kind::Add;
-        // Raft leaves the joint configuration of the change before by itself; that takes a moment, and what was decided on what was
-        // there before it is decided anew.
+        // A change that came in between is applied first, and what was decided on what was there before it is decided anew.
         let changed = async {
             loop {
                 let seen = self.raft.conf_index();
                 self.read_barrier().await?;
-                if !is_addition {
-                    // Who asks again whether it was done hears so when the members before count no more, too.
-                    self.raft.joint_left().await?;
-                }
                 let (raft_change, command, id) = self.check_change(&self.store.membership(), change.clone())?;
                 let command = Envelope { tenant: TenantId(0), member_id: own, command: Command::Members(command) };
                 match self.raft.change_members(raft_change, seen, command.encode()).await {
                     Err(ChangeError::UnderWay) => sleep(ASK_AGAIN).await,
-                    Ok(outcome) if !is_addition => {
-                        // Made it is, by the members before it. If those that are left are no quorum, as without the strict check they
-                        // may be, nobody leaves the joint configuration for as long as some of them do not run; the client is told what is
-                        // so.
-                        if let Ok(left) = timeout(self.election_timeout, self.raft.joint_left()).await {
-                            left?;
-                        }
-                        return Ok((id, Ok(outcome)));
-                    }
                     other => return Ok::<_, CellError>((id, other)),
                 }
             }

@@ -74,7 +74,7 @@ fn the_same_seed_is_the_same_run() {
 
 /// The first violation within some seeds.
 fn found(bug: Bug) -> Option<Violation> {
-    (0..100).find_map(|seed| run_in_scratch(seed, bug).err())
+    (0..1_000).find_map(|seed| run_in_scratch(seed, bug).err())
 }
 
 #[test]

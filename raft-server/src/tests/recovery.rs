@@ -174,25 +174,29 @@ async fn a_recorded_change_of_members_is_committed() {
     use crate::transport::Network;
     use raft::eraftpb::{ConfChangeSingle, ConfChangeTransition, ConfChangeV2, ConfState, Entry, EntryType, HardState};
 
-    let log = Arc::new(MemoryLog::default());
-    let dir = tempfile::tempdir().unwrap();
-    let probe = Probe::default();
-    drop(start_on(config(1, dir.path()), probe.boot(), log.clone(), NoPeers).unwrap());
-    let before = LogWrite::of_commands(Position { index: 2, term: 9 }, &numbered(0..2));
-    let added = ConfChangeSingle { node_id: 2, ..ConfChangeSingle::default() };
-    let transition = ConfChangeTransition::Implicit;
-    let change = ConfChangeV2 { transition, changes: vec![added].into(), ..ConfChangeV2::default() };
-    let data = protobuf::Message::write_to_bytes(&change).unwrap().into();
-    let change = Entry { index: 3, term: 9, entry_type: EntryType::EntryConfChangeV2, data, ..Entry::default() };
-    let hard_state = Some(HardState { term: 9, vote: 1, commit: 2, ..HardState::default() });
-    let entries = [before.entries, vec![change]].concat();
-    log.append(&LogWrite { entries, hard_state, conf: None }).unwrap();
-    let joint = ConfState { voters: vec![1, 2], voters_outgoing: vec![1], auto_leave: true, ..ConfState::default() };
-    log.append(&LogWrite { conf: Some(Conf { index: 3, state: joint }), ..LogWrite::default() }).unwrap();
+    let simple = ConfState { voters: vec![1, 2], ..ConfState::default() };
+    // As an earlier release made changes.
+    let joint = ConfState { voters_outgoing: vec![1], auto_leave: true, ..simple.clone() };
+    for (transition, state) in [(ConfChangeTransition::Auto, simple), (ConfChangeTransition::Implicit, joint)] {
+        let log = Arc::new(MemoryLog::default());
+        let dir = tempfile::tempdir().unwrap();
+        let probe = Probe::default();
+        drop(start_on(config(1, dir.path()), probe.boot(), log.clone(), NoPeers).unwrap());
+        let before = LogWrite::of_commands(Position { index: 2, term: 9 }, &numbered(0..2));
+        let added = ConfChangeSingle { node_id: 2, ..ConfChangeSingle::default() };
+        let change = ConfChangeV2 { transition, changes: vec![added].into(), ..ConfChangeV2::default() };
+        let data = protobuf::Message::write_to_bytes(&change).unwrap().into();
+        let change = Entry { index: 3, term: 9, entry_type: EntryType::EntryConfChangeV2, data, ..Entry::default() };
+        let hard_state = Some(HardState { term: 9, vote: 1, commit: 2, ..HardState::default() });
+        let entries = [before.entries, vec![change]].concat();
+        log.append(&LogWrite { entries, hard_state, conf: None }).unwrap();
+        log.append(&LogWrite { conf: Some(Conf { index: 3, state }), ..LogWrite::default() }).unwrap();
 
-    let (handle, _guard) = start_on(config(1, dir.path()), probe.boot(), log, Network::default().endpoint(1)).unwrap();
-    until(|| handle.status().applied_index == 3).await;
-    assert_eq!((probe.commands(), handle.voters().to_vec()), (numbered(0..2), vec![1, 2]));
+        let endpoint = Network::default().endpoint(1);
+        let (handle, _guard) = start_on(config(1, dir.path()), probe.boot(), log, endpoint).unwrap();
+        until(|| handle.status().applied_index == 3).await;
+        assert_eq!((probe.commands(), handle.voters().to_vec()), (numbered(0..2), vec![1, 2]));
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
