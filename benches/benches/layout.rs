@@ -603,7 +603,7 @@ impl Subject for Tenure {
         request.revision = Some(at);
         let mut bytes = 0;
         self.reader()
-            .range(&request, &mut |stored| {
+            .range(&request, &mut |stored: &[u8]| {
                 bytes += black_box(stored).len();
                 ControlFlow::Continue(())
             })
@@ -616,7 +616,7 @@ impl Subject for Tenure {
         let range = KeyRange::HalfOpen { start, end: Bytes::from_static(b"/registry/pods0") };
         let mut request = RangeRequest::new(range);
         request.count_only = true;
-        self.reader().range(&request, &mut |_| ControlFlow::Continue(())).expect("range").count
+        self.reader().range(&request, &mut |_: &[u8]| ControlFlow::Continue(())).expect("range").count
     }
 }
 

@@ -345,7 +345,7 @@ impl Inner {
                 let mut other = (0, 0);
                 let everything = RangeRequest::new(KeyRange::From(Bytes::from_static(b"\0")));
                 let mut bad = None;
-                reader.range_uncounted(&everything, &mut |stored| {
+                reader.range_uncounted(&everything, &mut |stored: &[u8]| {
                     let KeyValue { key, value, .. } = match KeyValue::decode(stored) {
                         Ok(kv) => kv,
                         Err(fault) => {

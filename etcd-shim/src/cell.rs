@@ -332,7 +332,6 @@ impl Observer for Watcher {
 
     fn state_replaced(&self) {
         let Some(store) = self.store.get() else { return };
-        self.lessor.clear();
         if let Err(fault) = load_leases(store, &self.lessor) {
             self.failure.report(&fault.to_string());
         }
@@ -429,6 +428,8 @@ impl Cell {
             of_cell
                 .reclaimer
                 .run(async move |tenant, command| match cell.upgrade() {
+                    // Every member knows what is left, and may lead one day; one of them is enough.
+                    Some(cell) if !cell.raft.status().is_leader => Err(CellError::NoLeader),
                     Some(cell) => cell.propose(tenant, command).await?.result.map_err(CellError::from),
                     None => Err(CellError::Stopped),
                 })
@@ -937,17 +938,17 @@ fn request_timeout(config: &CellConfig) -> Duration {
 
 /// Tells the lessor of the leases on disk. Only tenants that have some are read.
 fn load_leases(store: &Store<RocksEngine>, lessor: &Lessor) -> Result<(), Fault> {
+    let (mut leases, mut suspended) = (Vec::new(), Vec::new());
     for (tenant, _) in store.tenants() {
         let Some(reader) = store.reader(tenant) else { continue };
         if reader.state().usage.leases > 0 {
-            for (id, ttl_seconds) in reader.leases()? {
-                lessor.granted(tenant, id, ttl_seconds);
-            }
+            leases.extend(reader.leases()?.into_iter().map(|(id, ttl_seconds)| (tenant, id, ttl_seconds)));
         }
         if reader.profile().phase == TenantPhase::Suspended {
-            lessor.suspend(tenant);
+            suspended.push(tenant);
         }
     }
+    lessor.replace(&leases, &suspended);
     Ok(())
 }
 

@@ -221,7 +221,7 @@ impl Client {
         check_key(request.range.start())?;
         let read = move |reader: &tenure_storage::TenantReader<RocksEngine>| {
             let mut stored = Vec::new();
-            let summary = reader.range(&request, &mut |kv| {
+            let summary = reader.range(&request, &mut |kv: &[u8]| {
                 stored.push(Bytes::copy_from_slice(kv));
                 ControlFlow::Continue(())
             })?;

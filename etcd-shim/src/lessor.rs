@@ -84,12 +84,18 @@ impl Lessor {
         self.zero.elapsed()
     }
 
-    /// Forgets every lease: the state was replaced, and they are told anew.
-    pub fn clear(&self) {
+    /// The state was replaced: these leases are what there is, as (tenant, lease, TTL in seconds), and these tenants are suspended.
+    /// Nobody sees a part of it.
+    pub fn replace(&self, leases: &[(TenantId, LeaseId, i64)], suspended: &[TenantId]) {
         let mut table = self.table.lock();
+        let now = self.now();
         table.tenants.clear();
         table.due.clear();
         table.suspended.clear();
+        for (tenant, id, ttl_seconds) in leases {
+            table.granted(*tenant, *id, *ttl_seconds, now);
+        }
+        suspended.iter().for_each(|tenant| table.suspend(*tenant));
     }
 
     /// The tenant's leases end no more until it is resumed.

@@ -51,6 +51,8 @@ fn refusal(refusal: &Refusal) -> (Code, &'static str) {
             "too many certificates of this tenant are revoked one by one: revoke all, and issue new ones",
         ),
         Refusal::TooManyTenants => (Code::ResourceExhausted, "etcdserver: too many tenants"),
+        // etcd keeps as many as anybody sets.
+        Refusal::TooManyAlarms => (Code::ResourceExhausted, "etcdserver: too many alarms"),
     }
 }
 

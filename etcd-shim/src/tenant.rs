@@ -5,7 +5,9 @@
 
 use std::sync::Arc;
 
-use crate::cell::DEFAULT_TENANT;
+use tenure_storage::TenantId;
+
+use crate::cell::{Cell, DEFAULT_TENANT, Tenant};
 
 /// What stands before the name in a client certificate's URI SAN.
 pub const TENANT_URI_PREFIX: &str = "tenure://tenant/";
@@ -20,13 +22,25 @@ pub const ADMIN_URI: &str = "tenure://admin";
 #[derive(Clone, Debug)]
 pub struct ConnectionIdentity {
     tenant: Arc<str>,
+    /// The one that had the name when the connection was let in.
+    admitted: Option<TenantId>,
     /// The client certificate's common name: the user inside the tenant, once there are users.
     pub common_name: Option<Arc<str>>,
 }
 
 impl ConnectionIdentity {
     pub fn new(tenant: &str, common_name: Option<&str>) -> Self {
-        ConnectionIdentity { tenant: tenant.into(), common_name: common_name.map(Into::into) }
+        ConnectionIdentity { tenant: tenant.into(), admitted: None, common_name: common_name.map(Into::into) }
+    }
+
+    /// The connection was let in as this tenant, and stays that one's: another may get the name.
+    pub fn admit(&mut self, tenant: TenantId) {
+        self.admitted = Some(tenant);
+    }
+
+    /// The tenant, if it is there: the one that was let in, where there was one.
+    pub fn tenant_in(&self, cell: &Cell) -> Option<Tenant> {
+        cell.tenant(&self.tenant).filter(|tenant| self.admitted.is_none_or(|admitted| admitted == tenant.id()))
     }
 
     /// Name of the tenant.

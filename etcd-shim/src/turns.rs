@@ -8,7 +8,8 @@
 //!
 //! What a tenant has used lately is the time that threads were at work for it ([`Recent`]), of which half is forgotten every
 //! [`HALF_LIFE`]. It falls into one of [`LEVELS`] classes, each four times as much as the one before. A tenant that is held back uses
-//! less, so it is in a lower class before long: nobody waits for ever. While no quiet tenant does anything nobody is held.
+//! less, so what it does next is of a lower class before long; what waits in a higher one gets one place in [`FROM_BUSIEST_EVERY`]: nobody
+//! waits for ever. While no quiet tenant does anything nobody is held.
 //!
 //! A turn is short: an answer of many megabytes is written in pieces, one a turn ([`Paced`]).
 //!
@@ -44,6 +45,10 @@ const HELD_FOR: Duration = Duration::from_secs(1);
 
 /// Places for each thread that polls: one that is polled, and one that is ready when it was.
 const PLACES_PER_THREAD: usize = 2;
+
+/// One place in so many goes to the highest class that waits, so that what was held in it is not held for as long as lower ones have
+/// enough to do.
+const FROM_BUSIEST_EVERY: u64 = 16;
 
 /// Bytes that one turn may write: about a tenth of a millisecond.
 const TURN_BYTES_MAX: usize = 256 << 10;
@@ -138,6 +143,8 @@ pub struct Turns {
 #[derive(Debug, Default)]
 struct Held {
     taken: usize,
+    /// Places that went from one to the next.
+    given: u64,
     /// By class, from 1.
     waiting: [VecDeque<Arc<Woken>>; LEVELS - 1],
 }
@@ -205,7 +212,12 @@ impl Turns {
         let next = {
             let mut held = self.held.lock();
             loop {
-                let Some(next) = held.waiting.iter_mut().find_map(VecDeque::pop_front) else {
+                held.given = held.given.wrapping_add(1);
+                let next = match held.given % FROM_BUSIEST_EVERY {
+                    0 => held.waiting.iter_mut().rev().find_map(VecDeque::pop_front),
+                    _ => held.waiting.iter_mut().find_map(VecDeque::pop_front),
+                };
+                let Some(next) = next else {
                     held.taken -= 1;
                     break None;
                 };
@@ -471,6 +483,35 @@ mod tests {
         assert!(levels.is_sorted_by(|a, b| a >= b) && levels[4] == 0, "{levels:?}");
         recent.charge(Duration::from_nanos(1), at(16));
         assert_eq!((recent.level(at(16)), recent.level(at(1_000))), (0, 0));
+    }
+
+    /// A tenant that was busy and is not any more has tasks that were held when it was: others of lower classes must not pass them for
+    /// ever.
+    #[test]
+    fn what_was_held_in_a_high_class_comes_to_its_turn() {
+        let turns = Arc::new(Turns::with_places(1));
+        let (busier, busy) = (that_used(Duration::from_secs(1_000)), that_used(Duration::from_nanos(2 * QUIET_NS)));
+        let mut quiet = Task::of(&turns, &Arc::default());
+        quiet.poll();
+        quiet.turn.waker.wake_by_ref();
+        quiet.poll();
+        let held = |used| {
+            let mut task = Task::of(&turns, used);
+            task.poll();
+            task.turn.waker.wake_by_ref();
+            task
+        };
+        let mut placed = held(&busier);
+        let waits = held(&busier);
+        for turns_taken in 0.. {
+            let next = held(&busy);
+            placed.poll();
+            if waits.woken() > 0 {
+                break;
+            }
+            assert!(turns_taken < 2 * FROM_BUSIEST_EVERY, "it is passed again and again");
+            placed = next;
+        }
     }
 
     #[test]

@@ -286,7 +286,7 @@ impl Run {
         let expected = self.model.range(&request);
         let request = from_proto::range(request).expect("it was checked");
         let mut kvs = Vec::new();
-        let found = self.reader.range(&request, &mut |stored| {
+        let found = self.reader.range(&request, &mut |stored: &[u8]| {
             kvs.push(Bytes::copy_from_slice(stored));
             ControlFlow::Continue(())
         });

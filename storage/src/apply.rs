@@ -21,7 +21,7 @@ use crate::engine::{Cursor, Engine, Family, Reader};
 use crate::error::{Fault, Refusal};
 use crate::key;
 use crate::key::meta::{self, CellKey, CellRow, TenantRow};
-use crate::limits::TENANTS_MAX;
+use crate::limits::{ALARMS_MAX, TENANTS_MAX};
 use crate::members;
 use crate::mvcc::overlay::Overlay;
 use crate::mvcc::write::{Step, Writer, accept};
@@ -30,7 +30,7 @@ use crate::profile::{Limit, Profile, TenantLimits, TenantPhase};
 use crate::reply::{Outcome, Reply};
 use crate::store::{Shared, Store, Tenant, db_size_bytes};
 use crate::types::{Alarm, AlarmKind, LeaseId, Membership, TenantId};
-use crate::watch::Event;
+use crate::watch::Changes;
 
 impl Default for CellRow {
     fn default() -> Self {
@@ -187,7 +187,7 @@ enum Notice {
     Revision {
         tenant: TenantId,
         revision: i64,
-        events: Vec<Event>,
+        changes: Changes,
     },
     LeaseGranted {
         tenant: TenantId,
@@ -360,7 +360,7 @@ impl<E: Engine> StateMachine<E> {
         batch.put(Family::Meta, meta::cell_key(), self.registry.cell.encode());
         let counts = &self.store.shared.counts;
         counts.announce(notices.iter().filter_map(|notice| match notice {
-            Notice::Revision { tenant, revision, events } => Some((*tenant, *revision, &events[..])),
+            Notice::Revision { tenant, revision, changes } => Some((*tenant, *revision, &changes.events[..])),
             Notice::Tenant(..)
             | Notice::Forgotten(_)
             | Notice::LeaseGranted { .. }
@@ -397,9 +397,9 @@ impl<E: Engine> StateMachine<E> {
                     shared.deleted.write().remove(&tenant);
                     self.observer.tenant_changed(tenant, TenantChange::Forgotten);
                 }
-                Notice::Revision { tenant, revision, events } => {
+                Notice::Revision { tenant, revision, changes } => {
                     if let Some(known) = shared.tenant(tenant)
-                        && known.hub.publish(revision, &events)
+                        && known.hub.publish(revision, changes)
                     {
                         self.observer.delivery_pending(tenant);
                     }
@@ -718,8 +718,7 @@ impl<R: Reader> Turn<'_, R> {
                 Ok(writer.put(&put)?.map(|prev_kv| Reply::Put { prev_kv }))
             }),
             Command::DeleteRange(delete) => self.change(|writer| {
-                let (deleted, prev_kvs) = writer.delete_range(&delete)?;
-                Ok(Ok(Reply::DeleteRange { deleted, prev_kvs }))
+                Ok(writer.delete_range(&delete)?.map(|(deleted, prev_kvs)| Reply::DeleteRange { deleted, prev_kvs }))
             }),
             Command::Txn(request) => self.change(|writer| Ok(txn::txn(writer, &request)?.map(Reply::Txn))),
             Command::LeaseGrant { id, ttl_seconds } => {
@@ -737,7 +736,13 @@ impl<R: Reader> Turn<'_, R> {
                 let more = compact::reclaim(&mut self.pending.overlay, self.tenant, self.row, rows_max)?;
                 Ok(Ok(Reply::Reclaim { more }))
             }
-            Command::Alarm { activate, member_id, kind } => Ok(Ok(self.alarm(activate, Alarm { member_id, kind }))),
+            Command::Alarm { activate, member_id, kind } => {
+                let alarm = Alarm { member_id, kind };
+                if activate && self.row.alarms.len() >= ALARMS_MAX && !self.row.alarms.contains(&alarm) {
+                    return Ok(Err(Refusal::TooManyAlarms));
+                }
+                Ok(Ok(self.alarm(activate, alarm)))
+            }
             Command::Tenant(_) | Command::Configure { .. } | Command::SetDefaults { .. } | Command::Members(_) => {
                 unreachable!("commands of the cell")
             }
@@ -764,10 +769,10 @@ impl<R: Reader> Turn<'_, R> {
     fn change<T>(&mut self, run: impl FnOnce(&mut Writer<'_, R>) -> Step<T>) -> Step<T> {
         let mut writer = Writer::new(&mut self.pending.overlay, self.tenant, self.row, self.capture_prev);
         let reply = accept!(run(&mut writer));
-        let events = writer.finish();
-        if !events.is_empty() {
+        let changes = writer.finish();
+        if !changes.events.is_empty() {
             let revision = self.row.revision;
-            self.pending.notices.push(Notice::Revision { tenant: self.tenant, revision, events });
+            self.pending.notices.push(Notice::Revision { tenant: self.tenant, revision, changes });
         }
         Ok(Ok(reply))
     }

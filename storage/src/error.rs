@@ -30,10 +30,13 @@ pub enum Refusal {
     /// The tenant's CORRUPT alarm is active: no writes until an operator has looked.
     #[error("corrupt cluster")]
     Corrupt,
-    /// A txn would answer more than [`crate::limits::TXN_REPLY_BYTES_MAX`] or has visited more than
-    /// [`crate::limits::TXN_ROWS_MAX`] rows; smaller txns, or plain reads, get the same data.
+    /// A txn, or a delete that tells what it deleted, would answer more than [`crate::limits::TXN_REPLY_BYTES_MAX`], or a txn has visited
+    /// more than [`crate::limits::TXN_ROWS_MAX`] rows; smaller ones, or plain reads, get the same data.
     #[error("txn reads too much")]
     TxnTooLarge,
+    /// The tenant has [`crate::limits::ALARMS_MAX`] alarms.
+    #[error("too many alarms")]
+    TooManyAlarms,
     /// No tenant has this id or name.
     #[error("tenant not found")]
     TenantNotFound,

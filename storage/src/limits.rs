@@ -15,6 +15,24 @@ pub const TXN_REPLY_KEY_BYTES: usize = 64;
 /// over more rows is answered; many of them are refused, because all tenants would wait for them.
 pub const TXN_ROWS_MAX: u64 = 2_000_000;
 
+/// So many bytes of a row are as much work as another row: a few thousand large values may be all that a tenant has.
+pub const ROW_WORK_BYTES: u64 = 1_024;
+
+/// Alarms of one tenant that clients may set; they choose member ids and kinds as they like. What trips the quota sets its
+/// own all the same.
+pub const ALARMS_MAX: usize = 1_000;
+
+/// Bytes that a command keeps of what its events replaced, for watchers that want to see it. Behind that they read it from the
+/// engine: a delete may replace everything that a tenant has.
+pub const EVENT_PREV_BYTES_MAX: usize = 4 << 20;
+
+/// Watchers of a stream that is closed which go in one turn of the hub's lock.
+pub const WATCH_CLOSE_STEP: usize = 256;
+
+/// Pairs of an event and a group of watchers that `apply` looks for in one revision. Where there are more, all watchers of the tenant
+/// replay the revision from the engine.
+pub const WATCH_MATCHES_MAX: usize = 65_536;
+
 /// Rows of history one reclaim step visits. A step is about a millisecond of apply time, which is what a write may have to wait
 /// behind it; a log entry a step is what that costs (decision 0003).
 pub const RECLAIM_ROWS_MAX: u32 = 200;

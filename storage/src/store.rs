@@ -368,7 +368,7 @@ impl<E: Engine> TenantReader<E> {
     ///
     /// # Errors
     /// [`Refusal::FutureRevision`] and [`Refusal::Compacted`] before anything was handed out.
-    pub fn range(&self, request: &RangeRequest, sink: &mut Sink<'_>) -> Result<RangeSummary, ReadError> {
+    pub fn range(&self, request: &RangeRequest, sink: &mut dyn Sink) -> Result<RangeSummary, ReadError> {
         self.range_with(request, true, sink)
     }
 
@@ -376,7 +376,7 @@ impl<E: Engine> TenantReader<E> {
     ///
     /// # Errors
     /// As [`TenantReader::range`].
-    pub fn range_uncounted(&self, request: &RangeRequest, sink: &mut Sink<'_>) -> Result<RangeSummary, ReadError> {
+    pub fn range_uncounted(&self, request: &RangeRequest, sink: &mut dyn Sink) -> Result<RangeSummary, ReadError> {
         self.range_with(request, false, sink)
     }
 
@@ -384,7 +384,7 @@ impl<E: Engine> TenantReader<E> {
         &self,
         request: &RangeRequest,
         count_wanted: bool,
-        sink: &mut Sink<'_>,
+        sink: &mut dyn Sink,
     ) -> Result<RangeSummary, ReadError> {
         let (counts, tenant) = (&self.store.shared.counts, self.tenant.id);
         // Only then there may be keys that are counted and not handed out.
@@ -540,7 +540,7 @@ mod tests {
         let end = Bytes::from_static(b"l");
         let range = KeyRange::HalfOpen { start: Bytes::from_static(b"key"), end: end.clone() };
         let page = RangeRequest { limit: 2, ..RangeRequest::new(range) };
-        let summary = reader.range(&page, &mut |_| ControlFlow::Continue(())).unwrap();
+        let summary = reader.range(&page, &mut |_: &[u8]| ControlFlow::Continue(())).unwrap();
         assert_eq!((summary.count, summary.more), (5, true));
         let next = KeyRange::HalfOpen { start: Bytes::from_static(b"key1\0"), end };
         assert_eq!(summary.rest, Some(next.clone()));

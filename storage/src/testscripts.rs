@@ -170,7 +170,7 @@ impl Script {
 
     fn get(&self, tenant: TenantId, request: &RangeRequest) -> Answer {
         let mut out = String::new();
-        let summary = self.reader(tenant)?.range(request, &mut |kv| {
+        let summary = self.reader(tenant)?.range(request, &mut |kv: &[u8]| {
             let _ = writeln!(out, "{}", show(kv));
             ControlFlow::Continue(())
         });

@@ -83,11 +83,11 @@ fn range(which: u8) -> KeyRange {
 /// Asks for a count in one of the ways there are, and counts what the range hands out at the revision that was read.
 fn check(reader: &TenantReader<MemoryEngine>, which: u8, limit: u64) {
     let request = RangeRequest { limit, count_only: limit == 0, ..RangeRequest::new(range(which)) };
-    let summary = reader.range(&request, &mut |_| ControlFlow::Continue(())).unwrap();
+    let summary = reader.range(&request, &mut |_: &[u8]| ControlFlow::Continue(())).unwrap();
     let mut keys = 0;
     let at = RangeRequest { revision: Some(summary.read_revision), ..RangeRequest::new(range(which)) };
     reader
-        .range(&at, &mut |_| {
+        .range(&at, &mut |_: &[u8]| {
             keys += 1;
             ControlFlow::Continue(())
         })

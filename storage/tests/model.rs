@@ -281,7 +281,7 @@ impl Run {
         let mut request = RangeRequest::new(KeyRange::From(Bytes::from_static(b"\0")));
         request.revision = Some(at);
         let mut found = Vec::new();
-        let summary = reader.range(&request, &mut |stored| {
+        let summary = reader.range(&request, &mut |stored: &[u8]| {
             let kv = KeyValue::decode(stored).unwrap();
             let version = (kv.value.to_vec(), kv.create_revision, kv.mod_revision, kv.version, kv.lease);
             found.push((kv.key.to_vec(), version));
@@ -307,7 +307,7 @@ impl Run {
         loop {
             let mut here = 0;
             let summary = reader
-                .range(&page, &mut |_| {
+                .range(&page, &mut |_: &[u8]| {
                     here += 1;
                     ControlFlow::Continue(())
                 })

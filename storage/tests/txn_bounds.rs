@@ -8,10 +8,11 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
-use tenure_storage::limits::{TXN_REPLY_BYTES_MAX, TXN_ROWS_MAX};
+use tenure_storage::limits::{ALARMS_MAX, ROW_WORK_BYTES, TXN_REPLY_BYTES_MAX, TXN_ROWS_MAX};
 use tenure_storage::{
-    Command, Compare, CompareResult, CompareTarget, Envelope, KeyRange, LeaseId, MemoryEngine, NoObserver, Outcome,
-    PutRequest, RangeRequest, Refusal, Reply, StateMachine, TenantCommand, TenantId, TxnOp, TxnRequest,
+    AlarmKind, Command, Compare, CompareResult, CompareTarget, DeleteRangeRequest, Envelope, KeyRange, LeaseId,
+    MemoryEngine, NoObserver, Outcome, PutRequest, RangeRequest, Refusal, Reply, SortOrder, StateMachine,
+    TenantCommand, TenantId, TxnOp, TxnRequest,
 };
 
 struct Machine {
@@ -35,8 +36,12 @@ impl Machine {
     }
 
     fn fill(&mut self, tenant: TenantId, keys: usize, value_bytes: usize) {
-        for start in (0..keys).step_by(500) {
-            let success = (start..keys.min(start + 500)).map(|n| put(&format!("k{n:08}"), value_bytes)).collect();
+        self.fill_in_batches(tenant, keys, value_bytes, 500);
+    }
+
+    fn fill_in_batches(&mut self, tenant: TenantId, keys: usize, value_bytes: usize, batch: usize) {
+        for start in (0..keys).step_by(batch) {
+            let success = (start..keys.min(start + batch)).map(|n| put(&format!("k{n:08}"), value_bytes)).collect();
             let filled = self.apply(tenant, Command::Txn(TxnRequest { success, ..TxnRequest::default() }));
             assert!(filled.result.is_ok(), "{filled:?}");
         }
@@ -99,4 +104,52 @@ fn work_is_bounded_even_when_nothing_is_returned() {
     let outcome = machine.apply(tenant, Command::Txn(TxnRequest { compares, ..TxnRequest::default() }));
     assert_eq!(outcome.result, Err(Refusal::TxnTooLarge));
     assert_eq!(machine.machine.store().reader(tenant).unwrap().state(), before);
+}
+
+// A tenant may have few keys and all its bytes in them: a txn that reads them again and again, to answer with one, is as much work.
+#[test]
+fn work_counts_bytes_too() {
+    let (mut machine, tenant) = Machine::new();
+    let (keys, value_bytes) = (64, 1 << 20);
+    machine.fill_in_batches(tenant, keys, value_bytes, 8);
+    let before = machine.machine.store().reader(tenant).unwrap().state();
+    let passes = usize::try_from(TXN_ROWS_MAX * ROW_WORK_BYTES).unwrap() / (keys * value_bytes) + 2;
+
+    let last = RangeRequest { order: SortOrder::Descend, limit: 1, ..RangeRequest::new(everything()) };
+    let mut success = vec![put("new", 1)];
+    success.extend((0..passes).map(|_| TxnOp::Range(last.clone())));
+    let outcome = machine.apply(tenant, Command::Txn(TxnRequest { success, ..TxnRequest::default() }));
+    assert_eq!(outcome.result, Err(Refusal::TxnTooLarge));
+
+    let target = CompareTarget::Value(Bytes::from_static(b"a"));
+    let compare = Compare { range: everything(), result: CompareResult::Greater, target };
+    let compares = vec![compare; passes];
+    let outcome = machine.apply(tenant, Command::Txn(TxnRequest { compares, ..TxnRequest::default() }));
+    assert_eq!(outcome.result, Err(Refusal::TxnTooLarge));
+    assert_eq!(machine.machine.store().reader(tenant).unwrap().state(), before);
+}
+
+#[test]
+fn a_delete_that_would_tell_too_much_deletes_nothing() {
+    let (mut machine, tenant) = Machine::new();
+    let keys = TXN_REPLY_BYTES_MAX / (1 << 20) + 1;
+    machine.fill_in_batches(tenant, keys, 1 << 20, 8);
+    let before = machine.machine.store().reader(tenant).unwrap().state();
+    let delete = |prev_kv| Command::DeleteRange(DeleteRangeRequest { range: everything(), prev_kv });
+    assert_eq!(machine.apply(tenant, delete(true)).result, Err(Refusal::TxnTooLarge));
+    assert_eq!(machine.machine.store().reader(tenant).unwrap().state(), before);
+    let Ok(Reply::DeleteRange { deleted, .. }) = machine.apply(tenant, delete(false)).result else { panic!() };
+    assert_eq!(deleted, keys as u64);
+}
+
+// Clients choose member ids and kinds of alarms, and the row of a tenant, with all its alarms, is written with each of its batches.
+#[test]
+fn alarms_have_a_bound() {
+    let (mut machine, tenant) = Machine::new();
+    let alarm = |member_id| Command::Alarm { activate: true, member_id, kind: AlarmKind(7) };
+    for member_id in 0..ALARMS_MAX as u64 {
+        assert!(machine.apply(tenant, alarm(member_id)).result.is_ok());
+    }
+    assert_eq!(machine.apply(tenant, alarm(ALARMS_MAX as u64)).result, Err(Refusal::TooManyAlarms));
+    assert!(machine.apply(tenant, alarm(3)).result.is_ok(), "one that is set already");
 }

@@ -8,7 +8,6 @@ mod stream;
 #[cfg(test)]
 mod tests;
 
-use prost::Message;
 use tenure_storage::limits::{RECLAIM_ROWS_MAX, TXN_REPLY_BYTES_MAX};
 use tenure_storage::{Command, KeyRange, Reply, TxnOp};
 use tonic::{Request, Response, Status};
@@ -25,7 +24,7 @@ use crate::proto::etcdserverpb::{
     CompactionRequest, CompactionResponse, DeleteRangeRequest, DeleteRangeResponse, PutRequest, PutResponse,
     RangeRequest, TxnRequest, TxnResponse,
 };
-use crate::service::{Context, header, with_permit, write};
+use crate::service::{Context, answer, header, with_permit, write};
 use crate::status::mismatched_reply;
 use crate::wire::RangeResponse;
 
@@ -46,24 +45,14 @@ impl KvService {
         let reservation = self.reserve_for_txn(tenant, &request).await?;
         let (revision, reply) =
             tenant.read(move |reader| reader.txn_read_only(&request)).await?.map_err(CellError::from)?;
-        Ok(txn_response(to_proto::txn(Some(header(tenant, revision)), reply), reservation))
+        Ok(answer(to_proto::txn(Some(header(tenant, revision)), reply), reservation))
     }
 
     /// The answer of a txn is made whole, in one go, so one that may be large waits for room before it is asked for.
     async fn reserve_for_txn(&self, tenant: &Tenant, txn: &tenure_storage::TxnRequest) -> Result<Reservation, Status> {
-        let mut reservation = self.context.in_flight.of(tenant);
-        if may_answer_much(txn) && !reservation.try_reach(TXN_REPLY_BYTES_MAX) {
-            reservation.wait_for_room(TXN_REPLY_BYTES_MAX / 2).await?;
-        }
-        Ok(reservation)
+        let bytes = if may_answer_much(txn) { TXN_REPLY_BYTES_MAX } else { 0 };
+        Ok(self.context.reserve(tenant, bytes).await?)
     }
-}
-
-fn txn_response(response: TxnResponse, mut reservation: Reservation) -> Response<TxnResponse> {
-    let bytes = response.encoded_len();
-    reservation.settle(bytes);
-    reservation.charge(bytes);
-    with_permit(response, reservation)
 }
 
 /// Single keys whose values a txn may return without being counted as large.
@@ -122,7 +111,10 @@ impl Kv for KvService {
         check::size(&request, self.context.request_bytes_max(&tenant))?;
         let (header, reply) = write(&tenant, Command::Put(from_proto::put(request))).await?;
         let Reply::Put { prev_kv } = reply else { return Err(mismatched_reply("Put")) };
-        Ok(Response::new(to_proto::put(Some(header), prev_kv)))
+        if prev_kv.is_none() {
+            return Ok(Response::new(to_proto::put(Some(header), prev_kv)));
+        }
+        Ok(answer(to_proto::put(Some(header), prev_kv), self.context.in_flight.of(&tenant)))
     }
 
     async fn delete_range(
@@ -133,12 +125,12 @@ impl Kv for KvService {
         let request = request.into_inner();
         check::delete_range(&request)?;
         check::size(&request, self.context.request_bytes_max(&tenant))?;
+        // As a txn's: what was deleted is told whole.
+        let tells_much = request.prev_kv && !request.range_end.is_empty();
+        let reservation = self.context.reserve(&tenant, if tells_much { TXN_REPLY_BYTES_MAX } else { 0 }).await?;
         let (header, reply) = write(&tenant, Command::DeleteRange(from_proto::delete_range(request))).await?;
         let Reply::DeleteRange { deleted, prev_kvs } = reply else { return Err(mismatched_reply("DeleteRange")) };
-        let message = to_proto::delete_range(Some(header), deleted, prev_kvs);
-        let mut reservation = self.context.in_flight.of(&tenant);
-        reservation.charge(message.encoded_len());
-        Ok(with_permit(message, reservation))
+        Ok(answer(to_proto::delete_range(Some(header), deleted, prev_kvs), reservation))
     }
 
     async fn txn(&self, request: Request<TxnRequest>) -> Result<Response<TxnResponse>, Status> {
@@ -159,7 +151,7 @@ impl Kv for KvService {
         let reservation = self.reserve_for_txn(&tenant, &request).await?;
         let (header, reply) = write(&tenant, Command::Txn(request)).await?;
         let Reply::Txn(reply) = reply else { return Err(mismatched_reply("Txn")) };
-        Ok(txn_response(to_proto::txn(Some(header), reply), reservation))
+        Ok(answer(to_proto::txn(Some(header), reply), reservation))
     }
 
     /// A physical compaction proposes the reclaim steps itself instead of waiting for those of the background: each step

@@ -5,6 +5,7 @@ use std::future::Future;
 use std::pin::Pin;
 use std::task::Poll;
 
+use bytes::Bytes;
 use futures::StreamExt;
 use tenure_storage::{Command, LeaseId, Reply};
 use tokio_stream::Stream;
@@ -13,6 +14,7 @@ use tonic::{Request, Response, Status, Streaming};
 use crate::cell::Tenant;
 use crate::cell_error::CellError;
 use crate::check;
+use crate::inflight::Reservation;
 use crate::lessor::Remaining;
 use crate::proto::etcdserverpb::lease_server::Lease;
 use crate::proto::etcdserverpb::{
@@ -20,8 +22,11 @@ use crate::proto::etcdserverpb::{
     LeaseLeasesResponse, LeaseRevokeRequest, LeaseRevokeResponse, LeaseStatus, LeaseTimeToLiveRequest,
     LeaseTimeToLiveResponse,
 };
-use crate::service::{Context, header, wants_leader, write};
+use crate::service::{Context, answer, header, wants_leader, write};
 use crate::status::{in_etcds_words, mismatched_reply};
+
+/// What a lease takes in a list of them, encoded and not.
+const LISTED_LEASE_BYTES: usize = 32;
 
 /// What a missing lease has left.
 const TTL_OF_MISSING: i64 = -1;
@@ -35,6 +40,21 @@ pub struct LeaseService {
 impl LeaseService {
     pub fn new(context: Context) -> Self {
         LeaseService { context }
+    }
+
+    /// The keys of a lease, and room for them. They are read again if there was none, as ranges are.
+    async fn attached_keys(&self, tenant: &Tenant, id: LeaseId) -> Result<(Vec<Bytes>, Reservation), Status> {
+        let mut reservation = self.context.in_flight.of(tenant);
+        loop {
+            let keys = tenant.read(move |reader| reader.lease_keys(id)).await?;
+            let keys = keys.map_err(|fault| tenant.report(fault))?;
+            let bytes = keys.iter().map(|key| key.len() + size_of::<Bytes>()).sum();
+            if reservation.try_reach(bytes) {
+                return Ok((keys, reservation));
+            }
+            drop(keys);
+            reservation.wait_for_room(bytes).await?;
+        }
     }
 }
 
@@ -134,8 +154,9 @@ impl Lease for LeaseService {
             response.ttl = seconds;
             response.granted_ttl = granted_seconds;
             if keys {
-                let attached = tenant.read(move |reader| reader.lease_keys(LeaseId(id))).await?;
-                response.keys = attached.map_err(|fault| tenant.report(fault))?;
+                let (keys, reservation) = self.attached_keys(&tenant, LeaseId(id)).await?;
+                response.keys = keys;
+                return Ok(answer(response, reservation));
             }
         }
         Ok(Response::new(response))
@@ -147,8 +168,13 @@ impl Lease for LeaseService {
     ) -> Result<Response<LeaseLeasesResponse>, Status> {
         let tenant = self.context.tenant_of(&request)?;
         let header = header(&tenant, tenant.reader().revision());
-        let leases = tenant.leases().into_iter().map(|id| LeaseStatus { id: id.0 }).collect();
-        Ok(Response::new(LeaseLeasesResponse { header: Some(header), leases }))
+        let count = usize::try_from(tenant.reader().state().usage.leases).unwrap_or(usize::MAX);
+        let reservation = self.context.reserve(&tenant, count.saturating_mul(LISTED_LEASE_BYTES)).await?;
+        let of_tenant = tenant.clone();
+        // There may be a million, to be sorted.
+        let leases = tenant.read(move |_| of_tenant.leases()).await?;
+        let leases = leases.into_iter().map(|id| LeaseStatus { id: id.0 }).collect();
+        Ok(answer(LeaseLeasesResponse { header: Some(header), leases }, reservation))
     }
 }
 

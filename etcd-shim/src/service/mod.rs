@@ -73,7 +73,7 @@ impl Context {
         let tenant = request
             .extensions()
             .get::<ConnectionIdentity>()
-            .and_then(|identity| self.cell.tenant(identity.tenant()))
+            .and_then(|identity| identity.tenant_in(&self.cell))
             .ok_or_else(|| Status::permission_denied("etcdserver: permission denied"))?;
         if wants_leader(request.metadata()) && tenant.leader_id() == 0 {
             return Err(CellError::NoLeader.into());
@@ -90,6 +90,18 @@ impl Context {
         let tenant = self.tenant_of_any(request)?;
         self.check_voter()?;
         Ok(tenant)
+    }
+
+    /// Room for an answer that is made whole and may have so many bytes; waits for it.
+    ///
+    /// # Errors
+    /// [`CellError::TimeoutRead`], if there was none for too long.
+    async fn reserve(&self, tenant: &Tenant, bytes: usize) -> Result<Reservation, CellError> {
+        let mut reservation = self.in_flight.of(tenant);
+        if !reservation.try_reach(bytes) {
+            reservation.wait_for_room(bytes / 2).await?;
+        }
+        Ok(reservation)
     }
 
     /// # Errors
@@ -176,6 +188,14 @@ pub fn header(tenant: &Tenant, revision: i64) -> ResponseHeader {
 pub async fn write(tenant: &Tenant, command: Command) -> Result<(ResponseHeader, Reply), CellError> {
     let Outcome { revision, result } = tenant.propose(command).await?;
     Ok((header(tenant, revision), result?))
+}
+
+/// Hands over an answer that was made whole, with what it was reserved for, and counted with what it takes.
+fn answer<T: prost::Message>(message: T, mut reservation: Reservation) -> Response<T> {
+    let bytes = message.encoded_len();
+    reservation.settle(bytes);
+    reservation.charge(bytes);
+    with_permit(message, reservation)
 }
 
 /// Hands the reservation over to whoever sends the response's body.

@@ -67,7 +67,7 @@ fn is_hashed<R: Reader>(
 
 fn exists_any<R: Reader>(reader: &R, tenant: TenantId, at: i64) -> Result<bool, Fault> {
     let mut found = false;
-    read::visit(reader, tenant, at, &KeyRange::From(Bytes::new()), &mut |_| {
+    read::visit(reader, tenant, at, &KeyRange::From(Bytes::new()), &mut |_: &[u8]| {
         found = true;
         ControlFlow::Break(())
     })?;

@@ -11,6 +11,7 @@ use bytes::Bytes;
 
 use crate::engine::{Batch, Cursor, Family, Reader};
 use crate::error::Fault;
+use crate::limits::ROW_WORK_BYTES;
 
 /// A reader and the changes on top of it.
 pub(crate) struct Overlay<R> {
@@ -18,8 +19,8 @@ pub(crate) struct Overlay<R> {
     batch: Batch,
     /// What each changed key held before, while a txn that may have to be taken back runs.
     journal: Option<Vec<Undo>>,
-    /// Rows asked for so far: a measure of work that is equal on all members, as time is not. Reads that only some members
-    /// make go through [`Overlay::uncounted`].
+    /// Rows asked for so far, and large ones more than once ([`ROW_WORK_BYTES`]): a measure of work that is equal on all members,
+    /// as time is not. Reads that only some members make go through [`Overlay::uncounted`].
     visited: Cell<u64>,
 }
 
@@ -76,7 +77,7 @@ impl<R: Reader> Overlay<R> {
         }
     }
 
-    /// Rows that reads through this overlay have visited.
+    /// Rows that reads through this overlay have visited; what is large counts as several.
     pub(crate) fn visited_rows(&self) -> u64 {
         self.visited.get()
     }
@@ -101,15 +102,15 @@ impl<R: Reader> Reader for Overlay<R> {
         Self: 'a;
 
     fn get(&self, family: Family, key: &[u8]) -> Result<Option<Bytes>, Fault> {
-        self.visited.update(|rows| rows + 1);
-        match self.batch.changes(family).get(key) {
-            Some(change) => Ok(change.clone()),
-            None => self.base.get(family, key),
-        }
+        let found = match self.batch.changes(family).get(key) {
+            Some(change) => change.clone(),
+            None => self.base.get(family, key)?,
+        };
+        visit(&self.visited, found.as_deref());
+        Ok(found)
     }
 
     fn cursor(&self, family: Family, lower: &[u8], upper: &[u8]) -> Result<Self::Cursor<'_>, Fault> {
-        self.visited.update(|rows| rows + 1);
         let mut cursor = OverlayCursor {
             base: self.base.cursor(family, lower, upper)?,
             changes: self.batch.changes(family),
@@ -119,8 +120,15 @@ impl<R: Reader> Reader for Overlay<R> {
         };
         cursor.stand_on_change(Bound::Included(lower));
         cursor.skip_hidden()?;
+        visit(&self.visited, cursor.entry().map(|(_, value)| value));
         Ok(cursor)
     }
+}
+
+/// Counts a row, if there is one, or the look for it.
+fn visit(visited: &Cell<u64>, value: Option<&[u8]>) {
+    let bytes = value.map_or(0, <[u8]>::len) as u64;
+    visited.update(|rows| rows + 1 + bytes / ROW_WORK_BYTES);
 }
 
 /// The smaller of two positions, where a change hides the entry below it.
@@ -171,24 +179,26 @@ impl<C: Cursor> Cursor for OverlayCursor<'_, C> {
     }
 
     fn advance(&mut self) -> Result<(), Fault> {
-        self.visited.update(|rows| rows + 1);
         if let Some((key, _)) = self.change.filter(|_| self.stands_on_change()) {
             self.stand_on_change(Bound::Excluded(key));
         } else {
             self.base.advance()?;
         }
-        self.skip_hidden()
+        self.skip_hidden()?;
+        visit(self.visited, self.entry().map(|(_, value)| value));
+        Ok(())
     }
 
     fn seek(&mut self, to: &[u8]) -> Result<(), Fault> {
-        self.visited.update(|rows| rows + 1);
         if self.base.entry().is_some_and(|(key, _)| key < to) {
             self.base.seek(to)?;
         }
         if self.change.is_some_and(|(key, _)| key < to) {
             self.stand_on_change(Bound::Included(to));
         }
-        self.skip_hidden()
+        self.skip_hidden()?;
+        visit(self.visited, self.entry().map(|(_, value)| value));
+        Ok(())
     }
 }
 

@@ -2,8 +2,11 @@
 //!
 //! `kv` answers what the values were, `head` how many keys there are. A plain range walks `kv` once, in key order, taking
 //! of each key the newest version at or below the read revision and handing its stored bytes to the caller. Behind the
-//! limit only `head` is read, whose rows are small. Everything that needs another order collects first.
+//! limit only `head` is read, whose rows are small. What needs another order is collected first, no more of it than may be
+//! answered, and the caller is asked before that grows.
 
+use std::cmp::Reverse;
+use std::collections::BinaryHeap;
 use std::ops::ControlFlow;
 
 use bytes::Bytes;
@@ -22,8 +25,23 @@ pub(crate) const NEWEST: i64 = i64::MAX;
 /// Versions of one key stepped over one by one before a seek pays off.
 const STEPS_BEFORE_SEEK: usize = 6;
 
-/// Takes one stored KeyValue; `Break` ends the read early.
-pub type Sink<'a> = dyn FnMut(&[u8]) -> ControlFlow<()> + 'a;
+/// Where a read puts what it finds. A closure that takes one stored KeyValue is one that lets a read collect as it likes.
+pub trait Sink {
+    /// Takes one stored KeyValue; `Break` ends the read early.
+    fn take(&mut self, stored: &[u8]) -> ControlFlow<()>;
+
+    /// Hears how many bytes a read that has to sort has collected so far, before it hands out any; `Break` ends it early.
+    fn collected(&mut self, bytes: usize) -> ControlFlow<()> {
+        let _ = bytes;
+        ControlFlow::Continue(())
+    }
+}
+
+impl<F: FnMut(&[u8]) -> ControlFlow<()>> Sink for F {
+    fn take(&mut self, stored: &[u8]) -> ControlFlow<()> {
+        self(stored)
+    }
+}
 
 /// What a range found beside the keys given to the sink.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -98,9 +116,9 @@ pub(crate) fn visit<R: Reader>(
     tenant: TenantId,
     at: i64,
     range: &KeyRange,
-    sink: &mut Sink<'_>,
+    sink: &mut dyn Sink,
 ) -> Result<(), Fault> {
-    scan(reader, tenant, at, range, &mut |_, stored| Ok(sink(stored)))
+    scan(reader, tenant, at, range, &mut |_, stored| Ok(sink.take(stored)))
 }
 
 fn decode_version(row: &[u8]) -> Result<version::VersionKey<'_>, Fault> {
@@ -114,7 +132,7 @@ pub(crate) fn range<R: Reader>(
     at: i64,
     request: &RangeRequest,
     count: Count,
-    sink: &mut Sink<'_>,
+    sink: &mut dyn Sink,
 ) -> Result<Found, Fault> {
     if request.range.is_empty() {
         return Ok(Found::default());
@@ -126,16 +144,13 @@ pub(crate) fn range<R: Reader>(
         };
         return Ok(Found { count, more: false, rest: None });
     }
-    let strip = Strip::of(request);
-    let mut deliver = |stored: &[u8]| match strip.apply(stored)? {
-        Some(stripped) => Ok(sink(&stripped)),
-        None => Ok(sink(stored)),
-    };
+    let mut delivery = Delivery { strip: Strip::of(request), sink };
     let in_key_order = request.target == SortTarget::Key && request.order != SortOrder::Descend;
-    if in_key_order && !request.has_revision_filter() {
-        return range_in_key_order(reader, tenant, at, request, count, &mut deliver);
+    match (in_key_order, request.has_revision_filter()) {
+        (true, false) => range_in_key_order(reader, tenant, at, request, count, &mut delivery),
+        (true, true) => range_filtered(reader, tenant, at, request, &mut delivery),
+        (false, _) => range_sorted(reader, tenant, at, request, &mut delivery),
     }
-    range_sorted(reader, tenant, at, request, &mut deliver)
 }
 
 /// Collects a range: for txns, whose replies are whole anyway. What it takes goes off `bytes_left`; `None`: not enough left.
@@ -146,23 +161,51 @@ pub(crate) fn range_collected<R: Reader>(
     request: &RangeRequest,
     bytes_left: &mut usize,
 ) -> Result<Option<RangeReply>, Fault> {
-    let mut kvs = Vec::new();
-    let mut fits = true;
-    let found = range(reader, tenant, at, request, Count::Exact, &mut |stored| {
-        match bytes_left.checked_sub(stored.len() + TXN_REPLY_KEY_BYTES) {
-            Some(left) => *bytes_left = left,
-            None => {
-                fits = false;
-                return ControlFlow::Break(());
-            }
-        }
-        kvs.push(Bytes::copy_from_slice(stored));
-        ControlFlow::Continue(())
-    })?;
+    let mut collector = Collector { kvs: Vec::new(), bytes_left, fits: true };
+    let found = range(reader, tenant, at, request, Count::Exact, &mut collector)?;
+    let Collector { kvs, fits, .. } = collector;
     Ok(fits.then_some(RangeReply { kvs, more: found.more, count: found.count }))
 }
 
-type Deliver<'a> = dyn FnMut(&[u8]) -> Result<ControlFlow<()>, Fault> + 'a;
+struct Collector<'a> {
+    kvs: Vec<Bytes>,
+    bytes_left: &'a mut usize,
+    fits: bool,
+}
+
+impl Sink for Collector<'_> {
+    fn take(&mut self, stored: &[u8]) -> ControlFlow<()> {
+        match self.bytes_left.checked_sub(stored.len() + TXN_REPLY_KEY_BYTES) {
+            Some(left) => *self.bytes_left = left,
+            None => self.fits = false,
+        }
+        if !self.fits {
+            return ControlFlow::Break(());
+        }
+        self.kvs.push(Bytes::copy_from_slice(stored));
+        ControlFlow::Continue(())
+    }
+
+    fn collected(&mut self, bytes: usize) -> ControlFlow<()> {
+        self.fits &= bytes <= *self.bytes_left;
+        if self.fits { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
+    }
+}
+
+/// The way from the engine to the caller.
+struct Delivery<'a> {
+    strip: Strip,
+    sink: &'a mut dyn Sink,
+}
+
+impl Delivery<'_> {
+    fn deliver(&mut self, stored: &[u8]) -> Result<ControlFlow<()>, Fault> {
+        match self.strip.apply(stored)? {
+            Some(stripped) => Ok(self.sink.take(&stripped)),
+            None => Ok(self.sink.take(stored)),
+        }
+    }
+}
 
 fn range_in_key_order<R: Reader>(
     reader: &R,
@@ -170,11 +213,11 @@ fn range_in_key_order<R: Reader>(
     at: i64,
     request: &RangeRequest,
     count: Count,
-    deliver: &mut Deliver<'_>,
+    delivery: &mut Delivery<'_>,
 ) -> Result<Found, Fault> {
     if let KeyRange::Single(key) = &request.range {
         let Some(stored) = get(reader, tenant, key, at)? else { return Ok(Found::default()) };
-        let _ = deliver(&stored)?;
+        let _ = delivery.deliver(&stored)?;
         return Ok(Found { count: 1, more: false, rest: None });
     }
     let limit = if request.limit == 0 { u64::MAX } else { request.limit };
@@ -190,7 +233,7 @@ fn range_in_key_order<R: Reader>(
         if visited == limit {
             last = key.user_key().ok_or(Fault::Corrupt { what: "escaped key", key: key.user_prefix.to_vec() })?;
         }
-        deliver(stored)
+        delivery.deliver(stored)
     })?;
     if !more {
         return Ok(Found { count: visited, more: false, rest: None });
@@ -211,7 +254,34 @@ fn range_in_key_order<R: Reader>(
     Ok(Found { count, more: true, rest: Some(rest) })
 }
 
-/// Ranges that must be sorted or filtered before they are cut.
+fn limit_of(request: &RangeRequest) -> usize {
+    if request.limit == 0 { usize::MAX } else { usize::try_from(request.limit).unwrap_or(usize::MAX) }
+}
+
+/// Ranges in key order of which only some keys are wanted. The count is that of all (contract 1.1, Filters).
+fn range_filtered<R: Reader>(
+    reader: &R,
+    tenant: TenantId,
+    at: i64,
+    request: &RangeRequest,
+    delivery: &mut Delivery<'_>,
+) -> Result<Found, Fault> {
+    let limit = limit_of(request);
+    let (mut count, mut passed) = (0u64, 0usize);
+    scan(reader, tenant, at, &request.range, &mut |_, stored| {
+        count += 1;
+        if passed <= limit && passes_filters(request, stored)? {
+            passed += 1;
+            if passed <= limit {
+                return delivery.deliver(stored);
+            }
+        }
+        Ok(ControlFlow::Continue(()))
+    })?;
+    Ok(Found { count, more: passed > limit, rest: None })
+}
+
+/// Ranges that must be sorted before they are cut.
 ///
 /// QUIRK: without an explicit order the limit cuts key order first and the rest is sorted (contract 1.1, Sorting).
 fn range_sorted<R: Reader>(
@@ -219,28 +289,112 @@ fn range_sorted<R: Reader>(
     tenant: TenantId,
     at: i64,
     request: &RangeRequest,
-    deliver: &mut Deliver<'_>,
+    delivery: &mut Delivery<'_>,
 ) -> Result<Found, Fault> {
-    let limit = if request.limit == 0 { usize::MAX } else { usize::try_from(request.limit).unwrap_or(usize::MAX) };
+    let limit = limit_of(request);
     let cut_first = request.order == SortOrder::None && !request.has_revision_filter();
-    let collect_max = if cut_first { limit.saturating_add(1) } else { usize::MAX };
-    let mut kvs: Vec<Bytes> = Vec::new();
-    let mut count = 0u64;
+    let mut first = First { limit, cut_first, candidates: BinaryHeap::new(), bytes: 0 };
+    let (mut count, mut passed) = (0u64, 0usize);
+    let mut ended = false;
     scan(reader, tenant, at, &request.range, &mut |_, stored| {
         count += 1;
-        if kvs.len() < collect_max && passes_filters(request, stored)? {
-            kvs.push(Bytes::copy_from_slice(stored));
+        if !passes_filters(request, stored)? {
+            return Ok(ControlFlow::Continue(()));
         }
-        Ok(ControlFlow::Continue(()))
+        passed += 1;
+        let grew = first.add(request, count, stored)?;
+        let next = if grew { delivery.sink.collected(first.bytes) } else { ControlFlow::Continue(()) };
+        ended = next.is_break();
+        Ok(next)
     })?;
-    sort(request, &mut kvs)?;
-    let more = kvs.len() > limit;
-    for stored in kvs.iter().take(limit) {
-        if deliver(stored)?.is_break() {
+    if ended {
+        return Ok(Found::default());
+    }
+    for candidate in first.candidates.into_sorted_vec() {
+        if delivery.deliver(&candidate.stored)?.is_break() {
             break;
         }
     }
-    Ok(Found { count, more, rest: None })
+    Ok(Found { count, more: passed > limit, rest: None })
+}
+
+/// What of a range comes first in its order, at most `limit` of it.
+struct First {
+    limit: usize,
+    /// Keep those that came first in key order instead.
+    cut_first: bool,
+    /// The last of the order on top.
+    candidates: BinaryHeap<Candidate>,
+    /// Of the candidates.
+    bytes: usize,
+}
+
+/// Ordered by what is sorted by, and behind that by key in both directions: the sort is stable.
+#[derive(PartialEq, Eq, PartialOrd, Ord)]
+struct Candidate {
+    by: SortedBy,
+    position: u64,
+    stored: Bytes,
+}
+
+/// All candidates of a read are of one variant.
+#[derive(PartialEq, Eq, PartialOrd, Ord)]
+enum SortedBy {
+    /// Negative in descending order.
+    Number(i64),
+    Value(Bytes),
+    ValueDescending(Reverse<Bytes>),
+}
+
+impl First {
+    /// Takes one more, the `position`-th key of the range, if it comes before the last of as many as are wanted. `true`: there are more
+    /// bytes than before.
+    fn add(&mut self, request: &RangeRequest, position: u64, stored: &[u8]) -> Result<bool, Fault> {
+        let is_full = self.candidates.len() >= self.limit;
+        if is_full && self.cut_first {
+            return Ok(false);
+        }
+        let kv = KeyValue::decode(stored)?;
+        let descend = request.order == SortOrder::Descend;
+        let number = match request.target {
+            SortTarget::Key => Some(position.cast_signed()),
+            SortTarget::Version => Some(kv.version),
+            SortTarget::Create => Some(kv.create_revision),
+            SortTarget::Mod => Some(kv.mod_revision),
+            SortTarget::Value => None,
+        };
+        let is_before = |last: &Candidate| match (&last.by, number) {
+            (SortedBy::Number(of_last), Some(number)) => (if descend { -number } else { number }) < *of_last,
+            (SortedBy::Value(of_last), _) => kv.value < &of_last[..],
+            (SortedBy::ValueDescending(Reverse(of_last)), _) => kv.value > &of_last[..],
+            (SortedBy::Number(_), None) => unreachable!("candidates of a read are of one variant"),
+        };
+        if is_full && !self.candidates.peek().is_some_and(is_before) {
+            return Ok(false);
+        }
+        let bytes_before = self.bytes;
+        if is_full && let Some(last) = self.candidates.pop() {
+            self.bytes -= last.bytes();
+        }
+        let stored = Bytes::copy_from_slice(stored);
+        let by = match number {
+            Some(number) => SortedBy::Number(if descend { -number } else { number }),
+            None => {
+                let value = stored.slice_ref(KeyValue::decode(&stored)?.value);
+                if descend { SortedBy::ValueDescending(Reverse(value)) } else { SortedBy::Value(value) }
+            }
+        };
+        let candidate = Candidate { by, position, stored };
+        self.bytes += candidate.bytes();
+        self.candidates.push(candidate);
+        Ok(self.bytes > bytes_before)
+    }
+}
+
+impl Candidate {
+    fn bytes(&self) -> usize {
+        self.stored.len() + size_of::<Candidate>()
+    }
 }
 
 fn passes_filters(request: &RangeRequest, stored: &[u8]) -> Result<bool, Fault> {
@@ -248,35 +402,6 @@ fn passes_filters(request: &RangeRequest, stored: &[u8]) -> Result<bool, Fault> 
     let within = |revision: i64, min: i64, max: i64| (min == 0 || revision >= min) && (max == 0 || revision <= max);
     Ok(within(kv.mod_revision, request.min_mod_revision, request.max_mod_revision)
         && within(kv.create_revision, request.min_create_revision, request.max_create_revision))
-}
-
-/// Stable, so equal targets stay in key order in both directions.
-fn sort(request: &RangeRequest, kvs: &mut [Bytes]) -> Result<(), Fault> {
-    for stored in kvs.iter() {
-        KeyValue::decode(stored)?;
-    }
-    let field = |stored: &Bytes| {
-        let kv = KeyValue::decode(stored).unwrap_or_default();
-        match request.target {
-            SortTarget::Key | SortTarget::Value => 0,
-            SortTarget::Version => kv.version,
-            SortTarget::Create => kv.create_revision,
-            SortTarget::Mod => kv.mod_revision,
-        }
-    };
-    let value = |stored: &Bytes| KeyValue::decode(stored).unwrap_or_default().value.to_vec();
-    let descend = request.order == SortOrder::Descend;
-    match request.target {
-        SortTarget::Key if descend => kvs.reverse(),
-        SortTarget::Key => {}
-        SortTarget::Value if descend => kvs.sort_by_key(|kv| std::cmp::Reverse(value(kv))),
-        SortTarget::Value => kvs.sort_by_key(value),
-        SortTarget::Version | SortTarget::Create | SortTarget::Mod if descend => {
-            kvs.sort_by_key(|kv| std::cmp::Reverse(field(kv)));
-        }
-        SortTarget::Version | SortTarget::Create | SortTarget::Mod => kvs.sort_by_key(field),
-    }
-    Ok(())
 }
 
 /// What `keys_only` takes away.

@@ -194,7 +194,7 @@ fn run<R: Reader>(writer: &mut Writer<'_, R>, txn: &TxnRequest, plan: &Plan, bou
                 TxnOpReply::Put { revision: writer.revision_so_far(), prev_kv }
             }
             TxnOp::DeleteRange(delete) => {
-                let (deleted, prev_kvs) = writer.delete_range(delete)?;
+                let (deleted, prev_kvs) = accept!(writer.delete_range(delete));
                 accept!(Ok::<_, Fault>(bounds.take(&prev_kvs)));
                 TxnOpReply::DeleteRange { revision: writer.revision_so_far(), deleted, prev_kvs }
             }
@@ -352,7 +352,7 @@ mod tests {
         let request = TxnRequest { compares, success: vec![put("new".to_string())], failure: Vec::new() };
         let bounds = Bounds { reply_bytes_left: TXN_REPLY_BYTES_MAX, rows_end };
         assert_eq!(txn_within(&mut writer, &request, bounds).unwrap(), Err(Refusal::TxnTooLarge));
-        assert!(writer.finish().is_empty());
+        assert!(writer.finish().events.is_empty());
         assert_eq!(row, before);
     }
 }

@@ -12,9 +12,9 @@ use crate::key::head::Head;
 use crate::key::meta::TenantRow;
 use crate::key::{head, lease, rev, version};
 use crate::key_value::{self, KeyValue};
-use crate::limits::VERSION_OVERHEAD_BYTES;
+use crate::limits::{EVENT_PREV_BYTES_MAX, TXN_REPLY_BYTES_MAX, VERSION_OVERHEAD_BYTES};
 use crate::types::{DeleteRangeRequest, KeyRange, LeaseId, PutRequest, Revision, TenantId};
-use crate::watch::{Event, EventKind};
+use crate::watch::{Changes, Event, EventKind};
 
 /// Either half may end a step: a refusal is the command's answer, a fault ends the member.
 pub(crate) type Step<T> = Result<Result<T, Refusal>, Fault>;
@@ -35,8 +35,10 @@ pub(crate) struct Writer<'a, R> {
     pub(crate) overlay: &'a mut Overlay<R>,
     pub(crate) tenant: TenantId,
     pub(crate) row: &'a mut TenantRow,
-    /// Whether some watcher will want to see what events replaced.
-    pub(crate) capture_prev: bool,
+    /// Whether some watcher will want to see what events replaced. Turned off at a bound; then no event tells.
+    capture_prev: bool,
+    /// What the events tell of it.
+    prev_bytes: usize,
     /// Changes made so far, in sub-revision order.
     pub(crate) events: Vec<Event>,
     next_sub: u32,
@@ -49,7 +51,7 @@ impl<'a, R: Reader> Writer<'a, R> {
         row: &'a mut TenantRow,
         capture_prev: bool,
     ) -> Self {
-        Writer { overlay, tenant, row, capture_prev, events: Vec::new(), next_sub: 0 }
+        Writer { overlay, tenant, row, capture_prev, prev_bytes: 0, events: Vec::new(), next_sub: 0 }
     }
 
     /// The revision this command's changes get.
@@ -63,12 +65,12 @@ impl<'a, R: Reader> Writer<'a, R> {
     }
 
     /// Takes the revision, if anything changed. Ends the command.
-    pub(crate) fn finish(self) -> Vec<Event> {
+    pub(crate) fn finish(self) -> Changes {
         assert_eq!(self.events.len(), self.next_sub as usize, "every change is an event");
         if self.next_sub > 0 {
             self.row.revision += 1;
         }
-        self.events
+        Changes { events: self.events, with_prev: self.capture_prev }
     }
 
     /// Drops the record of changes that the overlay has taken back.
@@ -144,7 +146,9 @@ impl<'a, R: Reader> Writer<'a, R> {
         self.move_lease(&put.key, live.map_or(LeaseId::NONE, |live| live.lease), lease);
 
         let prev_kv = self.event_prev(&put.key, live, old.as_ref(), at)?;
-        self.events.push(Event { kind: EventKind::Put, key: put.key.clone(), kv: stored, prev_kv });
+        // Not the request's bytes: those are of a whole log entry, which an event that waits must not keep.
+        let key = stored.slice_ref(KeyValue::decode(&stored)?.key);
+        self.tell(Event { kind: EventKind::Put, key, kv: stored, prev_kv });
         Ok(Ok(old.filter(|_| put.prev_kv)))
     }
 
@@ -153,19 +157,32 @@ impl<'a, R: Reader> Writer<'a, R> {
         self.overlay.uncounted(|overlay| read::stored(overlay, self.tenant, key, at))
     }
 
-    /// Deletes every key of the range; answers how many, and what they were if asked.
-    pub(crate) fn delete_range(&mut self, delete: &DeleteRangeRequest) -> Result<(u64, Vec<Bytes>), Fault> {
+    fn tell(&mut self, event: Event) {
+        self.prev_bytes += event.prev_kv.as_ref().map_or(0, Bytes::len);
+        self.events.push(event);
+        if self.capture_prev && self.prev_bytes > EVENT_PREV_BYTES_MAX {
+            self.capture_prev = false;
+            self.events.iter_mut().for_each(|event| event.prev_kv = None);
+        }
+    }
+
+    /// Deletes every key of the range; answers how many, and what they were if asked. Refused, nothing has changed.
+    pub(crate) fn delete_range(&mut self, delete: &DeleteRangeRequest) -> Step<(u64, Vec<Bytes>)> {
         let mut doomed = Vec::new();
         read::live_heads(self.overlay, self.tenant, &delete.range, &mut |key, newest| {
             doomed.push((Bytes::copy_from_slice(key), newest));
             Ok(ControlFlow::Continue(()))
         })?;
+        let stored_bytes = doomed.iter().map(|(_, newest)| newest.size_bytes).sum::<u64>();
+        if delete.prev_kv && stored_bytes > TXN_REPLY_BYTES_MAX as u64 {
+            return Ok(Err(Refusal::TxnTooLarge));
+        }
         let mut prev_kvs = Vec::new();
         for (key, newest) in &doomed {
             let old = self.delete(key, *newest, delete.prev_kv)?;
             prev_kvs.extend(old.filter(|_| delete.prev_kv));
         }
-        Ok((doomed.len() as u64, prev_kvs))
+        Ok(Ok((doomed.len() as u64, prev_kvs)))
     }
 
     /// Deletes one key that exists. Answers its last version if `want_old` or a watcher wants it.
@@ -188,7 +205,7 @@ impl<'a, R: Reader> Writer<'a, R> {
         self.move_lease(key, live.lease, LeaseId::NONE);
         let prev_kv = self.event_prev(key, Some(live), old.as_ref(), at)?;
         let kv = key_value::encode_tombstone_event(key, at.main);
-        self.events.push(Event { kind: EventKind::Delete, key: key.clone(), kv, prev_kv });
+        self.tell(Event { kind: EventKind::Delete, key: key.clone(), kv, prev_kv });
         Ok(old)
     }
 
@@ -266,7 +283,7 @@ impl<'a, R: Reader> Writer<'a, R> {
         }
         for key in attached_keys(self.overlay, self.tenant, id)? {
             let delete = DeleteRangeRequest { range: KeyRange::Single(key), prev_kv: false };
-            let (deleted, _) = self.delete_range(&delete)?;
+            let (deleted, _) = accept!(self.delete_range(&delete));
             assert_eq!(deleted, 1, "an attached key exists");
         }
         self.overlay.delete(Family::Lease, lease::grant_key(self.tenant, id));

@@ -12,10 +12,10 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use parking_lot::Mutex;
 
 use super::index::{GroupId, RangeIndex};
-use super::{CreateRefusal, Event, EventBatch, EventKind, WatchMessage, WatchSpec};
+use super::{Changes, CreateRefusal, Event, EventBatch, EventKind, WatchMessage, WatchSpec};
 use crate::limits::{
-    WATCH_BACKLOG_BYTES_MAX, WATCH_BACKLOG_REVISIONS_MAX, WATCH_DIRECT_MAX, WATCH_QUEUE_BYTES_MAX,
-    WATCH_QUEUE_RESPONSES_MAX,
+    WATCH_BACKLOG_BYTES_MAX, WATCH_BACKLOG_REVISIONS_MAX, WATCH_CLOSE_STEP, WATCH_DIRECT_MAX, WATCH_MATCHES_MAX,
+    WATCH_QUEUE_BYTES_MAX, WATCH_QUEUE_RESPONSES_MAX,
 };
 use crate::types::KeyRange;
 
@@ -75,9 +75,13 @@ struct Delivery {
     revision: i64,
     /// The last revision behind it that nobody waits for, or its own.
     reached: i64,
-    batches: Vec<(GroupId, Arc<EventBatch>)>,
-    /// Batches that all members of their groups have.
+    changes: Changes,
+    /// Which group wants which event, by its position: in order of both.
+    matches: Vec<(GroupId, usize)>,
+    /// Matches that all members of their groups have.
     done: usize,
+    /// What the members of the next group get; made when the first of them does.
+    batch: Option<Arc<EventBatch>>,
     /// The last member of the next group that has its batch.
     after: Option<(StreamId, i64)>,
     size_bytes: usize,
@@ -214,12 +218,17 @@ impl Hub {
     /// Takes one applied revision. Revisions come in order, without gaps. Its watchers have it on return if they are few and
     /// nothing waits before it; else it waits for [`Hub::deliver`]. True: something waits now, and before nothing did.
     #[must_use]
-    pub(crate) fn publish(&self, revision: i64, events: &[Event]) -> bool {
+    pub(crate) fn publish(&self, revision: i64, changes: Changes) -> bool {
         let mut state = self.state.lock();
         assert_eq!(revision, state.revision + 1, "revisions are published in order");
         state.revision = revision;
-        let batches = if state.watchers > 0 { state.batches(events) } else { Vec::new() };
-        state.take(Delivery::new(revision, batches))
+        match state.matches(&changes.events) {
+            Some(matches) => state.take(Delivery::new(revision, changes, matches)),
+            None => {
+                state.let_fall_behind();
+                false
+            }
+        }
     }
 
     /// Hands what waits to at most so many watchers. Answers whether more waits.
@@ -268,10 +277,15 @@ impl Hub {
     }
 
     pub(super) fn close_stream(&self, id: StreamId) {
-        let mut state = self.state.lock();
-        let Some(stream) = state.streams.remove(&id) else { return };
-        for (watch_id, watcher) in stream.watchers {
-            state.leave_group(watcher.group, id, watch_id, &self.prev_kv_watchers);
+        let Some(stream) = self.state.lock().streams.remove(&id) else { return };
+        // A tenant's writes wait for the lock, and a stream may have a million watchers.
+        let mut watchers = stream.watchers.into_iter();
+        loop {
+            let mut state = self.state.lock();
+            for _ in 0..WATCH_CLOSE_STEP {
+                let Some((watch_id, watcher)) = watchers.next() else { return };
+                state.leave_group(watcher.group, id, watch_id, &self.prev_kv_watchers);
+            }
         }
     }
 
@@ -338,10 +352,12 @@ impl Hub {
     /// Queues what a replay step found, unless the watcher was cancelled (or made anew) meanwhile.
     pub(super) fn finish_replay(&self, id: StreamId, plan: &ReplayPlan, replayed: Replayed) {
         let mut state = self.state.lock();
-        let published = state.revision;
-        let Some(stream) = state.streams.get_mut(&id) else { return };
+        let State { revision: published, streams, groups, .. } = &mut *state;
+        let published = *published;
+        let Some(stream) = streams.get_mut(&id) else { return };
         let Some(watcher) = stream.watchers.get_mut(&plan.watch_id) else { return };
-        if watcher.phase != Phase::Unsynced || watcher.next != plan.next {
+        let wants_this = groups[watcher.group].as_ref().is_some_and(|group| group.key == plan.key);
+        if watcher.phase != Phase::Unsynced || watcher.next != plan.next || !wants_this {
             return;
         }
         match replayed {
@@ -381,9 +397,30 @@ impl Watcher {
 }
 
 impl Delivery {
-    fn new(revision: i64, batches: Vec<(GroupId, Arc<EventBatch>)>) -> Self {
-        let size_bytes = batches.iter().map(|(_, batch)| batch.size_bytes).sum();
-        Delivery { revision, reached: revision, batches, done: 0, after: None, size_bytes }
+    fn new(revision: i64, changes: Changes, matches: Vec<(GroupId, usize)>) -> Self {
+        let events_bytes = changes.events.iter().map(Event::size_bytes).sum::<usize>();
+        let size_bytes = events_bytes + size_of_val(&matches[..]);
+        Delivery { revision, reached: revision, changes, matches, done: 0, batch: None, after: None, size_bytes }
+    }
+
+    /// The next group, and how many matches it has.
+    fn next_group(&self) -> Option<(GroupId, usize)> {
+        let left = &self.matches[self.done..];
+        let (group_id, _) = *left.first()?;
+        Some((group_id, left.partition_point(|(other, _)| *other == group_id)))
+    }
+
+    /// What the next group's members get; `None`: they have to read it from the engine.
+    fn batch_for(&mut self, key: &GroupKey, matches: usize) -> Option<Arc<EventBatch>> {
+        if key.prev_kv && !self.changes.with_prev {
+            return None;
+        }
+        let matches = &self.matches[self.done..self.done + matches];
+        let make = || {
+            let chosen = matches.iter().map(|(_, position)| key.view_of(&self.changes.events[*position]));
+            Arc::new(EventBatch::new(chosen.collect()))
+        };
+        Some(Arc::clone(self.batch.get_or_insert_with(make)))
     }
 }
 
@@ -414,7 +451,8 @@ impl State {
             stream.join_unsynced(next, watch_id);
         }
         stream.queue.push(WatchMessage::Created { watch_id, revision });
-        let key = GroupKey { range: spec.range, prev_kv: spec.prev_kv, no_put: spec.no_put, no_delete: spec.no_delete };
+        let WatchSpec { prev_kv, no_put, no_delete, .. } = spec;
+        let key = GroupKey { range: spec.range.detached(), prev_kv, no_put, no_delete };
         let group = self.join_group(key, id, watch_id, prev_kv_watchers);
         let watcher = Watcher {
             group,
@@ -469,29 +507,33 @@ impl State {
         }
     }
 
-    /// What each group wants of these events.
-    fn batches(&self, events: &[Event]) -> Vec<(GroupId, Arc<EventBatch>)> {
+    /// Which group wants which of these events; `None`: too many want too much.
+    fn matches(&self, events: &[Event]) -> Option<Vec<(GroupId, usize)>> {
         let mut matches: Vec<(GroupId, usize)> = Vec::new();
+        if self.watchers == 0 {
+            return Some(matches);
+        }
         for (position, event) in events.iter().enumerate() {
-            self.index.covering(&event.key, |group_id| matches.push((group_id, position)));
+            self.index.covering(&event.key, |group_id| {
+                if self.groups[group_id].as_ref().is_some_and(|group| group.key.wants(event.kind)) {
+                    matches.push((group_id, position));
+                }
+            });
+            if matches.len() > WATCH_MATCHES_MAX && position > 0 {
+                return None;
+            }
         }
         matches.sort_unstable();
-        let of_group = |matches: &[(GroupId, usize)]| {
-            let (group_id, _) = *matches.first()?;
-            let key = &self.groups[group_id].as_ref()?.key;
-            let wanted = matches.iter().map(|(_, position)| &events[*position]).filter(|event| key.wants(event.kind));
-            let chosen: Vec<Event> = wanted.map(|event| key.view_of(event)).collect();
-            (!chosen.is_empty()).then(|| (group_id, Arc::new(EventBatch::new(chosen))))
-        };
-        matches.chunk_by(|a, b| a.0 == b.0).filter_map(of_group).collect()
+        Some(matches)
     }
 
     /// See [`Hub::publish`].
     fn take(&mut self, mut delivery: Delivery) -> bool {
-        let groups = delivery.batches.iter().filter_map(|(group_id, _)| self.groups[*group_id].as_ref());
+        let groups =
+            delivery.matches.chunk_by(|a, b| a.0 == b.0).filter_map(|matches| self.groups[matches[0].0].as_ref());
         let watchers: usize = groups.map(|group| group.members.len()).sum();
         if let Some(last) = self.backlog.back_mut() {
-            if delivery.batches.is_empty() {
+            if delivery.matches.is_empty() {
                 last.reached = delivery.reached;
                 return false;
             }
@@ -513,7 +555,7 @@ impl State {
         let mut left = watchers_max;
         while let Some(mut delivery) = self.backlog.pop_front() {
             left -= self.hand_out(&mut delivery, left);
-            if delivery.done < delivery.batches.len() {
+            if delivery.done < delivery.matches.len() {
                 self.backlog.push_front(delivery);
                 return;
             }
@@ -527,22 +569,24 @@ impl State {
     /// Queues a revision for at most so many watchers, from where the last call stopped. Answers how many were reached.
     fn hand_out(&mut self, delivery: &mut Delivery, watchers_max: usize) -> usize {
         let mut reached = 0;
-        while let Some((group_id, batch)) = delivery.batches.get(delivery.done) {
-            let from = delivery.after.map_or(Bound::Unbounded, Bound::Excluded);
-            let members = self.groups[*group_id].as_ref().map(|group| group.members.range((from, Bound::Unbounded)));
-            for member in members.into_iter().flatten() {
-                if reached == watchers_max {
-                    return reached;
+        while let Some((group_id, matches)) = delivery.next_group() {
+            if let Some(group) = &self.groups[group_id] {
+                let batch = delivery.batch_for(&group.key, matches);
+                let from = delivery.after.map_or(Bound::Unbounded, Bound::Excluded);
+                for member in group.members.range((from, Bound::Unbounded)) {
+                    if reached == watchers_max {
+                        return reached;
+                    }
+                    let (stream_id, watch_id) = *member;
+                    if let Some(stream) = self.streams.get_mut(&stream_id) {
+                        stream.offer(watch_id, delivery.revision, batch.as_ref());
+                    }
+                    delivery.after = Some(*member);
+                    reached += 1;
                 }
-                let (stream_id, watch_id) = *member;
-                if let Some(stream) = self.streams.get_mut(&stream_id) {
-                    stream.offer(watch_id, delivery.revision, batch);
-                }
-                delivery.after = Some(*member);
-                reached += 1;
             }
-            delivery.done += 1;
-            delivery.after = None;
+            delivery.done += matches;
+            (delivery.batch, delivery.after) = (None, None);
         }
         reached
     }
@@ -556,6 +600,9 @@ impl State {
         self.delivered = revision;
         for stream in self.streams.values_mut() {
             stream.progress_asked = None;
+            if stream.unsynced.len() == stream.watchers.len() {
+                continue;
+            }
             let mut behind = Vec::new();
             for (watch_id, watcher) in &mut stream.watchers {
                 let next = watcher.next.max(delivered + 1);
@@ -632,17 +679,19 @@ impl Stream {
     }
 
     /// Queues a live revision for a synced watcher, or lets it fall behind.
-    fn offer(&mut self, watch_id: i64, revision: i64, batch: &Arc<EventBatch>) {
+    fn offer(&mut self, watch_id: i64, revision: i64, batch: Option<&Arc<EventBatch>>) {
         let Some(watcher) = self.watchers.get_mut(&watch_id) else { return };
         if watcher.phase != Phase::Synced || revision < watcher.next {
             return;
         }
-        if self.queue.is_full() {
+        let Some(batch) = batch.filter(|_| !self.queue.is_full()) else {
             watcher.phase = Phase::Unsynced;
             watcher.next = revision;
             self.join_unsynced(revision, watch_id);
+            // Whoever has room to read it begins now.
+            (self.queue.waker)();
             return;
-        }
+        };
         watcher.sent_since_tick = true;
         watcher.next = revision + 1;
         let fragment = watcher.fragment;

@@ -1,6 +1,6 @@
 //! Which watch groups cover a key.
 //!
-//! Single keys are a hash look-up. Ranges stand sorted by start in an array with, for every subtree of its implicit binary
+//! Single keys are a hash look-up. Ranges stand sorted by start and group in an array with, for every subtree of its implicit binary
 //! tree, the greatest end: a stabbing query visits O(log n + answers) of them. The array is rebuilt when enough ranges
 //! have been added since, so that neither one event nor one create pays for all watchers of the tenant.
 
@@ -26,8 +26,8 @@ struct Interval {
     start: Bytes,
     /// Exclusive; `None` = to the end of the key space.
     end: Option<Bytes>,
-    /// `None` once removed.
-    group: Option<GroupId>,
+    group: GroupId,
+    removed: bool,
 }
 
 struct Node {
@@ -39,6 +39,10 @@ struct Node {
 impl Interval {
     fn contains(&self, key: &[u8]) -> bool {
         self.start <= key && ends_after(&self.end, key)
+    }
+
+    fn order(&self) -> (&[u8], GroupId) {
+        (&self.start, self.group)
     }
 }
 
@@ -56,7 +60,7 @@ impl RangeIndex {
     }
 
     fn insert_interval(&mut self, start: &Bytes, end: Option<Bytes>, group: GroupId) {
-        self.recent.push(Interval { start: start.clone(), end, group: Some(group) });
+        self.recent.push(Interval { start: start.clone(), end, group, removed: false });
         if self.recent.len() > 32 + self.tree.len().isqrt() {
             self.rebuild();
         }
@@ -72,18 +76,14 @@ impl RangeIndex {
             }
             return;
         }
-        if let Some(position) = self.recent.iter().position(|interval| interval.group == Some(group)) {
+        if let Some(position) = self.recent.iter().position(|interval| interval.group == group) {
             self.recent.swap_remove(position);
             return;
         }
-        let from = self.tree.partition_point(|node| node.interval.start < range.start());
-        let same_start = self.tree[from..].iter_mut().take_while(|node| node.interval.start == range.start());
-        for node in same_start {
-            if node.interval.group == Some(group) {
-                node.interval.group = None;
-                self.dead += 1;
-                break;
-            }
+        let at = self.tree.partition_point(|node| node.interval.order() < (range.start(), group));
+        if let Some(node) = self.tree.get_mut(at).filter(|node| node.interval.order() == (range.start(), group)) {
+            node.interval.removed = true;
+            self.dead += 1;
         }
         if self.dead > 32 + self.tree.len() / 2 {
             self.rebuild();
@@ -92,9 +92,9 @@ impl RangeIndex {
 
     fn rebuild(&mut self) {
         let old = std::mem::take(&mut self.tree).into_iter().map(|node| node.interval);
-        let mut all: Vec<Interval> = old.filter(|interval| interval.group.is_some()).collect();
+        let mut all: Vec<Interval> = old.filter(|interval| !interval.removed).collect();
         all.append(&mut self.recent);
-        all.sort_by(|a, b| a.start.cmp(&b.start));
+        all.sort_unstable_by(|a, b| a.order().cmp(&b.order()));
         self.tree = all.into_iter().map(|interval| Node { interval, end_max: Some(Bytes::new()) }).collect();
         self.dead = 0;
         set_end_max(&mut self.tree);
@@ -106,8 +106,8 @@ impl RangeIndex {
             groups.iter().copied().for_each(&mut visit);
         }
         for interval in &self.recent {
-            if let Some(group) = interval.group.filter(|_| interval.contains(key)) {
-                visit(group);
+            if interval.contains(key) {
+                visit(interval.group);
             }
         }
         stab(&self.tree, key, &mut visit);
@@ -138,8 +138,8 @@ fn stab(nodes: &[Node], key: &[u8], visit: &mut impl FnMut(GroupId)) {
     }
     stab(left, key, visit);
     if root.interval.start <= key {
-        if let Some(group) = root.interval.group.filter(|_| root.interval.contains(key)) {
-            visit(group);
+        if !root.interval.removed && root.interval.contains(key) {
+            visit(root.interval.group);
         }
         stab(right, key, visit);
     }

@@ -59,6 +59,15 @@ impl Event {
     }
 }
 
+/// What one revision changed.
+pub(crate) struct Changes {
+    /// In sub-revision order.
+    pub(crate) events: Vec<Event>,
+    /// Whether they tell what they replaced. Who wants to see that and came only after the command had run, or finds that it was too
+    /// much to keep, reads the revision from the engine.
+    pub(crate) with_prev: bool,
+}
+
 /// Events that go to every watcher of one group together.
 #[derive(Debug)]
 pub struct EventBatch {

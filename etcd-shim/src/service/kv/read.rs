@@ -6,7 +6,7 @@
 use std::ops::ControlFlow;
 use std::time::Instant;
 
-use tenure_storage::{Engine, KeyRange, RangeRequest, RangeSummary, ReadError, TenantReader};
+use tenure_storage::{Engine, KeyRange, RangeRequest, RangeSummary, ReadError, Sink, TenantReader};
 
 use crate::cell::Tenant;
 use crate::cell_error::CellError;
@@ -78,27 +78,66 @@ fn try_read<E: Engine>(
     reader: &TenantReader<E>,
     request: &RangeRequest,
     counting: Counting,
-    mut reservation: Reservation,
+    reservation: Reservation,
 ) -> Result<Attempt, ReadError> {
-    let mut kvs = KvRope::default();
-    let mut fits = true;
-    let (mut gave_way, mut look_at_bytes) = (GaveWay::NEVER, LOOK_BYTES);
-    let mut sink = |stored: &[u8]| {
-        kvs.push(stored);
-        if kvs.len_bytes() >= look_at_bytes {
-            gave_way = gave_way.again(Instant::now());
-            look_at_bytes = kvs.len_bytes() + LOOK_BYTES;
-        }
-        fits = reservation.try_reach(kvs.len_bytes());
-        if fits { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
+    let mut sink = Reserving {
+        kvs: KvRope::default(),
+        reservation,
+        collected_bytes: 0,
+        fits: true,
+        gave_way: GaveWay::NEVER,
+        look_at_bytes: LOOK_BYTES,
     };
     let summary = match counting {
         Counting::Exact => reader.range(request, &mut sink)?,
         Counting::Unwanted => reader.range_uncounted(request, &mut sink)?,
     };
+    let bytes = sink.bytes();
+    let Reserving { kvs, mut reservation, fits, .. } = sink;
     if !fits {
-        return Ok(Attempt::NoRoom(reservation, kvs.len_bytes()));
+        return Ok(Attempt::NoRoom(reservation, bytes));
     }
     reservation.settle(kvs.len_bytes());
     Ok(Attempt::Done(Read { summary, kvs, reservation }))
+}
+
+/// An answer that grows as far as its reservation does.
+struct Reserving {
+    kvs: KvRope,
+    reservation: Reservation,
+    /// In memory until the read has sorted them.
+    collected_bytes: usize,
+    fits: bool,
+    gave_way: GaveWay,
+    look_at_bytes: usize,
+}
+
+impl Reserving {
+    fn bytes(&self) -> usize {
+        self.kvs.len_bytes() + self.collected_bytes
+    }
+
+    fn grew(&mut self) -> ControlFlow<()> {
+        let bytes = self.bytes();
+        if bytes >= self.look_at_bytes {
+            self.gave_way = self.gave_way.again(Instant::now());
+            self.look_at_bytes = bytes + LOOK_BYTES;
+        }
+        self.fits = self.reservation.try_reach(bytes);
+        if self.fits { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
+    }
+}
+
+impl Sink for Reserving {
+    fn take(&mut self, stored: &[u8]) -> ControlFlow<()> {
+        // What is collected goes as it is handed out.
+        self.collected_bytes = self.collected_bytes.saturating_sub(stored.len());
+        self.kvs.push(stored);
+        self.grew()
+    }
+
+    fn collected(&mut self, bytes: usize) -> ControlFlow<()> {
+        self.collected_bytes = bytes;
+        self.grew()
+    }
 }

@@ -2,6 +2,7 @@
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use http_body_util::BodyExt;
+use prost::Message;
 use tokio_stream::StreamExt;
 use tonic::body::Body;
 use tonic::codegen::Service;

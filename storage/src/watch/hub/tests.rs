@@ -10,6 +10,10 @@ fn event(revision: i64) -> Event {
     Event { kind: EventKind::Put, key: Bytes::from_static(b"k"), kv: revision.to_string().into(), prev_kv: None }
 }
 
+fn changes(revision: i64) -> Changes {
+    Changes { events: vec![event(revision)], with_prev: true }
+}
+
 fn spec(start_revision: i64) -> WatchSpec {
     WatchSpec {
         range: KeyRange::Single(Bytes::from_static(b"k")),
@@ -100,8 +104,8 @@ fn many_watchers_are_served_in_steps() {
         streams.iter_mut().for_each(Seen::read);
         streams.iter().flat_map(|seen| seen.watches.values()).map(|(_, last)| *last).sum::<i64>() - 5
     };
-    assert!(hub.publish(2, &[event(2)]), "nobody knew that something waits");
-    assert!(!hub.publish(3, &[event(3)]), "somebody does");
+    assert!(hub.publish(2, changes(2)), "nobody knew that something waits");
+    assert!(!hub.publish(3, changes(3)), "somebody does");
     hub.request_progress(streams[0].id);
     let mut seen = vec![has(&mut streams)];
     let mut told = vec![streams[0].progress];
@@ -112,7 +116,7 @@ fn many_watchers_are_served_in_steps() {
     assert_eq!(seen, [0, 3, 6, 9], "events of all watches");
     assert_eq!(told, [0, 0, 0, 0], "not before everything up to what was the newest");
     assert_eq!((has(&mut streams), streams[0].progress), (10, 3));
-    assert!(hub.publish(4, &[event(4)]) && hub.deliver(4) && !hub.deliver(4));
+    assert!(hub.publish(4, changes(4)) && hub.deliver(4) && !hub.deliver(4));
 }
 
 // One that has too much waiting reads it from the engine, wherever a step had stopped.
@@ -121,11 +125,11 @@ fn a_backlog_has_a_bound() {
     let hub = Hub::serving_at_once(1, 1);
     let mut seen = Seen::open(&hub);
     (0..3).for_each(|_| seen.create(&hub, 0));
-    assert!(hub.publish(2, &[event(2)]));
+    assert!(hub.publish(2, changes(2)));
     assert!(hub.deliver(2));
     let newest = 2 + i64::try_from(WATCH_BACKLOG_REVISIONS_MAX).unwrap();
     for revision in 3..=newest {
-        assert!(!hub.publish(revision, &[event(revision)]));
+        assert!(!hub.publish(revision, changes(revision)));
     }
     assert!(!hub.deliver(1), "dropped");
     seen.read();
@@ -135,6 +139,87 @@ fn a_backlog_has_a_bound() {
         seen.read();
     }
     assert!(seen.watches.values().all(|(_, last)| *last == newest));
+}
+
+// A watcher that wants to see what was replaced may come when the command has run already, for which nobody kept it. kube-apiserver
+// takes an event without it for a broken watch.
+#[test]
+fn who_wants_to_see_what_was_replaced_reads_it_if_nobody_kept_it() {
+    let hub = Hub::new(1);
+    let woken = Arc::new(AtomicUsize::new(0));
+    let (id, queue) = hub.open_stream({
+        let woken = Arc::clone(&woken);
+        Arc::new(move || {
+            woken.fetch_add(1, Ordering::Relaxed);
+        })
+    });
+    hub.create(id, WatchSpec { prev_kv: true, ..spec(0) }, WATCHERS_PER_TENANT_MAX);
+    hub.create(id, spec(0), WATCHERS_PER_TENANT_MAX);
+    while queue.pop().is_some() {}
+    let woken_before = woken.load(Ordering::Relaxed);
+    assert!(!hub.publish(2, Changes { events: vec![event(2)], with_prev: false }));
+    assert!(woken.load(Ordering::Relaxed) > woken_before);
+    let sent = std::iter::from_fn(|| queue.pop()).collect::<Vec<_>>();
+    assert!(matches!(sent[..], [WatchMessage::Events { watch_id: 1, .. }]), "{sent:?}");
+    let plan = hub.plan_replay(id).unwrap();
+    assert_eq!((plan.watch_id, plan.next), (0, 2));
+    hub.finish_replay(id, &plan, Replayed::Events { events: vec![event(2)], reached: 2, revision: 2 });
+    assert!(!hub.publish(3, changes(3)));
+    assert_eq!(std::iter::from_fn(|| queue.pop()).count(), 3, "the one that was read, and the next for both");
+}
+
+// One command may delete a hundred thousand keys under ten thousand watchers: apply must not look for every pair.
+#[test]
+fn what_very_many_want_is_read_by_them() {
+    let hub = Hub::new(1);
+    let (id, queue) = hub.open_stream(Arc::new(|| {}));
+    let groups = 300;
+    for end in 0..groups {
+        let range = KeyRange::HalfOpen { start: "a".into(), end: format!("z{end}").into() };
+        hub.create(id, WatchSpec { range, ..spec(0) }, WATCHERS_PER_TENANT_MAX);
+        queue.pop();
+    }
+    let many = |events: usize| Changes { events: vec![event(2); events], with_prev: true };
+    let _ = hub.publish(2, many(WATCH_MATCHES_MAX / groups + 2));
+    assert!(queue.pop().is_none());
+    assert_eq!(queue.unsynced.load(Ordering::Relaxed), groups);
+    // A single event goes to all, however many they are: there is nothing to find out.
+    let hub = Hub::serving_at_once(1, 0);
+    let (id, queue) = hub.open_stream(Arc::new(|| {}));
+    hub.create(id, spec(0), WATCHERS_PER_TENANT_MAX);
+    queue.pop();
+    assert!(hub.publish(2, many(1)) && !hub.deliver(1));
+    assert!(matches!(queue.pop(), Some(WatchMessage::Events { .. })));
+}
+
+// The client may cancel a watcher and make another of the same id while history is read for the first.
+#[test]
+fn what_was_read_for_one_watcher_is_not_given_to_another() {
+    let hub = Hub::new(5);
+    let (id, queue) = hub.open_stream(Arc::new(|| {}));
+    hub.create(id, WatchSpec { watch_id: 7, ..spec(3) }, WATCHERS_PER_TENANT_MAX);
+    let plan = hub.plan_replay(id).unwrap();
+    hub.cancel(id, 7);
+    let other = WatchSpec { range: KeyRange::Single("other".into()), watch_id: 7, ..spec(3) };
+    hub.create(id, other, WATCHERS_PER_TENANT_MAX);
+    while queue.pop().is_some() {}
+    hub.finish_replay(id, &plan, Replayed::Events { events: vec![event(3)], reached: 5, revision: 5 });
+    assert!(queue.pop().is_none());
+    assert_eq!(hub.plan_replay(id).unwrap().next, 3);
+}
+
+// A stream is closed in several turns of the lock; nothing of it may stay.
+#[test]
+fn a_stream_of_many_watchers_is_closed_whole() {
+    let hub = Hub::new(1);
+    let (id, _queue) = hub.open_stream(Arc::new(|| {}));
+    for end in 0..3 * WATCH_CLOSE_STEP {
+        let range = KeyRange::HalfOpen { start: "a".into(), end: format!("b{end}").into() };
+        hub.create(id, WatchSpec { range, prev_kv: true, ..spec(0) }, WATCHERS_PER_TENANT_MAX);
+    }
+    hub.close_stream(id);
+    assert_eq!(hub.counts(), (0, 0));
+    assert!(!hub.wants_prev_kv() && !hub.publish(2, changes(2)));
 }
 
 #[derive(Clone, Debug)]
@@ -175,7 +260,7 @@ proptest! {
             match step {
                 Step::Publish => {
                     newest += 1;
-                    let _ = hub.publish(newest, &[event(newest)]);
+                    let _ = hub.publish(newest, changes(newest));
                 }
                 Step::Skip => {
                     newest += 2;
