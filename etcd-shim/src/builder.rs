@@ -396,6 +396,7 @@ impl Builder {
             turns: cell.turns(),
             access: Arc::new(self.access.clone()),
             limits: self.connections,
+            refused: Arc::default(),
         };
         let (stop, stopping) = watch::channel(Stop::NotYet);
         let mut serving = JoinSet::new();

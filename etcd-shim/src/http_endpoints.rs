@@ -2,6 +2,8 @@
 //!
 //! Left out as yet: the JSON gateway below `/v3/`, whose paths say so; profiles (`/debug/pprof/`).
 
+use std::sync::LazyLock;
+
 use http::uri::Authority;
 use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, header};
 use tenure_storage::{AlarmKind, RangeRequest};
@@ -12,6 +14,7 @@ use crate::cell::{Cell, DEFAULT_TENANT, Tenant};
 use crate::listen::Serves;
 use crate::metrics;
 use crate::rpc_metrics::RpcMetrics;
+use crate::seldom::Seldom;
 use crate::service::{ETCD_VERSION, STORAGE_VERSION};
 use crate::tenant::ConnectionIdentity;
 
@@ -64,7 +67,7 @@ fn has_alarm(tenant: Option<&Tenant>, kind: AlarmKind) -> bool {
 fn local_read(tenant: Option<&Tenant>) -> Result<(), String> {
     let Some(tenant) = tenant else { return Ok(()) };
     let request = RangeRequest::new(tenure_storage::KeyRange::Single("health".into()));
-    let read = tenant.reader().range(&request, &mut |_| std::ops::ControlFlow::Break(()));
+    let read = tenant.reader().range(&request, &mut |_: &[u8]| std::ops::ControlFlow::Break(()));
     read.map(|_| ()).map_err(|error| error.to_string())
 }
 
@@ -91,7 +94,7 @@ impl Endpoints<'_> {
     /// Answers one request.
     pub(crate) async fn answer(&self, request: &Request<hyper::body::Incoming>) -> Response<Body> {
         let identity = request.extensions().get::<ConnectionIdentity>();
-        let tenant = identity.and_then(|identity| self.cell.tenant(identity.tenant()));
+        let tenant = identity.and_then(|identity| identity.tenant_in(self.cell));
         if self.serves == Serves::Metrics {
             // Also while the member waits for a leader of a new cell, and there is no tenant.
             return self.observe(tenant.as_ref(), request).await;
@@ -177,7 +180,7 @@ impl Endpoints<'_> {
                 with_type(StatusCode::OK, "text/plain; version=0.0.4; charset=utf-8; escaping=underscores", body)
             }
             ("/health", _) | (_, Some(_)) if request.method() != Method::GET => only_get(),
-            ("/health", _) => health(self.cell, tenant, &query).await,
+            ("/health", _) => health(self.cell, tenant, self.rpc_metrics, &query).await,
             (_, Some(checks)) => run_checks(self.cell, tenant, &checks, &query).await,
             (_, None) => error(StatusCode::NOT_FOUND, "404 page not found\n"),
         }
@@ -330,8 +333,11 @@ async fn run_checks(cell: &Cell, tenant: Option<&Tenant>, checks: &[Check], quer
     }
 }
 
+/// Answers that this member, or a tenant, is not healthy.
+static UNHEALTHY: LazyLock<Seldom> = LazyLock::new(Seldom::default);
+
 /// As etcd's, with one reason more.
-async fn health(cell: &Cell, tenant: Option<&Tenant>, query: &Query) -> Response<Body> {
+async fn health(cell: &Cell, tenant: Option<&Tenant>, rpc_metrics: &RpcMetrics, query: &Query) -> Response<Body> {
     let excluded = |name: &str| query.exclude.iter().any(|excluded| excluded == name);
     let alarm = [("NOSPACE", AlarmKind::NOSPACE), ("CORRUPT", AlarmKind::CORRUPT)]
         .into_iter()
@@ -346,9 +352,14 @@ async fn health(cell: &Cell, tenant: Option<&Tenant>, query: &Query) -> Response
         let read = if query.serializable { Check::SerializableRead } else { Check::LinearizableRead };
         read.run(cell, tenant).await.err().map(|error| format!("RANGE ERROR:{error}"))
     };
+    rpc_metrics.health(reason.is_none());
     match reason {
         None => text(StatusCode::OK, r#"{"health":"true","reason":""}"#),
         Some(reason) => {
+            if let Some(left_out) = UNHEALTHY.line(std::time::Instant::now()) {
+                let tenant = tenant.map(Tenant::name).unwrap_or_default();
+                tracing::warn!(tenant, %reason, left_out, "/health is false");
+            }
             let body = format!("{{\"health\":\"false\",\"reason\":{}}}\n", serde_json::Value::String(reason));
             error(StatusCode::SERVICE_UNAVAILABLE, &body)
         }

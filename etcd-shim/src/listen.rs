@@ -10,7 +10,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::pin::pin;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use http::Request;
@@ -41,6 +41,7 @@ use crate::inflight::InFlight;
 use crate::ping_guard::{OpenRequests, PingGuard};
 use crate::request_body::CountedBody;
 use crate::rpc_metrics::RpcMetrics;
+use crate::seldom::Seldom;
 use crate::send_rate::{Receiver, SendRate};
 use crate::server::Router;
 use crate::tenant::{ConnectionIdentity, NoTenant, PeerCertificate, check_admin, resolve, tenant_of_server_name};
@@ -280,6 +281,8 @@ pub struct Services {
     pub turns: Arc<Turns>,
     pub access: Arc<HttpAccess>,
     pub limits: ConnectionLimits,
+    /// Lines about connections that were refused.
+    pub(crate) refused: Arc<Seldom>,
 }
 
 /// How far a listener has come to its end.
@@ -461,6 +464,11 @@ where
             Caller::new(None, end.user, end.address)
                 .refused(Code::Unauthenticated, format_args!("TLS handshake: {error}"));
         }
+        // An operator looks here for the client that cannot connect and says no more than that.
+        Some(Ok(Err(error))) if error.kind() == io::ErrorKind::InvalidData => {
+            let shown = Shown { end, ..Shown::default() };
+            services.refuse_connection(&shown, format_args!("TLS handshake: {error}"));
+        }
         Some(Ok(Err(error))) => tracing::debug!(%error, "TLS handshake"),
         Some(Err(_)) => tracing::debug!("TLS handshake took too long"),
         None => tracing::debug!("TLS handshake made room for others"),
@@ -508,11 +516,11 @@ where
         // Whoever watches the member is no client of a tenant: it is not sent away with one.
         match identify(terms, &shown) {
             Ok(identity) => served(terms, services, stream, identity, None, told(draining), alive).await,
-            Err(reason) => tracing::warn!(%reason, "refuse a connection"),
+            Err(reason) => services.refuse_connection(&shown, reason),
         }
         return;
     }
-    match identify(terms, &shown).and_then(|identity| Guest::admit(terms, services, identity, shown)) {
+    match identify(terms, &shown).and_then(|identity| Guest::admit(terms, services, identity, &shown)) {
         Ok(guest) => {
             // Subscribed before it was admitted: no change is missed.
             let expelled = guest.expelled(services);
@@ -545,7 +553,24 @@ where
                 () = expelled => {}
             }
         }
-        Err(reason) => tracing::warn!(%reason, "refuse a connection"),
+        Err(reason) => services.refuse_connection(&shown, reason),
+    }
+}
+
+impl Services {
+    /// Says who was sent away, and why.
+    fn refuse_connection(&self, shown: &Shown, reason: impl std::fmt::Display) {
+        let Some(left_out) = self.refused.line(Instant::now()) else { return };
+        let address = shown.end.address.map(|address| address.to_string()).unwrap_or_default();
+        let common_name = shown.certificate.as_ref().and_then(|certificate| certificate.common_name.as_deref());
+        tracing::warn!(
+            "remote-addr" = address,
+            "server-name" = shown.server_name.as_deref().unwrap_or_default(),
+            "common-name" = common_name.unwrap_or_default(),
+            %reason,
+            left_out,
+            "rejected connection on client endpoint"
+        );
     }
 }
 
@@ -582,8 +607,14 @@ struct Guest {
 }
 
 impl Guest {
-    fn admit(terms: &Terms, services: &Services, identity: ConnectionIdentity, shown: Shown) -> Result<Self, NoTenant> {
+    fn admit(
+        terms: &Terms,
+        services: &Services,
+        mut identity: ConnectionIdentity,
+        shown: &Shown,
+    ) -> Result<Self, NoTenant> {
         let Shown { certificate, chain, .. } = shown;
+        let certificate = certificate.clone();
         let (changed, made) = (services.cell.tenants_changed(), services.cell.tenants_made());
         let tenant = services.cell.tenant(identity.tenant());
         // Who belongs to no tenant waits for one of that name.
@@ -593,8 +624,8 @@ impl Guest {
         // or been verified by a CA that the tenant has no more.
         let is_vouched_for = match (&certificate, trusted_ca.is_empty()) {
             (None, _) => true,
-            (Some(_), false) => authorities::vouch_for(&trusted_ca, &chain),
-            (Some(_), true) => terms.tls.as_ref().is_some_and(|tls| tls.vouches_for(&chain)),
+            (Some(_), false) => authorities::vouch_for(&trusted_ca, chain),
+            (Some(_), true) => terms.tls.as_ref().is_some_and(|tls| tls.vouches_for(chain)),
         };
         if !is_vouched_for {
             return Err(NoTenant::OtherAuthority);
@@ -602,6 +633,7 @@ impl Guest {
         let (used, counted) = match &tenant {
             Some(tenant) => {
                 check_welcome(tenant, certificate.as_ref(), &trusted_ca)?;
+                identity.admit(tenant.id());
                 let used = services.rpc_metrics.used(tenant.id());
                 let counted = used.connect(&tenant.profile()).ok_or(NoTenant::TooManyConnections)?;
                 (Some(used), Some(counted))
@@ -696,7 +728,7 @@ async fn served<S>(
     let limits = services.limits;
     let open = OpenRequests::default();
     let stream = Paced(SendRate::new(stream, receiver));
-    let io = TokioIo::new(PingGuard::new(stream, open.clone(), limits.ping_interval_min));
+    let io = TokioIo::new(PingGuard::new(stream, open.clone(), limits.ping_interval_min, HEADER_TIMEOUT));
     let mut builder = auto::Builder::new(alive);
     // The other protocol ends the connection.
     match terms.serves {
@@ -721,7 +753,7 @@ async fn served<S>(
     let service = hyper::service::service_fn(move |mut request: Request<Incoming>| {
         let Services { cell, router, arriving, rpc_metrics, access, .. } = services.clone();
         let open = open.open();
-        let tenant = cell.tenant(identity.tenant());
+        let tenant = identity.tenant_in(&cell);
         request.extensions_mut().insert(identity.clone());
         async move {
             let response = if grpc_is.grpc(&request) {

@@ -11,6 +11,7 @@ use tenure_etcd_shim::flags::{Flags, Parsed, parse, usage};
 use tenure_etcd_shim::logging;
 use tenure_etcd_shim::priority::{SERVING, step_back};
 use tenure_etcd_shim::service::{ETCD_VERSION, Limits};
+use tenure_etcd_shim::service_manager;
 use tokio::signal::unix::{SignalKind, signal};
 
 /// Small blocks that live briefly and on other threads than they were made on: a request's, and RocksDB's, which takes this
@@ -116,6 +117,8 @@ async fn run(flags: Flags) -> anyhow::Result<()> {
     }
     let mut terminate = signal(SignalKind::terminate()).context("watch for SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("watch for SIGINT")?;
+    // As etcd does not end with it. Once it was asked for, it does nothing for as long as the process lives.
+    drop(signal(SignalKind::user_defined1()).context("watch for SIGUSR1")?);
     // A member may wait for the others for as long as it takes; it stops when it is told to.
     let tenure = tokio::select! {
         tenure = builder(flags).start() => tenure?,
@@ -126,6 +129,7 @@ async fn run(flags: Flags) -> anyhow::Result<()> {
         tracing::info!(%address, "serving client traffic");
     }
     tracing::info!("ready to serve client requests");
+    service_manager::tell(service_manager::READY);
 
     let failure = tokio::select! {
         _ = terminate.recv() => None,
@@ -140,6 +144,7 @@ async fn run(flags: Flags) -> anyhow::Result<()> {
         anyhow::bail!("this member cannot go on: {failure}");
     }
     tracing::info!("stopping");
+    service_manager::tell(service_manager::STOPPING);
     // Whoever asks twice does not want to wait for clients.
     let again = async {
         tokio::select! {
@@ -148,6 +153,7 @@ async fn run(flags: Flags) -> anyhow::Result<()> {
         }
     };
     tenure.stop_hurried_by(again).await;
+    tracing::info!("stopped");
     Ok(())
 }
 

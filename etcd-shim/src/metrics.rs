@@ -27,6 +27,7 @@ pub(crate) fn render(cell: &Cell, tenant: Option<&Tenant>, rpc_metrics: &RpcMetr
     }
     if tenant.is_none_or(|tenant| tenant.name() == DEFAULT_TENANT) {
         of_member(&mut out, cell);
+        of_health(&mut out, rpc_metrics);
         of_peers(&mut out, cell);
         tenants::render(&mut out, cell, rpc_metrics, tenants::TENANTS_SHOWN_MAX);
         of_process(&mut out);
@@ -119,6 +120,12 @@ fn of_member(out: &mut String, cell: &Cell) {
     of_replication(out, cell);
     of_promotions(out, cell);
     of_disk(out, cell);
+}
+
+fn of_health(out: &mut String, rpc_metrics: &RpcMetrics) {
+    let (successes, failures) = rpc_metrics.health_answers();
+    metric(out, "etcd_server_health_success", "counter", "Times that /health said true", successes);
+    metric(out, "etcd_server_health_failures", "counter", "Times that /health said false", failures);
 }
 
 fn of_log(out: &mut String, cell: &Cell) {
@@ -269,8 +276,13 @@ fn of_disk(out: &mut String, cell: &Cell) {
 fn of_peers(out: &mut String, cell: &Cell) {
     let peers = cell.peer_stats();
     let own = format!("{:x}", cell.member_id());
-    family(out, "etcd_network_known_peers", "gauge", "Always 1, for each other member that this one knows");
-    for (id, _) in &peers {
+    family(
+        out,
+        "etcd_network_known_peers",
+        "gauge",
+        "Always 1, for each member that this one knows, itself among them",
+    );
+    for id in peers.iter().map(|(id, _)| *id).chain([cell.member_id()]) {
         let _ = writeln!(out, "etcd_network_known_peers{{Local=\"{own}\",Remote=\"{id:x}\"}} 1");
     }
     messages(out, &peers);
@@ -363,14 +375,27 @@ fn snapshots(
 
 /// Of this process, from the operating system; what it does not say is left out.
 fn of_process(out: &mut String) {
-    if let Some(bytes) = resident_bytes() {
+    if let Some(bytes) = memory_bytes(RESIDENT) {
         metric(out, "process_resident_memory_bytes", "gauge", "Bytes of memory that this process holds", bytes);
     }
+    if let Some(bytes) = memory_bytes(VIRTUAL) {
+        let help = "Bytes of addresses that this process has mapped";
+        metric(out, "process_virtual_memory_bytes", "gauge", help, bytes);
+    }
+    if let Some(seconds) = started_at_seconds() {
+        let help = "When this process started, in seconds since 1970";
+        metric(out, "process_start_time_seconds", "gauge", help, seconds);
+    }
     if let Ok(files) = std::fs::read_dir("/proc/self/fd") {
-        metric(out, "process_open_fds", "gauge", "Files and sockets that this process has open", files.count());
+        let files = files.count();
+        for name in ["process_open_fds", "os_fd_used"] {
+            metric(out, name, "gauge", "Files and sockets that this process has open", files);
+        }
     }
     if let Some(files) = rustix::process::getrlimit(rustix::process::Resource::Nofile).current {
-        metric(out, "process_max_fds", "gauge", "Files and sockets that this process may have open", files);
+        for name in ["process_max_fds", "os_fd_limit"] {
+            metric(out, name, "gauge", "Files and sockets that this process may have open", files);
+        }
     }
     let used = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
     metric(
@@ -384,9 +409,27 @@ fn of_process(out: &mut String) {
 
 /// Resident memory of this process; `None` where the system does not say.
 pub(crate) fn resident_bytes() -> Option<u64> {
+    memory_bytes(RESIDENT)
+}
+
+/// Places in `/proc/self/statm`.
+const VIRTUAL: usize = 0;
+const RESIDENT: usize = 1;
+
+fn memory_bytes(place: usize) -> Option<u64> {
     let statm = std::fs::read_to_string("/proc/self/statm").ok()?;
-    let pages: u64 = statm.split(' ').nth(1)?.parse().ok()?;
+    let pages: u64 = statm.split(' ').nth(place)?.parse().ok()?;
     Some(pages * rustix::param::page_size() as u64)
+}
+
+/// The system counts from its own start.
+fn started_at_seconds() -> Option<f64> {
+    let stat = std::fs::read_to_string("/proc/self/stat").ok()?;
+    // The name in parentheses may hold anything; what follows it is the third field, and the start is the 22nd.
+    let ticks: u64 = stat.rsplit_once(')')?.1.split_whitespace().nth(19)?.parse().ok()?;
+    let system = std::fs::read_to_string("/proc/stat").ok()?;
+    let booted: u64 = system.lines().find_map(|line| line.strip_prefix("btime "))?.trim().parse().ok()?;
+    Some(booted as f64 + ticks as f64 / rustix::param::clock_ticks_per_second() as f64)
 }
 
 #[cfg(test)]
@@ -436,6 +479,7 @@ mod tests {
             "etcd_network_snapshot_receive_total_duration_seconds",
             "tenure_tenant_request_duration_seconds",
             "process_cpu_seconds_total",
+            "process_start_time_seconds",
         ];
         for name in of_each_part {
             assert!(all.contains(name), "{name}");

@@ -7,6 +7,9 @@
 //! connection ends.
 //!
 //! HTTP/1 has no frames: what does not start with HTTP/2's preface is passed on unread.
+//!
+//! Until it is clear which of the two a client speaks, neither library counts the time; so that is done here. Whoever says nothing, or has
+//! vanished, does not keep its connection.
 
 use std::io;
 use std::pin::Pin;
@@ -16,7 +19,7 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::time::Instant;
+use tokio::time::{Instant, Sleep, sleep};
 
 /// What a client sends first when it speaks HTTP/2.
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
@@ -72,11 +75,14 @@ pub struct PingGuard<S> {
     policy: Policy,
     /// What is left of the farewell, once it has begun.
     farewell: Option<&'static [u8]>,
+    /// Until then the client has to have said what it speaks; `None` once it has.
+    silence_ends: Option<Pin<Box<Sleep>>>,
 }
 
 impl<S> PingGuard<S> {
-    /// `min_interval`: how often a client with an open request may ping.
-    pub fn new(stream: S, requests: OpenRequests, min_interval: Duration) -> Self {
+    /// `min_interval`: how often a client with an open request may ping. `silence_max`: how long it may take to say what it speaks. Needs
+    /// tokio's clock.
+    pub fn new(stream: S, requests: OpenRequests, min_interval: Duration, silence_max: Duration) -> Self {
         PingGuard {
             stream,
             requests,
@@ -84,7 +90,16 @@ impl<S> PingGuard<S> {
             sent: Frames::of_server(),
             policy: Policy { min_interval, last_ping: None, strikes: 0 },
             farewell: None,
+            silence_ends: Some(Box::pin(sleep(silence_max))),
         }
+    }
+
+    /// Whether the client has taken too long to say what it speaks.
+    fn is_silent(&mut self, context: &mut Context<'_>) -> bool {
+        if !matches!(self.received, Frames::Preface(_)) {
+            self.silence_ends = None;
+        }
+        self.silence_ends.as_mut().is_some_and(|end| end.as_mut().poll(context).is_ready())
     }
 }
 
@@ -200,6 +215,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncRead for PingGuard<S> {
         if this.farewell.is_none() {
             let before = buffer.filled().len();
             let read = Pin::new(&mut this.stream).poll_read(context, buffer);
+            if read.is_pending() && this.is_silent(context) {
+                tracing::debug!("a client that says nothing");
+                // The end of the stream, as if it had left.
+                return Poll::Ready(Ok(()));
+            }
             let Poll::Ready(Ok(())) = read else { return read };
             let mut too_many = false;
             let (policy, requests) = (&mut this.policy, &this.requests);
@@ -276,6 +296,30 @@ mod tests {
         let mut http1 = Frames::of_client();
         http1.advance(b"GET / HTTP/1.1\r\n", &mut |_, _| panic!("no frames"));
         assert!(matches!(http1, Frames::Unknown));
+    }
+
+    /// Each connection is one of those that a listener may have: who connects and says nothing, or half a preface, must not keep it.
+    #[tokio::test]
+    async fn a_client_that_says_nothing_is_sent_away() {
+        use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+
+        let silence_max = Duration::from_millis(20);
+        let guard = |stream| PingGuard::new(stream, OpenRequests::default(), Duration::ZERO, silence_max);
+        for said in [&b""[..], &PREFACE[..20]] {
+            let (mut client, server) = tokio::io::duplex(64);
+            client.write_all(said).await.unwrap();
+            let (began, mut read) = (Instant::now(), Vec::new());
+            guard(server).read_to_end(&mut read).await.unwrap();
+            assert!(began.elapsed() >= silence_max && read == said, "{read:?}");
+        }
+        for said in [&b"GET"[..], PREFACE] {
+            let (mut client, server) = tokio::io::duplex(64);
+            client.write_all(said).await.unwrap();
+            let mut read = Vec::new();
+            let mut guard = guard(server);
+            let reading = guard.read_to_end(&mut read);
+            assert!(tokio::time::timeout(10 * silence_max, reading).await.is_err(), "the library counts from here on");
+        }
     }
 
     #[test]

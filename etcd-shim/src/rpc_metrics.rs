@@ -186,14 +186,36 @@ impl TenantCounters {
 
 /// The counters of all tenants. Cheap to clone; all clones count together.
 #[derive(Clone, Debug, Default)]
-pub struct RpcMetrics(Arc<RwLock<HashMap<TenantId, Arc<TenantCounters>>>>);
+pub struct RpcMetrics {
+    tenants: Arc<RwLock<HashMap<TenantId, Arc<TenantCounters>>>>,
+    health: Arc<HealthAnswers>,
+}
+
+/// What `/health` has said.
+#[derive(Debug, Default)]
+struct HealthAnswers {
+    successes: AtomicU64,
+    failures: AtomicU64,
+}
 
 impl RpcMetrics {
+    /// `/health` has answered.
+    pub fn health(&self, is_healthy: bool) {
+        let answers = if is_healthy { &self.health.successes } else { &self.health.failures };
+        answers.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// How often `/health` has said true, and false.
+    pub fn health_answers(&self) -> (u64, u64) {
+        let HealthAnswers { successes, failures } = &*self.health;
+        (successes.load(Ordering::Relaxed), failures.load(Ordering::Relaxed))
+    }
+
     fn of(&self, tenant: TenantId) -> Arc<TenantCounters> {
-        if let Some(counters) = self.0.read().get(&tenant) {
+        if let Some(counters) = self.tenants.read().get(&tenant) {
             return Arc::clone(counters);
         }
-        Arc::clone(self.0.write().entry(tenant).or_insert_with(|| Arc::new(TenantCounters::new(tenant))))
+        Arc::clone(self.tenants.write().entry(tenant).or_insert_with(|| Arc::new(TenantCounters::new(tenant))))
     }
 
     /// A call begins; `path` is that of its HTTP request. `None` if there is no such method: it is not counted.
@@ -213,18 +235,18 @@ impl RpcMetrics {
 
     /// What is counted of a tenant; `None`: it never came.
     pub fn traffic(&self, tenant: TenantId) -> Option<TenantTraffic> {
-        self.0.read().get(&tenant).map(|counters| counters.traffic())
+        self.tenants.read().get(&tenant).map(|counters| counters.traffic())
     }
 
     /// Forgets the tenants that are gone.
     pub fn retain(&self, kept: impl Fn(TenantId) -> bool) {
-        self.0.write().retain(|tenant, _| kept(*tenant));
+        self.tenants.write().retain(|tenant, _| kept(*tenant));
     }
 
     /// Appends the tenant's counters in Prometheus' text form.
     pub fn render(&self, tenant: TenantId, out: &mut String) {
         let none = Arc::new(TenantCounters::new(tenant));
-        let counters = self.0.read().get(&tenant).cloned().unwrap_or(none);
+        let counters = self.tenants.read().get(&tenant).cloned().unwrap_or(none);
         let started = "Calls that began, by method";
         counters.render_methods(out, "grpc_server_started_total", started, |method| &method.started);
         let received = "Messages that came in from clients, by method";

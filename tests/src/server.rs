@@ -45,6 +45,13 @@ impl Server {
         Self::spawn(command, data_dir, tenants)
     }
 
+    /// As [`Server::start`], by a service manager that listens on this socket.
+    pub fn start_managed(socket: &Path, data_dir: &Path, tenants: &[&str]) -> Server {
+        let mut command = Command::new(program());
+        command.arg(PATIENT).env("NOTIFY_SOCKET", socket);
+        Self::spawn(command, data_dir, tenants)
+    }
+
     /// What a server says that does not start on this data directory.
     pub fn refusal(data_dir: &Path) -> String {
         let mut command = Command::new(program());

@@ -14,6 +14,7 @@ use serde_json::Value;
 use tenure_etcd_shim::flags::{Flags, Parsed, parse};
 use tenure_tests::client::Connection;
 use tenure_tests::cluster::Cluster;
+use tenure_tests::server::Server;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 /// Words of Prometheus' query language that stand where a metric could.
@@ -208,4 +209,16 @@ fn the_unit_of_systemd_is_given_flags_that_exist() {
     assert_serves_all(&flags);
     // The rest of the machine is read-only to it.
     assert!(flags.data_dir.starts_with(Path::new("/var/lib").join(setting("StateDirectory"))), "{:?}", flags.data_dir);
+}
+
+// A unit of `Type=notify`, as etcd's is with many distributions, is killed after a while by systemd if nothing tells that it serves.
+#[test]
+fn a_service_manager_hears_that_the_member_serves() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("notify");
+    let socket = std::os::unix::net::UnixDatagram::bind(&path).unwrap();
+    let _server = Server::start_managed(&path, &dir.path().join("data"), &[]);
+    let mut told = [0; 64];
+    let length = socket.recv(&mut told).unwrap();
+    assert_eq!(&told[..length], b"READY=1");
 }
