@@ -12,7 +12,7 @@ FUZZ_SECONDS ?= 600
 KUBERNETES = $(shell sed -n 's|.*k8s.io/kubernetes \(v[0-9.]*\).*|\1|p' tests/apiserver/go.mod)
 KUBERNETES_VERSION = -X k8s.io/component-base/version.gitVersion=$(KUBERNETES)
 
-.PHONY: run next build programs test test-rust test-go test-etcd test-faults test-apiserver tools lint fuzz sim bench bench-smoke etcd needs needs-go needs-fuzz
+.PHONY: run next build programs test test-rust test-go test-etcd test-faults test-systemd test-apiserver tools lint fuzz sim bench bench-smoke etcd needs needs-go needs-fuzz
 
 # Builds and serves: tenant `default` on 127.0.0.1:2379, data in ./default.tenure. Flags: make run ARGS="--name m1".
 run: build
@@ -50,6 +50,12 @@ test-etcd: programs tools
 # Cells of real processes under faults, with recorded histories that are checked; longer than the others, TENURE_FAULT_ROUNDS says how much.
 test-faults: programs tools
 	cd tests/etcd && go vet ./... && go test -count=1 -v -timeout 60m -parallel 1 ./cluster
+
+# The unit of deploy/systemd, in a container with a systemd of its own: root, debootstrap and systemd-nspawn are needed, so it is no part of `test`.
+test-systemd: build
+	@command -v debootstrap >/dev/null && command -v systemd-nspawn >/dev/null \
+	  || { echo "tenure: install debootstrap and systemd-container first" >&2; exit 1; }
+	./tests/systemd/run.sh $(TENURED) $(dir $(TENURED))tenurectl
 
 test-apiserver: programs tools
 	cd tests/apiserver && go vet ./... && go test -count=1 -v -timeout 30m ./...
