@@ -435,8 +435,12 @@ fn range_request(args: &mut ArgumentConsumer<'_>) -> Result<RangeRequest, Box<dy
     request.min_create_revision = number(args, "min_create")?;
     request.max_create_revision = number(args, "max_create")?;
     if let Some(sort) = args.take_key("sort") {
-        request.order = if sort.starts_with('-') { SortOrder::Descend } else { SortOrder::Ascend };
-        request.target = match sort.trim_start_matches('-') {
+        request.order = match sort.chars().next() {
+            Some('-') => SortOrder::Descend,
+            Some('~') => SortOrder::None,
+            Some(_) | None => SortOrder::Ascend,
+        };
+        request.target = match sort.trim_start_matches(['-', '~']) {
             "key" => SortTarget::Key,
             "version" => SortTarget::Version,
             "create" => SortTarget::Create,

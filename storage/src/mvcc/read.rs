@@ -283,7 +283,8 @@ fn range_filtered<R: Reader>(
 
 /// Ranges that must be sorted before they are cut.
 ///
-/// QUIRK: without an explicit order the limit cuts key order first and the rest is sorted (contract 1.1, Sorting).
+/// QUIRK: without an explicit order the limit cuts key order first, one key late, and what is left is sorted and cut again (contract 1.1,
+/// Sorting).
 fn range_sorted<R: Reader>(
     reader: &R,
     tenant: TenantId,
@@ -293,7 +294,8 @@ fn range_sorted<R: Reader>(
 ) -> Result<Found, Fault> {
     let limit = limit_of(request);
     let cut_first = request.order == SortOrder::None && !request.has_revision_filter();
-    let mut first = First { limit, cut_first, candidates: BinaryHeap::new(), bytes: 0 };
+    let kept = if cut_first { limit.saturating_add(1) } else { limit };
+    let mut first = First { kept, cut_first, candidates: BinaryHeap::new(), bytes: 0 };
     let (mut count, mut passed) = (0u64, 0usize);
     let mut ended = false;
     scan(reader, tenant, at, &request.range, &mut |_, stored| {
@@ -310,7 +312,7 @@ fn range_sorted<R: Reader>(
     if ended {
         return Ok(Found::default());
     }
-    for candidate in first.candidates.into_sorted_vec() {
+    for candidate in first.candidates.into_sorted_vec().into_iter().take(limit) {
         if delivery.deliver(&candidate.stored)?.is_break() {
             break;
         }
@@ -318,9 +320,9 @@ fn range_sorted<R: Reader>(
     Ok(Found { count, more: passed > limit, rest: None })
 }
 
-/// What of a range comes first in its order, at most `limit` of it.
+/// What of a range comes first in its order, at most `kept` of it.
 struct First {
-    limit: usize,
+    kept: usize,
     /// Keep those that came first in key order instead.
     cut_first: bool,
     /// The last of the order on top.
@@ -350,7 +352,7 @@ impl First {
     /// Takes one more, the `position`-th key of the range, if it comes before the last of as many as are wanted. `true`: there are more
     /// bytes than before.
     fn add(&mut self, request: &RangeRequest, position: u64, stored: &[u8]) -> Result<bool, Fault> {
-        let is_full = self.candidates.len() >= self.limit;
+        let is_full = self.candidates.len() >= self.kept;
         if is_full && self.cut_first {
             return Ok(false);
         }
