@@ -47,6 +47,7 @@ use crate::server::Router;
 use crate::service::watch::PROGRESS_PERIOD_DEFAULT;
 use crate::service::{Context, Limits};
 use crate::tls::{MemberTls, PeerTlsFiles, Tls, TlsError};
+use crate::tls_protocol::TlsProtocol;
 
 /// The file in the data directory on which administrators of this machine are served.
 pub const ADMIN_SOCKET: &str = "admin.sock";
@@ -60,6 +61,7 @@ pub struct Builder {
     listen: Vec<Listen>,
     advertise_client_urls: Vec<String>,
     tls: Option<TlsFiles>,
+    tls_protocol: TlsProtocol,
     peer_listen: Vec<String>,
     peer_tls: Option<PeerTlsFiles>,
     connections: ConnectionLimits,
@@ -113,6 +115,7 @@ impl Tenure {
             listen: Vec::new(),
             advertise_client_urls: Vec::new(),
             tls: None,
+            tls_protocol: TlsProtocol::default(),
             peer_listen: Vec::new(),
             peer_tls: None,
             connections: ConnectionLimits::default(),
@@ -251,6 +254,12 @@ impl Builder {
         self
     }
 
+    /// What TLS may be spoken with clients and members. Default: TLS 1.2 and 1.3 with every suite that rustls has.
+    pub fn tls_protocol(mut self, protocol: TlsProtocol) -> Self {
+        self.tls_protocol = protocol;
+        self
+    }
+
     /// Bytes each tenant may hold; 0 is 2 GiB, negative is no limit.
     pub fn quota_backend_bytes(mut self, bytes: i64) -> Self {
         self.cell.quota_backend_bytes = bytes;
@@ -368,7 +377,7 @@ impl Builder {
         let addresses = listeners.iter().filter_map(Listener::local_addr).collect();
         let peer_hosts = self.cell.names.peer_urls.iter().filter_map(|url| host_of(url));
         let peer_tls = match self.peer_tls.take() {
-            Some(files) => Some(MemberTls::new(files, &peer_hosts.collect::<Vec<_>>())?),
+            Some(files) => Some(MemberTls::new(files, self.tls_protocol.clone(), &peer_hosts.collect::<Vec<_>>())?),
             None => None,
         };
         let peer_tls = peer_tls.map(|tls| Arc::new(tls) as Arc<dyn PeerTls>);
@@ -434,7 +443,7 @@ impl Builder {
     async fn bind(&self, authorities: &Arc<Authorities>) -> Result<Vec<Listener>, StartError> {
         let hosts: Vec<String> = self.listen.iter().filter_map(|listen| host_of(&listen.url)).collect();
         let with = |authorities: Option<Arc<Authorities>>| {
-            let tls = self.tls.clone().map(|files| Tls::new(files, &hosts, authorities));
+            let tls = self.tls.clone().map(|files| Tls::new(files, self.tls_protocol.clone(), &hosts, authorities));
             tls.transpose().map(|tls| tls.map(Arc::new))
         };
         // Certificates of administrators, and of whoever watches members, are the cell's, whatever tenants trust.

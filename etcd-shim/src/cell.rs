@@ -305,6 +305,10 @@ impl Observer for Watcher {
         self.background.reclaimer.add(tenant);
     }
 
+    fn reclaimed(&self, tenant: TenantId) {
+        self.background.reclaimer.remove(tenant);
+    }
+
     fn delivery_pending(&self, tenant: TenantId) {
         self.background.deliveries.add(tenant);
     }

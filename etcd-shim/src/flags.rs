@@ -19,6 +19,7 @@ use crate::listen::ConnectionLimits;
 use crate::logging::{LogFormat, LogOutput, LogSettings};
 use crate::service::{MAX_REQUEST_BYTES, MAX_TXN_OPS, REQUEST_BYTES_BOUND};
 use crate::tls::PeerTlsFiles;
+use crate::tls_protocol::TlsProtocol;
 use crate::urls::{check_member_url, has_port};
 
 /// What a flag's value is.
@@ -121,6 +122,13 @@ const FLAGS: &[Group] = &[
             ("trusted-ca-file", Kind::Text, "CA of client certificates, PEM; clients must show one of it"),
             ("client-cert-auth", Kind::Switch, "demand a client certificate: --trusted-ca-file must be given"),
             ("auto-tls", Kind::Switch, "TLS with a certificate made at start, which clients cannot check"),
+            (
+                "cipher-suites",
+                Kind::Text,
+                "TLS 1.2 suites by Go's names, separated by commas, with clients and members (default: all of rustls)",
+            ),
+            ("tls-min-version", Kind::Text, "TLS1.2 or TLS1.3 (default TLS1.2)"),
+            ("tls-max-version", Kind::Text, "TLS1.2 or TLS1.3 (default TLS1.3)"),
         ],
     ),
     (
@@ -245,9 +253,6 @@ const NOT_BUILT: &[(&str, Kind, &[&str])] = &[
     ("peer-allowed-hostname", Kind::Text, &[""]),
     ("client-crl-file", Kind::Text, &[""]),
     ("client-cert-allowed-hostname", Kind::Text, &[""]),
-    ("cipher-suites", Kind::Text, &[""]),
-    ("tls-min-version", Kind::Text, &["", "TLS1.2"]),
-    ("tls-max-version", Kind::Text, &["", "TLS1.3"]),
     ("discovery", Kind::Text, &[""]),
     ("discovery-token", Kind::Text, &[""]),
     ("discovery-endpoints", Kind::Text, &[""]),
@@ -280,6 +285,10 @@ pub struct Flags {
     /// The CA that signs certificates of tenants.
     pub issuer: Option<IssuerFiles>,
     pub tls: Option<TlsFiles>,
+    /// With clients and members.
+    pub tls_protocol: TlsProtocol,
+    /// Cipher suites that were asked for and add nothing: worth a warning.
+    pub suites_without_effect: Vec<String>,
     /// `None`: see [`crate::disk`].
     pub disk_reserve_bytes: Option<u64>,
     pub force_new_cluster: bool,
@@ -435,7 +444,8 @@ impl Given {
     fn read_environment(&mut self, environment: impl IntoIterator<Item = (String, String)>) -> Vec<String> {
         let mut unknown = Vec::new();
         for (variable, value) in environment {
-            let Some(name) = variable.strip_prefix("ETCD_") else { continue };
+            // An empty one says nothing, as in etcd.
+            let Some(name) = variable.strip_prefix("ETCD_").filter(|_| !value.is_empty()) else { continue };
             let name = name.to_ascii_lowercase().replace('_', "-");
             match known(&name) {
                 Some(("tenant-listen", _)) => {
@@ -591,6 +601,7 @@ impl Given {
         let name = self.text("name", "default");
         let tls = self.tls()?;
         let peer_tls = self.peer_tls()?;
+        let (tls_protocol, suites_without_effect) = self.tls_protocol()?;
         let listen = self.text("listen-client-urls", "http://localhost:2379");
         let listen_client_urls = self.urls("listen-client-urls", &listen, tls.is_some())?;
         let http = self.text("listen-client-http-urls", "");
@@ -632,6 +643,8 @@ impl Given {
             listen_admin_urls: self.listen_admin_urls(tls.as_ref())?,
             issuer: self.issuer()?,
             tls,
+            tls_protocol,
+            suites_without_effect,
             disk_reserve_bytes: match self.values.contains_key("disk-reserve-bytes") {
                 true => Some(self.number("disk-reserve-bytes", 0)?),
                 false => None,
@@ -766,6 +779,14 @@ impl Given {
         }
     }
 
+    fn tls_protocol(&self) -> Result<(TlsProtocol, Vec<String>), FlagError> {
+        let suites = self.values.get("cipher-suites").map(|list| list.split(',').map(str::trim).collect::<Vec<_>>());
+        let (min, max) = (self.text("tls-min-version", ""), self.text("tls-max-version", ""));
+        let (protocol, without_effect) =
+            TlsProtocol::new(suites.as_deref(), &min, &max).map_err(|error| FlagError(error.to_string()))?;
+        Ok((protocol, without_effect.into_iter().map(str::to_string).collect()))
+    }
+
     fn tls(&self) -> Result<Option<TlsFiles>, FlagError> {
         let client_cert_auth = self.is_set("client-cert-auth")?;
         let file = |name| self.values.get(name).filter(|path| !path.is_empty()).map(PathBuf::from);
@@ -880,6 +901,7 @@ mod tests {
             assert_eq!(run(arguments, &[]).unwrap().name, "a");
         }
         assert_eq!(run(&[], &[("ETCD_NAME", "env")]).unwrap().name, "env");
+        assert_eq!(run(&[], &[("ETCD_NAME", ""), ("ETCD_CIPHER_SUITES", "")]).unwrap().name, "default");
         assert_eq!(run(&["--name=flag"], &[("ETCD_NAME", "env")]).unwrap().name, "flag");
         let alias = ["--experimental-watch-progress-notify-interval", "1s"];
         assert_eq!(run(&alias, &[]).unwrap().progress_period, Duration::from_secs(1));
@@ -921,6 +943,8 @@ mod tests {
                 ],
                 "--listen-peer-urls is needed where --initial-cluster names several members",
             ),
+            (&["--cipher-suites=RC5"], "unexpected TLS cipher suite \"RC5\""),
+            (&["--tls-min-version=TLS1.1"], "unexpected TLS version \"TLS1.1\" (must be one of: TLS1.2, TLS1.3)"),
             (&["--peer-cert-allowed-cn=a"], "flag -peer-cert-allowed-cn is not supported yet (value \"a\")"),
             (
                 &["--peer-cert-file=c", "--peer-key-file=k", "--peer-client-cert-file=c"],

@@ -2,8 +2,6 @@
 //!
 //! Left out as yet: the JSON gateway below `/v3/`, whose paths say so; profiles (`/debug/pprof/`).
 
-use std::sync::LazyLock;
-
 use http::uri::Authority;
 use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, header};
 use tenure_storage::{AlarmKind, RangeRequest};
@@ -14,7 +12,6 @@ use crate::cell::{Cell, DEFAULT_TENANT, Tenant};
 use crate::listen::Serves;
 use crate::metrics;
 use crate::rpc_metrics::RpcMetrics;
-use crate::seldom::Seldom;
 use crate::service::{ETCD_VERSION, STORAGE_VERSION};
 use crate::tenant::ConnectionIdentity;
 
@@ -333,9 +330,6 @@ async fn run_checks(cell: &Cell, tenant: Option<&Tenant>, checks: &[Check], quer
     }
 }
 
-/// Answers that this member, or a tenant, is not healthy.
-static UNHEALTHY: LazyLock<Seldom> = LazyLock::new(Seldom::default);
-
 /// As etcd's, with one reason more.
 async fn health(cell: &Cell, tenant: Option<&Tenant>, rpc_metrics: &RpcMetrics, query: &Query) -> Response<Body> {
     let excluded = |name: &str| query.exclude.iter().any(|excluded| excluded == name);
@@ -356,7 +350,7 @@ async fn health(cell: &Cell, tenant: Option<&Tenant>, rpc_metrics: &RpcMetrics, 
     match reason {
         None => text(StatusCode::OK, r#"{"health":"true","reason":""}"#),
         Some(reason) => {
-            if let Some(left_out) = UNHEALTHY.line(std::time::Instant::now()) {
+            if let Some(left_out) = rpc_metrics.unhealthy_lines().line(std::time::Instant::now()) {
                 let tenant = tenant.map(Tenant::name).unwrap_or_default();
                 tracing::warn!(tenant, %reason, left_out, "/health is false");
             }

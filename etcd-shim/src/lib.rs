@@ -44,6 +44,7 @@ pub mod status;
 pub mod tenant;
 pub mod throttle;
 pub mod tls;
+pub mod tls_protocol;
 pub mod turns;
 pub mod urls;
 pub mod wire;

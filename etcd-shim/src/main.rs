@@ -115,6 +115,9 @@ async fn run(flags: Flags) -> anyhow::Result<()> {
     for flag in &flags.without_effect {
         tracing::warn!(%flag, "this flag has no effect");
     }
+    for suite in &flags.suites_without_effect {
+        tracing::warn!(%suite, "this TLS 1.2 cipher suite is not offered; those of TLS 1.3 always are");
+    }
     let mut terminate = signal(SignalKind::terminate()).context("watch for SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("watch for SIGINT")?;
     // As etcd does not end with it. Once it was asked for, it does nothing for as long as the process lives.
@@ -167,6 +170,7 @@ fn builder(flags: Flags) -> Builder {
         .watch_progress_notify_interval(flags.progress_period)
         .timing(flags.heartbeat_interval, flags.election_timeout)
         .connection_limits(flags.connections)
+        .tls_protocol(flags.tls_protocol)
         .http_access(flags.access)
         .bootstrap(flags.advertise_peer_urls, flags.cluster_token)
         .initial_cluster(flags.initial_cluster, flags.cluster_state)

@@ -4,7 +4,7 @@
 //! all members count the same usage and no step holds up writers. This task proposes those steps on the leader: one
 //! tenant after the other, one step each, with a short pause in between, until `apply` says that nothing is left.
 //!
-//! The set of tenants with something left has at most one entry for each tenant. It is not persisted: when a member opens its
+//! The set of tenants with something left has at most one entry for each tenant, on every member: any may lead next. It is not persisted: when a member opens its
 //! state it is told again of compactions that were not finished.
 
 use std::time::Duration;
@@ -38,6 +38,11 @@ impl Reclaimer {
     /// A compaction of this tenant left something. Never blocks.
     pub fn add(&self, tenant: TenantId) {
         self.0.add(tenant);
+    }
+
+    /// The last step of this tenant was applied, whoever proposed it. Never blocks.
+    pub fn remove(&self, tenant: TenantId) {
+        self.0.remove(tenant);
     }
 
     /// Proposes steps for ever. `propose` writes one command of one tenant.
@@ -112,6 +117,10 @@ mod tests {
         assert_eq!(reclaimer.step(&mut last, &fails).await, Step::Failed);
         let works = async |_: TenantId, _: Command| Ok(Reply::Reclaim { more: false });
         assert_eq!(reclaimer.step(&mut last, &works).await, Step::Done);
+        // The member that led has done it.
+        reclaimer.add(TenantId(1));
+        reclaimer.remove(TenantId(1));
+        assert_eq!(reclaimer.step(&mut last, &works).await, Step::Idle);
         // One that was deleted meanwhile has nothing left.
         reclaimer.add(TenantId(2));
         let gone = async |_: TenantId, _: Command| Err(CellError::from(Refusal::TenantNotFound));

@@ -23,6 +23,11 @@ impl Rotation {
         }
     }
 
+    /// Never blocks. There is nothing left to do for this tenant.
+    pub(crate) fn remove(&self, tenant: TenantId) {
+        self.waiting.lock().remove(&tenant);
+    }
+
     /// Takes the one behind `last`, which becomes the last; `None` if nobody waits. Who is added while it is served waits again.
     pub(crate) fn take_behind(&self, last: &mut TenantId) -> Option<TenantId> {
         let mut waiting = self.waiting.lock();

@@ -15,6 +15,7 @@ use tenure_storage::TenantId;
 use tonic::Code;
 
 use crate::metrics::text::{family, metric};
+use crate::seldom::Seldom;
 use crate::throttle::TenantUse;
 
 const UNARY: &str = "unary";
@@ -196,6 +197,8 @@ pub struct RpcMetrics {
 struct HealthAnswers {
     successes: AtomicU64,
     failures: AtomicU64,
+    /// Of the log, for failures.
+    lines: Seldom,
 }
 
 impl RpcMetrics {
@@ -207,8 +210,13 @@ impl RpcMetrics {
 
     /// How often `/health` has said true, and false.
     pub fn health_answers(&self) -> (u64, u64) {
-        let HealthAnswers { successes, failures } = &*self.health;
+        let HealthAnswers { successes, failures, .. } = &*self.health;
         (successes.load(Ordering::Relaxed), failures.load(Ordering::Relaxed))
+    }
+
+    /// Lines of the log that say why `/health` was false.
+    pub(crate) fn unhealthy_lines(&self) -> &Seldom {
+        &self.health.lines
     }
 
     fn of(&self, tenant: TenantId) -> Arc<TenantCounters> {

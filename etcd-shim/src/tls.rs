@@ -26,6 +26,7 @@ use tenure_raft_server::transport::peers::PeerTls;
 use crate::authorities::{self, Authorities, ByTenant, Judge, Judged};
 use crate::flags::TlsFiles;
 use crate::tenant::{PeerCertificate, is_served};
+use crate::tls_protocol::TlsProtocol;
 
 /// Why the files do not make a TLS server.
 #[derive(Debug, thiserror::Error)]
@@ -52,6 +53,7 @@ struct Configs {
 /// The current configuration of a listener.
 pub struct Tls {
     files: TlsFiles,
+    protocol: TlsProtocol,
     /// Where tenants' own CAs are looked up; `None`: the cell's CA is all there is.
     authorities: Option<Arc<Authorities>>,
     current: Mutex<(FileStates, Configs)>,
@@ -62,19 +64,24 @@ impl Tls {
     ///
     /// # Errors
     /// [`TlsError`].
-    pub fn new(files: TlsFiles, hosts: &[String], authorities: Option<Arc<Authorities>>) -> Result<Self, TlsError> {
+    pub fn new(
+        files: TlsFiles,
+        protocol: TlsProtocol,
+        hosts: &[String],
+        authorities: Option<Arc<Authorities>>,
+    ) -> Result<Self, TlsError> {
         // Before they are read: what changes meanwhile is read again.
         let states = files.states();
         let configs = match &files {
             TlsFiles::Files { cert_file, key_file, trusted_ca_file } => {
-                load(cert_file, key_file, trusted_ca_file.as_deref(), authorities.as_ref())?
+                load(&protocol, cert_file, key_file, trusted_ca_file.as_deref(), authorities.as_ref())?
             }
             TlsFiles::Auto => {
                 let (certificate, key) = self_signed(hosts)?;
-                configs(None, vec![certificate], key, None)?
+                configs(&protocol, None, vec![certificate], key, None)?
             }
         };
-        Ok(Tls { current: Mutex::new((states, configs)), files, authorities })
+        Ok(Tls { current: Mutex::new((states, configs)), files, protocol, authorities })
     }
 
     /// Whether the cell's CA signed the certificate that a chain begins with.
@@ -90,7 +97,8 @@ impl Tls {
         if let TlsFiles::Files { cert_file, key_file, trusted_ca_file } = &self.files
             && states != current.0
         {
-            match load(cert_file, key_file, trusted_ca_file.as_deref(), self.authorities.as_ref()) {
+            let trusted_ca_file = trusted_ca_file.as_deref();
+            match load(&self.protocol, cert_file, key_file, trusted_ca_file, self.authorities.as_ref()) {
                 Ok(configs) => *current = (states, configs),
                 Err(error) => tracing::warn!(%error, "keep the old certificate"),
             }
@@ -156,23 +164,25 @@ fn system_roots() -> RootCertStore {
 }
 
 fn load(
+    protocol: &TlsProtocol,
     cert_file: &Path,
     key_file: &Path,
     client_ca: Option<&Path>,
     authorities: Option<&Arc<Authorities>>,
 ) -> Result<Configs, TlsError> {
-    configs(client_ca, certificates(cert_file)?, private_key(key_file)?, authorities)
+    configs(protocol, client_ca, certificates(cert_file)?, private_key(key_file)?, authorities)
 }
 
 /// With a CA, clients must show a certificate of it, or of their tenant's.
 fn configs(
+    protocol: &TlsProtocol,
     client_ca: Option<&Path>,
     chain: Vec<CertificateDer<'static>>,
     key: PrivateKeyDer<'static>,
     authorities: Option<&Arc<Authorities>>,
 ) -> Result<Configs, TlsError> {
-    let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let builder = ServerConfig::builder_with_provider(Arc::clone(&provider)).with_safe_default_protocol_versions()?;
+    let builder = protocol.server()?;
+    let provider = Arc::clone(protocol.provider());
     let of_cell = match client_ca {
         Some(ca) => Some(WebPkiClientVerifier::builder_with_provider(Arc::new(roots_of(ca)?), provider).build()?),
         None => None,
@@ -221,6 +231,7 @@ pub enum PeerTlsFiles {
 #[derive(Debug)]
 pub struct MemberTls {
     files: PeerTlsFiles,
+    protocol: TlsProtocol,
     current: Mutex<(FileStates, MemberConfigs)>,
 }
 
@@ -235,9 +246,10 @@ impl MemberTls {
     ///
     /// # Errors
     /// [`TlsError`].
-    pub fn new(files: PeerTlsFiles, hosts: &[String]) -> Result<Self, TlsError> {
+    pub fn new(files: PeerTlsFiles, protocol: TlsProtocol, hosts: &[String]) -> Result<Self, TlsError> {
         let states = files.states();
-        Ok(MemberTls { current: Mutex::new((states, MemberConfigs::load(&files, hosts)?)), files })
+        let configs = MemberConfigs::load(&files, &protocol, hosts)?;
+        Ok(MemberTls { current: Mutex::new((states, configs)), files, protocol })
     }
 
     /// Changed files are read first; unreadable ones keep the old certificates.
@@ -245,7 +257,7 @@ impl MemberTls {
         let mut current = self.current.lock();
         let states = self.files.states();
         if states != current.0 {
-            match MemberConfigs::load(&self.files, &[]) {
+            match MemberConfigs::load(&self.files, &self.protocol, &[]) {
                 Ok(configs) => *current = (states, configs),
                 Err(error) => tracing::warn!(%error, "keep the old certificate of this member"),
             }
@@ -275,12 +287,9 @@ impl PeerTlsFiles {
 }
 
 impl MemberConfigs {
-    fn load(files: &PeerTlsFiles, hosts: &[String]) -> Result<Self, TlsError> {
-        let provider = Arc::new(rustls::crypto::ring::default_provider());
-        let server =
-            ServerConfig::builder_with_provider(Arc::clone(&provider)).with_safe_default_protocol_versions()?;
-        let client =
-            ClientConfig::builder_with_provider(Arc::clone(&provider)).with_safe_default_protocol_versions()?;
+    fn load(files: &PeerTlsFiles, protocol: &TlsProtocol, hosts: &[String]) -> Result<Self, TlsError> {
+        let (server, client) = (protocol.server()?, protocol.client()?);
+        let provider = Arc::clone(protocol.provider());
         let (mut server, mut client) = match files {
             PeerTlsFiles::Files { cert_file, key_file, trusted_ca_file, client: of_client } => {
                 let (server, roots) = match trusted_ca_file {

@@ -8,11 +8,14 @@ use std::path::Path;
 use std::time::Duration;
 
 use prost::Message as _;
+use rustls::{CipherSuite, ProtocolVersion};
 use tenure_etcd_shim::Tenure;
+use tenure_etcd_shim::builder::Builder;
 use tenure_etcd_shim::flags::TlsFiles;
 use tenure_etcd_shim::listen::ConnectionLimits;
 use tenure_etcd_shim::proto::etcdserverpb::RangeRequest;
 use tenure_etcd_shim::tls::{MemberTls, PeerTlsFiles};
+use tenure_etcd_shim::tls_protocol::TlsProtocol;
 use tenure_raft_server::transport::peers::PeerTls as _;
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
@@ -22,14 +25,42 @@ use client::{Authority, Identity, connect, put, unary, write};
 
 /// A served store with one TLS listener and a tenant `acme`.
 async fn serve_tls(dir: &Path, server: &Authority, clients: Option<&Authority>) -> Tenure {
+    tls_builder(dir, server, clients).tenant("acme").listen("https://127.0.0.1:0").start().await.unwrap()
+}
+
+fn tls_builder(dir: &Path, server: &Authority, clients: Option<&Authority>) -> Builder {
     let identity = server.sign(&[]);
     let files = TlsFiles::Files {
         cert_file: write(dir, "server.crt", &identity.pem),
         key_file: write(dir, "server.key", &identity.key.serialize_pem()),
         trusted_ca_file: clients.map(|ca| write(dir, "ca.crt", &ca.certificate.pem())),
     };
-    let builder = Tenure::builder().data_dir(dir.join("data")).tenant("acme").tls(files);
-    builder.listen("https://127.0.0.1:0").start().await.unwrap()
+    Tenure::builder().data_dir(dir.join("data")).tls(files)
+}
+
+/// Hardened manifests narrow what TLS may be spoken: a client that could do more must not get more.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_more_is_spoken_than_the_flags_say() {
+    let authority = Authority::new();
+    for (suites, min, max, spoken) in [
+        (None, "", "", (ProtocolVersion::TLSv1_3, CipherSuite::TLS13_AES_256_GCM_SHA384)),
+        (
+            Some(&["TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256"][..]),
+            "",
+            "TLS1.2",
+            (ProtocolVersion::TLSv1_2, CipherSuite::TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256),
+        ),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        let (protocol, _) = TlsProtocol::new(suites, min, max).unwrap();
+        let builder = tls_builder(dir.path(), &authority, None).tls_protocol(protocol);
+        let tenure = builder.listen("https://127.0.0.1:0").start().await.unwrap();
+        let stream = connect(tenure.addresses()[0], &authority, None, b"h2").await.unwrap();
+        let (_, connection) = stream.get_ref();
+        let suite = connection.negotiated_cipher_suite().map(|suite| suite.suite());
+        assert_eq!(connection.protocol_version().zip(suite), Some(spoken));
+        put(stream, "k").await.unwrap();
+    }
 }
 
 async fn http1<S: AsyncRead + AsyncWrite + Unpin>(mut stream: S, path: &str) -> std::io::Result<String> {
@@ -42,7 +73,7 @@ async fn http1<S: AsyncRead + AsyncWrite + Unpin>(mut stream: S, path: &str) -> 
 
 /// What a TLS server of these files says to somebody who connects with a certificate: whether it lets them in.
 async fn members_let_in(files: PeerTlsFiles, authority: &Authority, identity: Option<&Identity>) -> bool {
-    let tls = MemberTls::new(files, &[]).unwrap();
+    let tls = MemberTls::new(files, TlsProtocol::default(), &[]).unwrap();
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     let accepted = async {

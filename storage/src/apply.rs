@@ -48,6 +48,8 @@ pub trait Observer: Send + Sync {
     fn lease_revoked(&self, tenant: TenantId, id: LeaseId);
     /// A compaction left rows to reclaim; also called at open for one that did not finish.
     fn reclaim_pending(&self, tenant: TenantId);
+    /// Nothing is left to reclaim of this tenant until it is compacted again.
+    fn reclaimed(&self, tenant: TenantId);
     /// Events wait for [`Store::deliver`], and before none did.
     fn delivery_pending(&self, tenant: TenantId);
     /// An operator made, changed or deleted this tenant.
@@ -77,6 +79,7 @@ impl Observer for NoObserver {
     fn lease_granted(&self, _: TenantId, _: LeaseId, _: i64) {}
     fn lease_revoked(&self, _: TenantId, _: LeaseId) {}
     fn reclaim_pending(&self, _: TenantId) {}
+    fn reclaimed(&self, _: TenantId) {}
     fn delivery_pending(&self, _: TenantId) {}
     fn tenant_changed(&self, _: TenantId, _: TenantChange) {}
     fn members_changed(&self, _: &Membership) {}
@@ -199,6 +202,7 @@ enum Notice {
         id: LeaseId,
     },
     ReclaimPending(TenantId),
+    Reclaimed(TenantId),
     MembersChanged,
     /// The cell's limits are other ones.
     Defaults,
@@ -213,7 +217,8 @@ impl Notice {
             | Notice::Revision { tenant, .. }
             | Notice::LeaseGranted { tenant, .. }
             | Notice::LeaseRevoked { tenant, .. }
-            | Notice::ReclaimPending(tenant) => Some(*tenant),
+            | Notice::ReclaimPending(tenant)
+            | Notice::Reclaimed(tenant) => Some(*tenant),
             Notice::MembersChanged | Notice::Defaults => None,
         }
     }
@@ -366,6 +371,7 @@ impl<E: Engine> StateMachine<E> {
             | Notice::LeaseGranted { .. }
             | Notice::LeaseRevoked { .. }
             | Notice::ReclaimPending(_)
+            | Notice::Reclaimed(_)
             | Notice::MembersChanged
             | Notice::Defaults => None,
         }))?;
@@ -409,6 +415,7 @@ impl<E: Engine> StateMachine<E> {
                 }
                 Notice::LeaseRevoked { tenant, id } => self.observer.lease_revoked(tenant, id),
                 Notice::ReclaimPending(tenant) => self.observer.reclaim_pending(tenant),
+                Notice::Reclaimed(tenant) => self.observer.reclaimed(tenant),
                 Notice::MembersChanged => self.show_members(),
                 Notice::Defaults => self.show_defaults(),
             }
@@ -734,6 +741,9 @@ impl<R: Reader> Turn<'_, R> {
             Command::Compact { revision } => Ok(self.compact(revision)),
             Command::Reclaim { rows_max } => {
                 let more = compact::reclaim(&mut self.pending.overlay, self.tenant, self.row, rows_max)?;
+                if !more {
+                    self.pending.notices.push(Notice::Reclaimed(self.tenant));
+                }
                 Ok(Ok(Reply::Reclaim { more }))
             }
             Command::Alarm { activate, member_id, kind } => {

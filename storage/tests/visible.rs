@@ -36,6 +36,7 @@ impl Observer for Seen {
     }
 
     fn reclaim_pending(&self, _: TenantId) {}
+    fn reclaimed(&self, _: TenantId) {}
 
     fn delivery_pending(&self, _: TenantId) {}
 

@@ -176,7 +176,12 @@ impl Rounds {
             } else if entry.file_name().to_string_lossy().starts_with(self.prefix) && entry.file_type()?.is_dir() {
                 let mut prefix = entry.file_name();
                 prefix.push("-");
-                for inner in fs::read_dir(entry.path())? {
+                let inners = match fs::read_dir(entry.path()) {
+                    // Removed meanwhile, as a whole.
+                    Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                    inners => inners?,
+                };
+                for inner in inners {
                     let inner = inner?;
                     if is_table(&inner) {
                         add(prefix.clone(), &inner);

@@ -364,9 +364,10 @@ impl First {
             SortTarget::Create => Some(kv.create_revision),
             SortTarget::Mod => Some(kv.mod_revision),
             SortTarget::Value => None,
-        };
+        }
+        .map(|number| if descend { -number } else { number });
         let is_before = |last: &Candidate| match (&last.by, number) {
-            (SortedBy::Number(of_last), Some(number)) => (if descend { -number } else { number }) < *of_last,
+            (SortedBy::Number(of_last), Some(number)) => number < *of_last,
             (SortedBy::Value(of_last), _) => kv.value < &of_last[..],
             (SortedBy::ValueDescending(Reverse(of_last)), _) => kv.value > &of_last[..],
             (SortedBy::Number(_), None) => unreachable!("candidates of a read are of one variant"),
@@ -380,7 +381,7 @@ impl First {
         }
         let stored = Bytes::copy_from_slice(stored);
         let by = match number {
-            Some(number) => SortedBy::Number(if descend { -number } else { number }),
+            Some(number) => SortedBy::Number(number),
             None => {
                 let value = stored.slice_ref(KeyValue::decode(&stored)?.value);
                 if descend { SortedBy::ValueDescending(Reverse(value)) } else { SortedBy::Value(value) }
