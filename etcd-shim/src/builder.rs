@@ -35,6 +35,7 @@ use url::Url;
 
 use crate::admin::AdminService;
 use crate::authorities::Authorities;
+use crate::auto_compaction::AutoCompaction;
 use crate::cell::{Cell, CellConfig, ClusterState, DEFAULT_TENANT, InitialCluster, MemberNames, OpenError};
 use crate::client::Client;
 use crate::flags::TlsFiles;
@@ -263,6 +264,12 @@ impl Builder {
     /// Bytes each tenant may hold; 0 is 2 GiB, negative is no limit.
     pub fn quota_backend_bytes(mut self, bytes: i64) -> Self {
         self.cell.quota_backend_bytes = bytes;
+        self
+    }
+
+    /// Which revisions of tenants go without anybody's asking. Default: none.
+    pub fn auto_compaction(mut self, kept: AutoCompaction) -> Self {
+        self.cell.auto_compaction = Some(kept);
         self
     }
 

@@ -40,6 +40,7 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, timeout_at};
 
+use crate::auto_compaction::{AutoCompaction, AutoCompactor, Seen};
 use crate::cell_error::CellError;
 use crate::data_dir::{DataDir, DataDirError, Identity};
 use crate::delivery::Deliveries;
@@ -123,6 +124,8 @@ pub struct CellConfig {
     pub snapshot_count: u64,
     /// Entries kept for members that are behind. Default 5,000.
     pub snapshot_catchup_entries: u64,
+    /// Which revisions go without anybody's asking. Default: none.
+    pub auto_compaction: Option<AutoCompaction>,
     /// Bytes each tenant may hold: 0 = [`QUOTA_BYTES_DEFAULT`], negative = no limit.
     pub quota_backend_bytes: i64,
     /// Made to exist, beside [`DEFAULT_TENANT`].
@@ -155,6 +158,7 @@ impl CellConfig {
             slow_apply: Duration::from_millis(100),
             snapshot_count: 0,
             snapshot_catchup_entries: 5_000,
+            auto_compaction: None,
             quota_backend_bytes: 0,
             tenants: Vec::new(),
             heartbeat_interval: Duration::from_millis(100),
@@ -412,6 +416,9 @@ impl Cell {
         let opened = tokio::task::spawn_blocking(move || Inner::open(&for_open, beginning, &runtime)).await;
         let (cell, background, bootstrap) = opened.map_err(|_| OpenError::SetUp(CellError::Stopped))??;
         cell.start_tasks(&background);
+        if let Some(kept) = config.auto_compaction {
+            cell.0.tasks.lock().spawn(compact_old(Arc::downgrade(&cell.0), kept));
+        }
         Ok(Opening { cell, config, bootstrap })
     }
 
@@ -984,6 +991,33 @@ async fn follow_leadership(cell: Weak<Inner>, mut leadership: watch::Receiver<ra
         }
         if leadership.changed().await.is_err() {
             return;
+        }
+    }
+}
+
+/// Proposes what auto-compaction finds due, if this member leads.
+async fn compact_old(cell: Weak<Inner>, kept: AutoCompaction) {
+    let mut compactor = AutoCompactor::new(kept);
+    let mut look = tokio::time::interval(compactor.period());
+    look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        look.tick().await;
+        let Some(cell) = cell.upgrade() else { return };
+        let due = compactor.look(cell.store.states().iter().map(|(tenant, state)| Seen::of(*tenant, state)));
+        let mut tenants = 0;
+        for (tenant, revision) in due {
+            if !cell.raft.status().is_leader {
+                break;
+            }
+            match cell.propose(tenant, Command::Compact { revision }).await {
+                Ok(Outcome { result: Ok(_), .. }) => tenants += 1,
+                // It compacted itself, was deleted or is suspended.
+                Ok(Outcome { result: Err(refusal), .. }) => tracing::debug!(%tenant, %refusal, "auto compaction"),
+                Err(error) => tracing::warn!(%tenant, revision, %error, "failed auto compaction"),
+            }
+        }
+        if tenants > 0 {
+            tracing::info!(tenants, "completed auto compaction");
         }
     }
 }

@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use url::Url;
 
+use crate::auto_compaction::AutoCompaction;
 use crate::cell::{ClusterState, InitialCluster, check_tenant_name};
 use crate::config_file;
 use crate::http_endpoints::HttpAccess;
@@ -159,6 +160,16 @@ const FLAGS: &[Group] = &[
             ),
             ("max-request-bytes", Kind::Number, "largest write (default 1572864, at most 15728640)"),
             ("max-txn-ops", Kind::Number, "most operations of a txn (default 128)"),
+            (
+                "auto-compaction-mode",
+                Kind::Text,
+                "periodic or revision: what --auto-compaction-retention is (default periodic)",
+            ),
+            (
+                "auto-compaction-retention",
+                Kind::Text,
+                "hours, a duration such as 5m, or revisions of each tenant that stay (default 0: all)",
+            ),
             ("watch-progress-notify-interval", Kind::Duration, "period of watch progress (default 10m)"),
         ],
     ),
@@ -242,8 +253,6 @@ const WITHOUT_EFFECT: &[(&str, Kind)] = &[
 /// for nothing.
 const NOT_BUILT: &[(&str, Kind, &[&str])] = &[
     ("wal-dir", Kind::Text, &[""]),
-    ("auto-compaction-retention", Kind::Text, &["", "0"]),
-    ("auto-compaction-mode", Kind::Text, &["periodic", "revision"]),
     ("peer-cert-allowed-cn", Kind::Text, &[""]),
     ("peer-cert-allowed-hostname", Kind::Text, &[""]),
     ("peer-crl-file", Kind::Text, &[""]),
@@ -296,6 +305,7 @@ pub struct Flags {
     pub max_request_bytes: usize,
     pub max_txn_ops: usize,
     pub progress_period: Duration,
+    pub auto_compaction: Option<AutoCompaction>,
     pub heartbeat_interval: Duration,
     pub election_timeout: Duration,
     /// What the ids of a new data directory are made from.
@@ -654,6 +664,7 @@ impl Given {
             max_request_bytes: self.max_request_bytes()?,
             max_txn_ops: self.number("max-txn-ops", MAX_TXN_OPS)?,
             progress_period: self.progress_period()?,
+            auto_compaction: self.auto_compaction()?,
             heartbeat_interval,
             election_timeout,
             advertise_peer_urls: self.advertise_peer_urls()?,
@@ -715,6 +726,27 @@ impl Given {
             return Err(bad(NAME, &self.text(NAME, ""), "want at least 100ms"));
         }
         Ok(period)
+    }
+
+    /// A bare number is hours, or revisions.
+    fn auto_compaction(&self) -> Result<Option<AutoCompaction>, FlagError> {
+        const NAME: &str = "auto-compaction-retention";
+        let is_periodic = self.one_of("auto-compaction-mode", &[("periodic", true), ("revision", false)])?;
+        let text = self.text(NAME, "0");
+        let number = text.parse::<u32>();
+        if text.is_empty() || number == Ok(0) {
+            return Ok(None);
+        }
+        match (is_periodic, number) {
+            (true, Ok(hours)) => Ok(Some(AutoCompaction::Periodic(Duration::from_secs(3_600) * hours))),
+            (true, Err(_)) => match parse_duration(&text) {
+                Some(Duration::ZERO) => Ok(None),
+                Some(retention) => Ok(Some(AutoCompaction::Periodic(retention))),
+                None => Err(bad(NAME, &text, "want hours, or a duration such as 5m or 10h")),
+            },
+            (false, Ok(revisions)) => Ok(Some(AutoCompaction::Revisions(i64::from(revisions)))),
+            (false, Err(_)) => Err(bad(NAME, &text, "want a number of revisions")),
+        }
     }
 
     /// A switch that may be on when nothing is said.
@@ -905,6 +937,12 @@ mod tests {
         assert_eq!(run(&["--name=flag"], &[("ETCD_NAME", "env")]).unwrap().name, "flag");
         let alias = ["--experimental-watch-progress-notify-interval", "1s"];
         assert_eq!(run(&alias, &[]).unwrap().progress_period, Duration::from_secs(1));
+        let retention = |text| run(&["--auto-compaction-retention", text], &[]).unwrap().auto_compaction;
+        assert_eq!(["0", "0s", ""].map(retention), [None; 3]);
+        let hours = Some(AutoCompaction::Periodic(Duration::from_secs(7_200)));
+        assert_eq!(["2", "2h", "120m"].map(retention), [hours; 3]);
+        let flags = ["--auto-compaction-mode=revision", "--auto-compaction-retention=2"];
+        assert_eq!(run(&flags, &[]).unwrap().auto_compaction, Some(AutoCompaction::Revisions(2)));
         assert!(run(&["--listen-client-urls=http://h:80,https://h:443", "--cert-file=c", "--key-file=k"], &[]).is_ok());
         assert_eq!(run(&[], &[("ETCD_NOPE", "1")]).unwrap().unknown_variables, ["ETCD_NOPE"]);
     }
@@ -924,8 +962,12 @@ mod tests {
             (&["--name"], "flag needs an argument: -name"),
             (&["serve"], "'serve' is not a valid flag"),
             (
-                &["--auto-compaction-retention=1h"],
-                "flag -auto-compaction-retention is not supported yet (value \"1h\")",
+                &["--auto-compaction-retention=a"],
+                "invalid value \"a\" for flag -auto-compaction-retention: want hours, or a duration such as 5m or 10h",
+            ),
+            (
+                &["--auto-compaction-mode=revision", "--auto-compaction-retention=1h"],
+                "invalid value \"1h\" for flag -auto-compaction-retention: want a number of revisions",
             ),
             (&["--auto-tls", "--client-cert-auth"], "--client-cert-auth needs --cert-file and --key-file"),
             (&["--config-file=/nonexistent/a.yaml"], "configuration file: read /nonexistent/a.yaml: No such file"),

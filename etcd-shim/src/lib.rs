@@ -5,6 +5,7 @@
 pub mod admin;
 pub mod audit;
 pub mod authorities;
+pub mod auto_compaction;
 pub mod builder;
 pub mod cell;
 pub mod cell_error;

@@ -178,6 +178,9 @@ fn builder(flags: Flags) -> Builder {
         .pre_vote(flags.pre_vote)
         .slow_apply(flags.slow_apply)
         .snapshots(flags.snapshot_count, flags.snapshot_catchup_entries);
+    if let Some(kept) = flags.auto_compaction {
+        builder = builder.auto_compaction(kept);
+    }
     if let Some(bytes) = flags.disk_reserve_bytes {
         builder = builder.disk_reserve_bytes(bytes);
     }

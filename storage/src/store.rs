@@ -210,6 +210,11 @@ impl<E: Engine> Store<E> {
         self.shared.tenants.read().by_id.values().map(|tenant| (tenant.id, tenant.name.clone())).collect()
     }
 
+    /// Counters of all tenants after the last published batch, in the order they were made. In memory.
+    pub fn states(&self) -> Vec<(TenantId, TenantState)> {
+        self.shared.tenants.read().by_id.values().map(|tenant| (tenant.id, tenant.published.lock().clone())).collect()
+    }
+
     /// Tenants that were deleted and whose space is still being given back, with the names they had.
     pub fn deleted_tenants(&self) -> BTreeMap<TenantId, String> {
         self.shared.deleted.read().clone()

@@ -119,8 +119,32 @@ async fn members_are_told_by_variables_and_by_files_too() {
     }
 }
 
-// The members before a removal are needed until raft has left the joint configuration: who hears of it earlier and stops another
-// member leaves the cell without a quorum for good.
+// Charts of hosted control planes set auto-compaction: old revisions go then, on every member, and the newest stay.
+#[tokio::test(flavor = "multi_thread")]
+async fn old_revisions_go_by_themselves() {
+    let dir = tempfile::tempdir().unwrap();
+    let cluster = Cluster::start(3, dir.path(), &["--auto-compaction-retention=100ms"]);
+    for value in ["first", "second"] {
+        put(&cluster.members[0], "k", value).await;
+    }
+    for member in &cluster.members {
+        let old = pb::RangeRequest { key: Bytes::from("k"), revision: 2, serializable: true, ..Default::default() };
+        let compacted = async {
+            let connection = Connection::open(member.client).await;
+            loop {
+                match connection.unary::<_, RangeResponse>("/etcdserverpb.KV/Range", &old).await {
+                    Ok(_) => tokio::task::yield_now().await,
+                    Err(status) => return status,
+                }
+            }
+        };
+        let status = tokio::time::timeout(PATIENCE, compacted).await.expect("it is compacted");
+        assert_eq!(status.message(), "etcdserver: mvcc: required revision has been compacted");
+        assert_eq!(get(member, "k").await.as_deref(), Some("second"));
+    }
+}
+
+// Who hears that a member is removed and stops another one at once must find a quorum in those that are left.
 #[tokio::test(flavor = "multi_thread")]
 async fn of_those_that_a_removal_leaves_one_may_stop_at_once() {
     let dir = tempfile::tempdir().unwrap();
