@@ -219,10 +219,10 @@ impl StateMachine for Nothing {
         self.applied_index
     }
 
-    fn apply(&mut self, entries: Vec<CommittedEntry>) -> Result<Vec<Vec<()>>, Fault> {
+    fn apply(&mut self, entries: Vec<CommittedEntry>) -> Result<Vec<Vec<Option<()>>>, Fault> {
         self.applied_index = entries.last().expect("one at least").index;
         self.entries.fetch_add(entries.len() as u64, std::sync::atomic::Ordering::Relaxed);
-        Ok(entries.iter().map(|entry| vec![(); entry.commands.len()]).collect())
+        Ok(entries.iter().map(|entry| vec![Some(()); entry.commands.len()]).collect())
     }
 
     fn durable_index(&self) -> Result<u64, Fault> {

@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use tenure_admin_api::v1 as api;
 use tenure_admin_api::v1::admin_client::AdminClient;
 use tenure_provisioner::connect::{TlsFiles, connect};
-use tenure_provisioner::credentials::{CLIENT_CERT, serial_in};
+use tenure_provisioner::credentials::{CLIENT_CERT, of_tenant_in};
 use tonic::transport::Channel;
 
 use crate::client::Workload;
@@ -252,7 +252,7 @@ fn close(plan: &Plan, audience: &dyn Audience) -> anyhow::Result<Value> {
     let [has, other, given] = [0, 1, 2];
     tls::make(&tls_dir, &[0, 1, 0])?;
     std::fs::copy(tls_dir.join(format!("{has}.crt")), tls_dir.join(CLIENT_CERT))?;
-    let serial = serial_in(&tls_dir)?;
+    let serial = of_tenant_in(&tls_dir, &tenant_name(0))?.serial;
     let mut client_tls = Vec::new();
     for number in [has, other, given] {
         let (certificate, key) = (tls_dir.join(format!("{number}.crt")), tls_dir.join(format!("{number}.key")));

@@ -37,6 +37,9 @@ use crate::tls::certificates_of;
 /// Prefixes that are told apart. Keys of further ones count as "other".
 pub const PREFIXES_MAX: usize = 1_000;
 
+/// Longest prefix that is counted by itself: what a tenant chooses must not fill the answer.
+pub const PREFIX_BYTES_MAX: usize = 128;
+
 /// Tenants of one page of a list.
 const PAGE_MAX: usize = 1_000;
 
@@ -355,7 +358,8 @@ impl Inner {
                     };
                     let bytes = (key.len() + value.len()) as u64;
                     let prefix = &key[..prefix_len(key)];
-                    if !prefixes.contains_key(prefix) && prefixes.len() < PREFIXES_MAX {
+                    let is_kept = prefixes.len() < PREFIXES_MAX && prefix.len() <= PREFIX_BYTES_MAX;
+                    if is_kept && !prefixes.contains_key(prefix) {
                         prefixes.insert(Bytes::copy_from_slice(prefix), (0, 0));
                     }
                     let count = prefixes.get_mut(prefix).unwrap_or(&mut other);
@@ -449,7 +453,7 @@ impl Inner {
                          tenure://tenant/{name}, or set the tenant back to the cell's CA"
                     )));
                 }
-                wait_for_second(tenant.profile().credentials_valid_from_ms).await;
+                wait_for_second(tenant.profile().credentials_valid_from_ms).await?;
                 (or(user, name), self.endpoints(name))
             }
         };
@@ -588,11 +592,18 @@ fn certificate_pem(der: &[u8]) -> String {
 }
 
 /// Certificates tell whole seconds: waits until one that is made now is not taken for an older one.
-async fn wait_for_second(valid_from_ms: i64) {
-    let now = now_ms();
-    if let Ok(left_ms) = u64::try_from(valid_from_ms.saturating_sub(now)) {
-        sleep(Duration::from_millis(left_ms).min(SECOND)).await;
+///
+/// # Errors
+/// `FailedPrecondition`: this member's clock is behind that of the one that revoked.
+async fn wait_for_second(valid_from_ms: i64) -> Result<(), Status> {
+    let left = || u64::try_from(valid_from_ms.saturating_sub(now_ms())).map_or(Duration::ZERO, Duration::from_millis);
+    sleep(left().min(SECOND)).await;
+    if left().is_zero() {
+        return Ok(());
     }
+    let text =
+        "this member's clock is behind: what it signed now would count as revoked; set it, or ask another member";
+    Err(Status::failed_precondition(text))
 }
 
 /// "/registry/pods/" of "/registry/pods/default/a": up to and including the third slash, or the last there is before it.

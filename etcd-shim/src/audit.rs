@@ -44,7 +44,9 @@ struct Shown {
 impl Caller {
     /// Whoever is at the other end: with the name in the certificate, or as a user of this machine.
     pub fn new(certificate: Option<&PeerCertificate>, user: Option<u32>, from: Option<SocketAddr>) -> Self {
-        let named = certificate.and_then(|certificate| certificate.common_name.clone());
+        let by_name = |certificate: &PeerCertificate| certificate.common_name.clone();
+        let named =
+            certificate.and_then(|certificate| by_name(certificate).or_else(|| certificate.uris.first().cloned()));
         Caller(Arc::new(Shown {
             who: named.or_else(|| user.map(|user| format!("uid {user}"))),
             certificate: certificate.map(|certificate| hex(&certificate.serial)),
@@ -52,10 +54,11 @@ impl Caller {
         }))
     }
 
-    /// Writes that a connection of theirs was refused.
-    pub fn refused(&self, code: Code, reason: impl fmt::Display) {
+    /// Writes that a connection of theirs was refused; `left_out`: how many lines before it were not written.
+    pub fn refused(&self, code: Code, reason: impl fmt::Display, left_out: u64) {
         let status = Status::new(code, reason.to_string());
-        write(self, "connect", &Said::default(), Some(Err(&status)));
+        let asked = if left_out > 0 { format!("{left_out} more before it") } else { String::new() };
+        write(self, "connect", &Said { asked, ..Said::default() }, Some(Err(&status)));
     }
 }
 

@@ -400,19 +400,22 @@ impl Builder {
         }
         let cell = opening.cell().clone();
         authorities.open(cell.clone());
-        let context = Context { cell: cell.clone(), limits: self.limits, in_flight: InFlight::new(Budget::default()) };
+        let open_requests = cell.open_requests();
+        let in_flight = InFlight::new(Budget::default(), open_requests.clone());
+        let context = Context { cell: cell.clone(), limits: self.limits, in_flight };
         let rpc_metrics = RpcMetrics::default();
         let admin = AdminService::new(cell.clone(), rpc_metrics.clone(), self.issuer.clone());
         let services = Services {
             cell: cell.clone(),
             router: Router::new(&context, self.progress_period),
             admin: AdminServer::new(admin),
-            arriving: InFlight::new(Budget::default()),
+            arriving: InFlight::new(Budget::default(), open_requests.clone()),
             rpc_metrics,
             turns: cell.turns(),
             access: Arc::new(self.access.clone()),
             limits: self.connections,
             refused: Arc::default(),
+            refused_administration: Arc::default(),
         };
         let (stop, stopping) = watch::channel(Stop::NotYet);
         let mut serving = JoinSet::new();

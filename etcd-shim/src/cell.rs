@@ -46,6 +46,7 @@ use crate::data_dir::{DataDir, DataDirError, Identity};
 use crate::delivery::Deliveries;
 use crate::disk::{self, Disk};
 use crate::ids;
+use crate::inflight::{Budget, InFlight, OpenRequests, Reservation};
 use crate::lessor::{self, Lessor};
 use crate::read_pool::ReadPool;
 use crate::reclaim::Reclaimer;
@@ -239,7 +240,8 @@ struct Inner {
     strict_reconfig_check: bool,
     max_learners: usize,
     promotions: members::Promotions,
-    raft: raft::Handle<Outcome>,
+    raft: raft::Handle<Answer>,
+    open_requests: OpenRequests,
     leadership: watch::Receiver<raft::Leadership>,
     read_pool: ReadPool,
     turns: Arc<Turns>,
@@ -276,7 +278,17 @@ struct Defragment {
 }
 
 /// What raft-server drives.
-struct Applier(StateMachine<RocksEngine>);
+struct Applier {
+    state_machine: StateMachine<RocksEngine>,
+    undelivered: InFlight,
+}
+
+/// An outcome on its way to who waits for it.
+struct Answer {
+    outcome: Outcome,
+    /// Counts it until it is fetched.
+    _held: Reservation,
+}
 
 /// Work that apply leaves to tasks.
 #[derive(Default)]
@@ -349,34 +361,46 @@ impl Observer for Watcher {
 }
 
 impl raft::StateMachine for Applier {
-    type Reply = Outcome;
+    type Reply = Answer;
 
     fn applied_index(&self) -> u64 {
-        self.0.applied_index()
+        self.state_machine.applied_index()
     }
 
-    fn apply(&mut self, entries: Vec<raft::CommittedEntry>) -> Result<Vec<Vec<Outcome>>, Fault> {
-        self.0.apply(entries.into_iter().map(|entry| (entry.index, entry.commands)).collect())
+    /// Of outcomes that are not fetched as fast as they are made, so many are kept as others have room for in their budget of answers: a few
+    /// bytes of a txn can answer megabytes.
+    fn apply(&mut self, entries: Vec<raft::CommittedEntry>) -> Result<Vec<Vec<Option<Answer>>>, Fault> {
+        let mut answers: Vec<Vec<Option<Answer>>> =
+            entries.iter().map(|entry| Vec::with_capacity(entry.commands.len())).collect();
+        let (wanted, entries): (Vec<_>, Vec<_>) =
+            entries.into_iter().map(|entry| (entry.wanted, (entry.index, entry.commands))).unzip();
+        let applied = self.state_machine.apply_round(&entries, |entry, place, tenant, outcome| {
+            let is_wanted = wanted[entry].get(place).copied().unwrap_or(false);
+            let held = if is_wanted { self.undelivered.hold(tenant, outcome.data_bytes()) } else { None };
+            answers[entry].push(held.map(|held| Answer { outcome, _held: held }));
+        })?;
+        answers.truncate(applied);
+        Ok(answers)
     }
 
     fn durable_index(&self) -> Result<u64, Fault> {
-        self.0.durable_index()
+        self.state_machine.durable_index()
     }
 
     fn flush(&mut self) -> Result<u64, Fault> {
-        self.0.flush()
+        self.state_machine.flush()
     }
 
     fn begin_flush(&mut self) -> Result<(), Fault> {
-        self.0.begin_flush()
+        self.state_machine.begin_flush()
     }
 
     fn snapshotter(&self) -> Arc<dyn raft::Snapshotter> {
-        Arc::new(StateCopier(self.0.copier()))
+        Arc::new(StateCopier(self.state_machine.copier()))
     }
 
     fn install(&mut self, dir: &Path, index: u64) -> Result<(), Fault> {
-        self.0.install(dir, index)
+        self.state_machine.install(dir, index)
     }
 }
 
@@ -609,6 +633,11 @@ impl Cell {
         self.0.promotions.by_reason()
     }
 
+    /// Where requests of network clients are counted.
+    pub(crate) fn open_requests(&self) -> &OpenRequests {
+        &self.0.open_requests
+    }
+
     /// Whose turn it is on this member's threads.
     pub(crate) fn turns(&self) -> Arc<Turns> {
         Arc::clone(&self.0.turns)
@@ -764,7 +793,10 @@ impl Inner {
             append_paused: disk.append_paused(),
             ..raft_config(config, identity, voters, &data_dir, failure.clone(), runtime)?
         };
-        let (raft, server) = raft::start(raft_config, Applier(state), peers.transport())?;
+        let open_requests = OpenRequests::default();
+        let undelivered = InFlight::new(Budget::default(), open_requests.clone());
+        let applier = Applier { state_machine: state, undelivered };
+        let (raft, server) = raft::start(raft_config, applier, peers.transport())?;
         peers.attach(&raft);
         let turns = Arc::<Turns>::default();
         let inner = Inner {
@@ -775,6 +807,7 @@ impl Inner {
             max_learners: config.max_learners,
             promotions: members::Promotions::default(),
             leadership: raft.leadership(),
+            open_requests,
             raft,
             read_pool: ReadPool::for_this_machine(Arc::clone(&turns)).map_err(OpenError::Threads)?,
             turns,
@@ -844,7 +877,7 @@ impl Inner {
             }
         };
         match timeout_at(deadline, written).await {
-            Ok(written) => written.map_err(CellError::from),
+            Ok(written) => written.map(|answer| answer.outcome).map_err(CellError::from),
             Err(_) if had_leader => Err(CellError::TimeoutApply),
             Err(_) => Err(CellError::TimeoutWrite),
         }
@@ -936,6 +969,7 @@ fn raft_config(
         flush_entries: config.snapshot_count,
         slow_apply: config.slow_apply,
         log_catchup_entries: config.snapshot_catchup_entries,
+        cost_bytes: tenure_storage::command::cost_bytes,
         reply_runtime: Some(runtime.clone()),
         fault_handler: Some(Arc::new(move |fault| failure.report(&format!("{}: {}", fault.thread, fault.cause)))),
         ..raft::Config::new(identity.member_id, data_dir.log())

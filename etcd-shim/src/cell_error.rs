@@ -75,6 +75,8 @@ impl From<ProposeError> for CellError {
             ProposeError::QueueFull => CellError::TooManyRequests,
             ProposeError::TooLarge => CellError::TooLarge,
             ProposeError::Dropped | ProposeError::OtherTerm => CellError::LeaderChanged,
+            // It was done, and nobody can say what it answered.
+            ProposeError::NoRoomForReply => CellError::TimeoutApply,
             ProposeError::Stopped => CellError::Stopped,
         }
     }

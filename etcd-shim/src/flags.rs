@@ -98,7 +98,7 @@ const FLAGS: &[Group] = &[
             ("listen-client-http-urls", Kind::Text, "URLs that serve HTTP; --listen-client-urls then serve gRPC alone"),
             ("advertise-client-urls", Kind::Text, "URLs told to clients (default: where it listens)"),
             ("tenant-listen", Kind::Text, "NAME=URL: a listener of one tenant's own; may be given again"),
-            ("max-concurrent-streams", Kind::Number, "requests open at a time on one connection (default: no limit)"),
+            ("max-concurrent-streams", Kind::Number, "requests open at a time on one connection (default 10000)"),
             ("grpc-keepalive-min-time", Kind::Duration, "how often a client may ping (default 5s)"),
             ("grpc-keepalive-interval", Kind::Duration, "how often an idle client is pinged (default 2h)"),
             ("grpc-keepalive-timeout", Kind::Duration, "how long it may take to answer (default 20s)"),
@@ -586,7 +586,9 @@ impl Given {
     fn connection_limits(&self) -> Result<ConnectionLimits, FlagError> {
         let default = ConnectionLimits::default();
         Ok(ConnectionLimits {
-            streams_max: match self.number("max-concurrent-streams", u32::MAX)? {
+            streams_max: match self.number("max-concurrent-streams", 0)? {
+                0 => default.streams_max,
+                // etcd's default.
                 u32::MAX => None,
                 streams => Some(streams),
             },
@@ -833,6 +835,10 @@ impl Given {
             (None, None) if client_cert_auth => {
                 Err(FlagError("--client-cert-auth needs --cert-file and --key-file".to_string()))
             }
+            // Its clients would be anybody.
+            (None, None) if trusted_ca_file.is_some() && self.is_set("auto-tls")? => {
+                Err(FlagError("--trusted-ca-file needs --cert-file and --key-file".to_string()))
+            }
             (None, None) => Ok(self.is_set("auto-tls")?.then_some(TlsFiles::Auto)),
             (Some(_), None) | (None, Some(_)) => {
                 Err(FlagError("--cert-file and --key-file must both be given, or neither".to_string()))
@@ -970,6 +976,7 @@ mod tests {
                 "invalid value \"1h\" for flag -auto-compaction-retention: want a number of revisions",
             ),
             (&["--auto-tls", "--client-cert-auth"], "--client-cert-auth needs --cert-file and --key-file"),
+            (&["--auto-tls", "--trusted-ca-file=c"], "--trusted-ca-file needs --cert-file and --key-file"),
             (&["--config-file=/nonexistent/a.yaml"], "configuration file: read /nonexistent/a.yaml: No such file"),
             (&["--disk-reserve-bytes=-1"], "invalid value \"-1\" for flag -disk-reserve-bytes: want a number"),
             (&["--initial-cluster=nonsense"], "invalid value \"nonsense\" for flag -initial-cluster: want NAME=URL"),

@@ -2,6 +2,7 @@
 //! differ, and the bytes of a response that are counted until the last of them has been handed to the connection.
 
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -15,13 +16,13 @@ use tonic::codegen::StdError;
 use tonic::{Code, Status};
 
 use crate::cell_error::CellError;
-use crate::inflight::ResponsePermit;
+use crate::inflight::{OpenOne, ResponsePermit};
 use crate::ping_guard::OpenRequest;
 use crate::request_body::Framing;
 use crate::rpc_metrics::Call;
 use crate::server::{Router, SERVICES};
 use crate::status::in_etcds_words;
-use crate::throttle::OpenCount;
+use crate::throttle::{OpenCount, TenantUse};
 
 /// One request while it is being answered: open on its connection, and counted as a call if its method exists.
 pub struct Running {
@@ -29,17 +30,17 @@ pub struct Running {
     pub call: Option<Call>,
     /// Counted among the requests of its tenant.
     pub counted: Option<OpenCount>,
+    /// The same, for the bytes of its answer.
+    pub in_flight: OpenOne,
 }
 
 impl Running {
-    /// Waits until the tenant may make another request.
+    /// Waits until the tenant, which has used so much, may make another request.
     ///
     /// # Errors
     /// [`CellError::TooManyRequests`].
-    pub async fn let_in(&mut self, profile: &Profile) -> Result<(), CellError> {
-        if let Some(call) = &self.call {
-            self.counted = Some(call.traffic().used().begin_request(profile).await?);
-        }
+    pub async fn let_in(&mut self, used: &Arc<TenantUse>, profile: &Profile) -> Result<(), CellError> {
+        self.counted = Some(used.begin_request(profile).await?);
         Ok(())
     }
 
@@ -194,6 +195,10 @@ fn unknown_method(path: &str) -> Status {
 /// room for a byte, so a larger one would lie in its buffer, uncounted, until a client that may never read has read it.
 const PIECE_BYTES: usize = 64 << 10;
 
+/// The last piece of a larger frame: with the room for its first byte the connection takes all of it, and the trailers behind it, and the
+/// request is over here, whenever its client reads that. So this much of an answer is not counted, and no more.
+const LAST_PIECE_BYTES: usize = 4 << 10;
+
 /// A body in pieces. Its bytes go back to the budget when the connection has taken the last piece or dropped it; of a
 /// stream, the next message is asked for when the last piece of the one before is gone.
 struct PiecewiseBody {
@@ -209,6 +214,13 @@ struct PiecewiseBody {
 }
 
 impl PiecewiseBody {
+    fn piece_bytes(&self) -> usize {
+        match self.rest.len().checked_sub(LAST_PIECE_BYTES) {
+            Some(more) if more > 0 => more.min(PIECE_BYTES),
+            Some(_) | None => self.rest.len(),
+        }
+    }
+
     /// Whether the client waits no longer, asked while there is nothing to send.
     fn is_overdue(&mut self, context: &mut Context<'_>) -> bool {
         let Some(deadline) = self.deadline else { return false };
@@ -254,7 +266,7 @@ impl http_body::Body for PiecewiseBody {
                 }
             }
         }
-        let piece_bytes = self.rest.len().min(PIECE_BYTES);
+        let piece_bytes = self.piece_bytes();
         Poll::Ready(Some(Ok(Frame::data(self.rest.split_to(piece_bytes)))))
     }
 

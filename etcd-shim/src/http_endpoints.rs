@@ -366,6 +366,11 @@ fn version() -> Response<Body> {
     with_type(StatusCode::OK, "application/json", body)
 }
 
+/// The tenant has made as many requests as it may for now.
+pub(crate) fn too_many_requests() -> Response<Body> {
+    error(StatusCode::TOO_MANY_REQUESTS, "etcdserver: too many requests\n")
+}
+
 fn error(code: StatusCode, body: &str) -> Response<Body> {
     not_sniffed(text(code, body))
 }

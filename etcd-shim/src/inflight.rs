@@ -5,6 +5,9 @@
 //! the answer's body has left: the service puts it, as a [`ResponsePermit`], into the response's extensions, and the gate
 //! drops it together with the body.
 //!
+//! What is small is not counted, unless its tenant has many requests open: one connection may have thousands, whose client reads none of
+//! their answers.
+//!
 //! Nobody waits while holding. A read that is not let grow gives up what it has read, waits without a thread and without
 //! bytes until there is room for twice as much, reserves that, and reads again. So answers cannot block each other half
 //! done, a tenant over its budget occupies no reading thread, and the work done twice is bounded by a factor of two.
@@ -15,6 +18,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use parking_lot::Mutex;
@@ -24,7 +28,8 @@ use tokio::time::Instant;
 
 use crate::cell::Tenant;
 use crate::cell_error::CellError;
-use crate::throttle::limit_of;
+use crate::throttle::{limit_of, slot_of};
+use crate::turns::QUIET_SLOTS;
 
 /// Bytes of answers one tenant may have in flight. At the bound its next large read waits.
 pub const TENANT_BYTES_MAX: usize = 256 << 20;
@@ -36,9 +41,18 @@ pub const PROCESS_BYTES_MAX: usize = 1 << 30;
 /// those of another.
 pub const TENANT_FLOOR_BYTES: usize = 8 << 20;
 
-/// Answers below this many bytes are not counted: there are at most as many as connections have streams, and counting
-/// would cost every point read a lock.
+/// Answers below this many bytes are not counted as long as their tenant has few requests open: counting would cost every point read
+/// a lock.
 pub const SMALL_BYTES: usize = 64 << 10;
+
+/// Open requests of a tenant that are few: with small answers they hold no more than [`TENANT_FLOOR_BYTES`].
+pub const FEW_REQUESTS: usize = TENANT_FLOOR_BYTES / SMALL_BYTES;
+
+/// Answers below this many bytes are never counted: the request itself takes more.
+const TINY_BYTES: usize = 1 << 10;
+
+/// What a growing small answer reserves at a time, if it is counted.
+const SMALL_STEP_BYTES: usize = 16 << 10;
 
 /// A growing answer reserves this many bytes at a time.
 const STEP_BYTES: usize = 1 << 20;
@@ -75,6 +89,7 @@ pub struct InFlight(Arc<Shared>);
 #[derive(Debug)]
 struct Shared {
     budget: Budget,
+    open: OpenRequests,
     /// A lock, not atomics: the two sums are decided on together. Held for a few instructions.
     held: Mutex<Held>,
     /// Woken whenever bytes are given back.
@@ -88,15 +103,68 @@ struct Held {
     tenants: HashMap<TenantId, usize>,
 }
 
+/// How many requests tenants have open. Tenants of one slot count together: then small answers of both are counted sooner, which costs
+/// a little time and nothing else.
+#[derive(Clone, Debug)]
+pub struct OpenRequests(Arc<[AtomicUsize; QUIET_SLOTS]>);
+
+/// One of them, until it is dropped.
+#[derive(Debug)]
+pub struct OpenOne {
+    of: OpenRequests,
+    slot: usize,
+}
+
+impl Default for OpenRequests {
+    fn default() -> Self {
+        OpenRequests(Arc::new(std::array::from_fn(|_| AtomicUsize::new(0))))
+    }
+}
+
+impl OpenRequests {
+    /// One more of this tenant, until the result is dropped.
+    pub fn open(&self, tenant: TenantId) -> OpenOne {
+        let slot = slot_of(tenant);
+        self.0[slot].fetch_add(1, Ordering::Relaxed);
+        OpenOne { of: self.clone(), slot }
+    }
+
+    fn are_few(&self, tenant: TenantId) -> bool {
+        self.0[slot_of(tenant)].load(Ordering::Relaxed) <= FEW_REQUESTS
+    }
+}
+
+impl Drop for OpenOne {
+    fn drop(&mut self) {
+        self.of.0[self.slot].fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
 impl InFlight {
-    pub fn new(budget: Budget) -> Self {
-        InFlight(Arc::new(Shared { budget, held: Mutex::default(), room: Notify::new() }))
+    /// `open`: requests of network clients, which those who let them in count there.
+    pub fn new(budget: Budget, open: OpenRequests) -> Self {
+        InFlight(Arc::new(Shared { budget, open, held: Mutex::default(), room: Notify::new() }))
+    }
+
+    /// Where requests are counted.
+    pub fn open_requests(&self) -> &OpenRequests {
+        &self.0.open
+    }
+
+    /// Room for an answer of so many bytes that is there already. `None`: there is none, and it is to be dropped. Never blocks.
+    pub fn hold(&self, tenant: TenantId, bytes: usize) -> Option<Reservation> {
+        let mut reservation = self.reservation(tenant);
+        reservation.try_reach(bytes).then(|| {
+            reservation.settle(bytes);
+            reservation
+        })
     }
 
     /// A reservation of nothing, for an answer about to be made.
     pub fn reservation(&self, tenant: TenantId) -> Reservation {
         let tenant_bytes = self.0.budget.tenant_bytes;
-        Reservation { shared: Arc::clone(&self.0), tenant, tenant_bytes, bytes: 0, deadline: None }
+        let counted_from_bytes = if self.0.open.are_few(tenant) { SMALL_BYTES } else { TINY_BYTES };
+        Reservation { shared: Arc::clone(&self.0), tenant, tenant_bytes, counted_from_bytes, bytes: 0, deadline: None }
     }
 
     /// The same, within the limit of a tenant's own.
@@ -121,6 +189,8 @@ pub struct Reservation {
     tenant: TenantId,
     /// What the tenant may hold.
     tenant_bytes: usize,
+    /// An answer of fewer bytes is not counted.
+    counted_from_bytes: usize,
     bytes: usize,
     /// Set at the first wait, so that an answer that waits several times waits [`WAIT_MAX`] altogether.
     deadline: Option<Instant>,
@@ -130,10 +200,10 @@ impl Reservation {
     /// Covers an answer that has reached `bytes`. `false`: there is no room; drop what was made and go to
     /// [`Reservation::wait_for_room`]. Never blocks.
     pub fn try_reach(&mut self, bytes: usize) -> bool {
-        if bytes < SMALL_BYTES || bytes <= self.bytes {
+        if bytes < self.counted_from_bytes || bytes <= self.bytes {
             return true;
         }
-        let wanted = bytes.next_multiple_of(STEP_BYTES);
+        let wanted = bytes.next_multiple_of(if bytes < SMALL_BYTES { SMALL_STEP_BYTES } else { STEP_BYTES });
         self.try_hold(wanted)
     }
 
@@ -164,7 +234,7 @@ impl Reservation {
 
     /// Covers an answer that already exists and cannot be taken back, without asking. Others then wait for longer.
     pub fn charge(&mut self, bytes: usize) {
-        if bytes >= SMALL_BYTES && bytes > self.bytes {
+        if bytes >= self.counted_from_bytes && bytes > self.bytes {
             self.shared.held.lock().add(self.tenant, bytes - self.bytes);
             self.bytes = bytes;
         }
@@ -195,7 +265,7 @@ impl Reservation {
 
     /// Gives back what the finished answer of `bytes` does not need.
     pub fn settle(&mut self, bytes: usize) {
-        let needed = if bytes < SMALL_BYTES { 0 } else { bytes };
+        let needed = if bytes < self.counted_from_bytes { 0 } else { bytes };
         self.give_back(self.bytes.saturating_sub(needed));
     }
 
@@ -248,12 +318,36 @@ mod tests {
     const B: TenantId = TenantId(2);
 
     fn small_budget() -> InFlight {
-        InFlight::new(Budget {
+        let budget = Budget {
             tenant_bytes: 8 * MIB,
             process_bytes: 12 * MIB,
             tenant_floor_bytes: 2 * MIB,
             wait_max: Duration::from_millis(50),
-        })
+        };
+        InFlight::new(budget, OpenRequests::default())
+    }
+
+    /// One connection may have many thousand requests open, with answers of almost 64 KiB that it never reads.
+    #[tokio::test]
+    async fn many_small_answers_are_counted() {
+        let in_flight = small_budget();
+        let open: Vec<_> = (0..=FEW_REQUESTS).map(|_| in_flight.open_requests().open(A)).collect();
+        let mut held = Vec::new();
+        loop {
+            let mut small = in_flight.reservation(A);
+            if !small.try_reach(SMALL_BYTES - 1) {
+                break;
+            }
+            small.settle(SMALL_BYTES - 1);
+            held.push(small.into_permit().unwrap());
+        }
+        assert_eq!(held.len(), 8 * MIB / SMALL_BYTES);
+        assert!(in_flight.reservation(A).try_reach(0), "one without bytes");
+        assert!(in_flight.reservation(B).try_reach(SMALL_BYTES - 1));
+        drop((open, held));
+        assert_eq!(in_flight.bytes(), 0);
+        let mut small = in_flight.reservation(A);
+        assert!(small.try_reach(SMALL_BYTES - 1) && small.into_permit().is_none());
     }
 
     #[tokio::test]

@@ -21,7 +21,7 @@ use hyper_util::server::graceful::GracefulConnection;
 use rustix::fs::Mode;
 use rustls::pki_types::CertificateDer;
 use tenure_admin_api::v1::admin_server::AdminServer;
-use tenure_storage::{TenantId, TenantPhase};
+use tenure_storage::{Profile, TenantId, TenantPhase};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpSocket, TcpStream, UnixListener, UnixSocket, UnixStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
@@ -36,7 +36,7 @@ use crate::cell::{Cell, Tenant};
 use crate::gate;
 use crate::gate::Running;
 use crate::handshakes::Handshakes;
-use crate::http_endpoints::{Endpoints, HttpAccess};
+use crate::http_endpoints::{Endpoints, HttpAccess, too_many_requests};
 use crate::inflight::InFlight;
 use crate::ping_guard::{OpenRequests, PingGuard};
 use crate::request_body::CountedBody;
@@ -51,6 +51,10 @@ use crate::turns::{Paced, Turns, fairly};
 
 /// Most connections open at one listener. At the bound further ones wait in the operating system's backlog.
 const CONNECTIONS_MAX: usize = 20_000;
+
+/// Connections open at a time of clients whose tenant does not exist: certificates outlive their tenants. They may wait for one
+/// of that name, and must not take the others' place.
+const GUESTS_MAX: usize = 256;
 
 /// Connections that may wait for one of those to end.
 const BACKLOG: u32 = 1_024;
@@ -80,7 +84,18 @@ const CUT_TIMEOUT: Duration = Duration::from_secs(2);
 /// Pause after an accept failed (no file descriptors left, say).
 const ACCEPT_BACKOFF: Duration = Duration::from_millis(100);
 
-/// What one connection may do. The defaults are etcd's.
+/// Requests open at a time on one connection, if nobody says otherwise; clients wait with more. What they have been answered and not read
+/// counts too, and nothing else bounds that: a few KiB each.
+const STREAMS_MAX: u32 = 10_000;
+
+/// Requests that a client has given up before any of it was looked at. Whoever has been away for a moment, or whose server has, gives up
+/// hundreds at once; the library's own bound is 20, at which it ends the connection, with all watches on it.
+const UNSEEN_RESETS_MAX: usize = STREAMS_MAX as usize;
+
+/// Mistakes about streams in all the life of a connection, before it is ended. kube-apiservers keep theirs for weeks.
+const STREAM_ERRORS_MAX: usize = 1_000_000;
+
+/// What one connection may do. The defaults are etcd's, but for the requests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ConnectionLimits {
     /// Requests open at a time; `None` = no limit.
@@ -96,7 +111,7 @@ pub struct ConnectionLimits {
 impl Default for ConnectionLimits {
     fn default() -> Self {
         ConnectionLimits {
-            streams_max: None,
+            streams_max: Some(STREAMS_MAX),
             ping_interval_min: Duration::from_secs(5),
             keepalive_interval: Duration::from_secs(2 * 3600),
             keepalive_timeout: Duration::from_secs(20),
@@ -283,6 +298,8 @@ pub struct Services {
     pub limits: ConnectionLimits,
     /// Lines about connections that were refused.
     pub(crate) refused: Arc<Seldom>,
+    /// The same, of the admin API.
+    pub(crate) refused_administration: Arc<Seldom>,
 }
 
 /// How far a listener has come to its end.
@@ -461,8 +478,8 @@ where
         }
         // Who only knocks and leaves, as who looks whether a port is open does, was not refused.
         Some(Ok(Err(error))) if terms.serves == Serves::Admin && error.kind() == io::ErrorKind::InvalidData => {
-            Caller::new(None, end.user, end.address)
-                .refused(Code::Unauthenticated, format_args!("TLS handshake: {error}"));
+            let caller = Caller::new(None, end.user, end.address);
+            services.refuse_administrator(&caller, Code::Unauthenticated, format_args!("TLS handshake: {error}"));
         }
         // An operator looks here for the client that cannot connect and says no more than that.
         Some(Ok(Err(error))) if error.kind() == io::ErrorKind::InvalidData => {
@@ -508,7 +525,7 @@ where
         let caller = Caller::new(shown.certificate.as_ref(), user, address);
         match check_administrator(&shown) {
             Ok(()) => administered(services, stream, caller, draining, alive).await,
-            Err(reason) => caller.refused(Code::PermissionDenied, reason),
+            Err(reason) => services.refuse_administrator(&caller, Code::PermissionDenied, reason),
         }
         return;
     }
@@ -524,8 +541,8 @@ where
         Ok(guest) => {
             // Subscribed before it was admitted: no change is missed.
             let expelled = guest.expelled(services);
-            let share = guest.used.clone().map(|used| (Arc::clone(&services.turns), used));
-            let alive = Alive { share: share.clone(), ..alive };
+            let (turns, used) = (Arc::clone(&services.turns), Arc::clone(&guest.used));
+            let alive = Alive { share: Some((Arc::clone(&turns), Arc::clone(&used))), ..alive };
             let (leave, to_leave) = oneshot::channel::<()>();
             let leaving = async {
                 tokio::select! {
@@ -533,13 +550,8 @@ where
                     _ = to_leave => {}
                 }
             };
-            let served = served(terms, services, stream, guest.identity.clone(), guest.receiver(), leaving, alive);
-            let served = async {
-                match share {
-                    Some((turns, used)) => fairly(turns, used, served).await,
-                    None => served.await,
-                }
-            };
+            let (identity, receiver) = (guest.identity.clone(), guest.receiver());
+            let served = served(terms, services, stream, identity, receiver, leaving, alive);
             let expelled = async {
                 let reason = expelled.await;
                 tracing::info!(tenant = guest.identity.tenant(), %reason, "close a connection");
@@ -549,7 +561,7 @@ where
                 }
             };
             tokio::select! {
-                () = served => {}
+                () = fairly(turns, used, served) => {}
                 () = expelled => {}
             }
         }
@@ -558,6 +570,14 @@ where
 }
 
 impl Services {
+    /// Says in the audit log who was sent away, and why. Who only knocks can cause that as often as they like: a disk full of it, or a log
+    /// that is cut, would hide what administrators do.
+    fn refuse_administrator(&self, caller: &Caller, code: Code, reason: impl std::fmt::Display) {
+        if let Some(left_out) = self.refused_administration.line(Instant::now()) {
+            caller.refused(code, reason, left_out);
+        }
+    }
+
     /// Says who was sent away, and why.
     fn refuse_connection(&self, shown: &Shown, reason: impl std::fmt::Display) {
         let Some(left_out) = self.refused.line(Instant::now()) else { return };
@@ -601,9 +621,9 @@ struct Guest {
     changes: watch::Receiver<u64>,
     /// The tenant's own CAs when it was let in.
     trusted_ca: Vec<Bytes>,
-    /// What the tenant uses of this member.
-    used: Option<Arc<TenantUse>>,
-    _counted: Option<OpenCount>,
+    /// What the tenant uses of this member; those of no tenant count together.
+    used: Arc<TenantUse>,
+    _counted: OpenCount,
 }
 
 impl Guest {
@@ -635,17 +655,21 @@ impl Guest {
                 check_welcome(tenant, certificate.as_ref(), &trusted_ca)?;
                 identity.admit(tenant.id());
                 let used = services.rpc_metrics.used(tenant.id());
-                let counted = used.connect(&tenant.profile()).ok_or(NoTenant::TooManyConnections)?;
-                (Some(used), Some(counted))
+                let counted = used.connect(&tenant.profile(), connections_max() / 4 * 3);
+                (used, counted)
             }
-            None => (None, None),
+            None => {
+                let used = services.rpc_metrics.used(NO_TENANT);
+                let counted = used.connect(&Profile::default(), GUESTS_MAX.min(connections_max() / 4));
+                (used, counted)
+            }
         };
+        let counted = counted.ok_or(NoTenant::TooManyConnections)?;
         Ok(Guest { identity, certificate, tenant, changes, trusted_ca, used, _counted: counted })
     }
 
     fn receiver(&self) -> Option<Receiver> {
-        let (tenant, used) = (self.tenant.clone()?, self.used.clone()?);
-        Some(Receiver { tenant, used })
+        Some(Receiver { tenant: self.tenant.clone()?, used: Arc::clone(&self.used) })
     }
 
     /// Ends when the connection has to be closed, with the reason.
@@ -690,6 +714,9 @@ fn check_welcome(tenant: &Tenant, certificate: Option<&PeerCertificate>, trusted
     }
 }
 
+/// Whose the requests are that belong to no tenant.
+const NO_TENANT: TenantId = TenantId(0);
+
 /// Serves the admin API on one connection.
 async fn administered<S>(services: &Services, stream: S, caller: Caller, draining: Draining, alive: Alive)
 where
@@ -726,6 +753,7 @@ async fn served<S>(
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
     let limits = services.limits;
+    let used = alive.share.as_ref().map(|(_, used)| Arc::clone(used));
     let open = OpenRequests::default();
     let stream = Paced(SendRate::new(stream, receiver));
     let io = TokioIo::new(PingGuard::new(stream, open.clone(), limits.ping_interval_min, HEADER_TIMEOUT));
@@ -746,24 +774,28 @@ async fn served<S>(
         .initial_stream_window_size(STREAM_WINDOW_BYTES)
         .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
         .max_header_list_size(HEADERS_BYTES_MAX)
-        .max_concurrent_streams(limits.streams_max);
+        .max_concurrent_streams(limits.streams_max)
+        .max_pending_accept_reset_streams(UNSEEN_RESETS_MAX)
+        .max_local_error_reset_streams(STREAM_ERRORS_MAX);
     let services = services.clone();
     let (serves, secure) = (terms.serves, terms.tls.is_some());
     let grpc_is = GrpcIs::on(serves, secure);
     let service = hyper::service::service_fn(move |mut request: Request<Incoming>| {
         let Services { cell, router, arriving, rpc_metrics, access, .. } = services.clone();
-        let open = open.open();
+        let (open, used) = (open.open(), used.clone());
         let tenant = identity.tenant_in(&cell);
         request.extensions_mut().insert(identity.clone());
         async move {
+            let profile = tenant.as_ref().map(Tenant::profile).unwrap_or_default();
             let response = if grpc_is.grpc(&request) {
                 // A tenant that is gone has nothing to reserve for: its requests are refused before they are read.
-                let id = tenant.as_ref().map_or(TenantId(0), Tenant::id);
+                let id = tenant.as_ref().map_or(NO_TENANT, Tenant::id);
                 let call = rpc_metrics.begin(id, request.uri().path());
                 let traffic = call.as_ref().map(|call| call.traffic().clone());
-                let profile = tenant.as_ref().map(Tenant::profile).unwrap_or_default();
-                let mut running = Running { open, call, counted: None };
-                match running.let_in(&profile).await {
+                let in_flight = arriving.open_requests().open(id);
+                let mut running = Running { open, call, counted: None, in_flight };
+                let used = used.unwrap_or_else(|| rpc_metrics.used(id));
+                match running.let_in(&used, &profile).await {
                     Ok(()) => {
                         let counted = |body| CountedBody::new(body, arriving.reservation(id), traffic, tenant);
                         gate::call(&router, request.map(counted), running).await
@@ -771,9 +803,18 @@ async fn served<S>(
                     Err(error) => running.refuse(error.into()),
                 }
             } else {
-                Endpoints { cell: &cell, rpc_metrics: &rpc_metrics, access: &access, serves, secure }
-                    .answer(&request)
-                    .await
+                let counted = match &used {
+                    Some(used) => used.begin_request(&profile).await.map(Some),
+                    // Whoever watches the member.
+                    None => Ok(None),
+                };
+                match counted {
+                    Ok(_counted) => {
+                        let rpc_metrics = &rpc_metrics;
+                        Endpoints { cell: &cell, rpc_metrics, access: &access, serves, secure }.answer(&request).await
+                    }
+                    Err(_) => too_many_requests(),
+                }
             };
             Ok::<_, std::convert::Infallible>(response)
         }

@@ -67,6 +67,7 @@ const METHODS: &[(&str, &str, &str)] = &[
     ("etcdserverpb.Auth", "RoleGrantPermission", UNARY),
     ("etcdserverpb.Auth", "RoleRevokePermission", UNARY),
     ("grpc.health.v1.Health", "Check", UNARY),
+    ("grpc.health.v1.Health", "List", UNARY),
     ("grpc.health.v1.Health", "Watch", SERVER_STREAM),
 ];
 

@@ -121,7 +121,7 @@ pub fn check_admin(certificate: &PeerCertificate) -> Result<(), NoTenant> {
 
 /// The tenant of a connection: the listener's own one, else the certificate's, else that of the server name that the client asked
 /// for (`server_name`: the tenant it stands for), else `default` where no certificate is asked for. Where several say one, they
-/// must say the same.
+/// must say the same. A certificate that names nobody of ours will do on a tenant's own listener, whose CA is the operator's choice.
 ///
 /// # Errors
 /// [`NoTenant`]; the connection is closed without an answer.
@@ -141,6 +141,8 @@ pub fn resolve(
         (Some(listener), _, Some(named)) if named != listener => {
             Err(NoTenant::Disagree { certificate: named, listener: listener.to_string() })
         }
+        // An administrator's, say.
+        (Some(_), Some(certificate), None) if is_served(certificate) => Err(NoTenant::CertificateWithout),
         (Some(listener), _, _) => Ok(listener.to_string()),
         (None, _, Some(named)) => Ok(named),
         (None, Some(_), None) => Err(NoTenant::CertificateWithout),
@@ -186,6 +188,8 @@ mod tests {
         assert_eq!(resolve(Some("acme"), Some(&acme), None).unwrap(), "acme");
         assert!(matches!(resolve(Some("globex"), Some(&acme), None), Err(NoTenant::Disagree { .. })));
         assert_eq!(resolve(Some("acme"), Some(&certificate(&[])), None).unwrap(), "acme");
+        let admin = certificate(&["tenure://admin"]);
+        assert_eq!(resolve(Some("acme"), Some(&admin), None), Err(NoTenant::CertificateWithout));
     }
 
     #[test]

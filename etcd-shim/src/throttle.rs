@@ -27,6 +27,9 @@ pub const WAIT_MAX: Duration = Duration::from_secs(1);
 /// Requests of one tenant that wait for nothing but their refusal. Further ones hear it at once.
 const REFUSALS_HELD_MAX: usize = 1_000;
 
+/// Requests that a tenant may have open at a time, if nobody says otherwise.
+const OPEN_REQUESTS_MAX: u64 = 20_000;
+
 /// What a bucket holds when it was not used for a while: one second's worth.
 const BURST_SECONDS: f64 = 1.0;
 
@@ -37,9 +40,11 @@ pub fn default_limit(limit: Limit) -> u64 {
         Limit::StoredBytes => 0,
         Limit::ResponseBytesInFlight => crate::inflight::TENANT_BYTES_MAX as u64,
         Limit::Watchers => tenure_storage::limits::WATCHERS_PER_TENANT_MAX as u64,
+        // Each costs ten KiB, whatever is asked and answered.
+        Limit::Streams => OPEN_REQUESTS_MAX,
+        // But see [`TenantUse::connect`].
         Limit::RequestsPerSecond
         | Limit::RequestBytesPerSecond
-        | Limit::Streams
         | Limit::Connections
         | Limit::Leases
         | Limit::RequestBytes
@@ -173,7 +178,8 @@ impl TenantUse {
     /// # Errors
     /// [`CellError::TooManyRequests`].
     pub async fn begin_request(self: &Arc<Self>, profile: &Profile) -> Result<OpenCount, CellError> {
-        let open = match self.open(profile, Limit::Streams, |of| &of.open_requests) {
+        let most = limit_of(profile, Limit::Streams).and_then(|most| usize::try_from(most).ok());
+        let open = match self.open(most.unwrap_or(usize::MAX), |of| &of.open_requests) {
             Some(open) => open,
             None => return Err(self.refuse(Reason::Streams)),
         };
@@ -248,22 +254,18 @@ impl TenantUse {
         wait
     }
 
-    /// One more connection, if the tenant may have it.
-    pub fn connect(self: &Arc<Self>, profile: &Profile) -> Option<OpenCount> {
-        let open = self.open(profile, Limit::Connections, |of| &of.connections);
+    /// One more connection, if the tenant may have it: as many as its limit says, or `most` if there is none.
+    pub fn connect(self: &Arc<Self>, profile: &Profile, most: usize) -> Option<OpenCount> {
+        let limit = limit_of(profile, Limit::Connections);
+        let most = limit.map_or(most, |limit| usize::try_from(limit).unwrap_or(usize::MAX));
+        let open = self.open(most, |of| &of.connections);
         if open.is_none() {
             self.count(Reason::Connections);
         }
         open
     }
 
-    fn open(
-        self: &Arc<Self>,
-        profile: &Profile,
-        limit: Limit,
-        counter: fn(&TenantUse) -> &AtomicUsize,
-    ) -> Option<OpenCount> {
-        let most = limit_of(profile, limit).map_or(usize::MAX, |most| usize::try_from(most).unwrap_or(usize::MAX));
+    fn open(self: &Arc<Self>, most: usize, counter: fn(&TenantUse) -> &AtomicUsize) -> Option<OpenCount> {
         let added = counter(self).fetch_add(1, Ordering::Relaxed);
         let open = OpenCount { of: Arc::clone(self), counter };
         (added < most).then_some(open)
@@ -382,8 +384,11 @@ mod tests {
         assert!(used.begin_request(&profile).await.is_err());
         drop(open);
         assert!(used.begin_request(&profile).await.is_ok());
-        let connections = [used.connect(&profile), used.connect(&profile), used.connect(&profile)];
-        assert_eq!(connections.iter().flatten().count(), 2);
+        let connections = [(); 3].map(|()| used.connect(&profile, 1));
+        assert_eq!(connections.iter().flatten().count(), 2, "its limit, whatever others may");
+        drop(connections);
+        let connections = [(); 3].map(|()| used.connect(&Profile::default(), 1));
+        assert_eq!(connections.iter().flatten().count(), 1);
         drop(connections);
         assert_eq!(used.connections(), 0);
     }

@@ -403,7 +403,8 @@ pub fn peer_certificate(der: &CertificateDer<'_>) -> PeerCertificate {
 fn read_certificate(der: &CertificateDer<'_>) -> Option<PeerCertificate> {
     use x509_parser::extensions::GeneralName;
     let (_, certificate) = x509_parser::parse_x509_certificate(der).ok()?;
-    let names = certificate.subject_alternative_name().ok().flatten().map(|san| &san.value.general_names);
+    // One that cannot be read may name anybody.
+    let names = certificate.subject_alternative_name().ok()?.map(|san| &san.value.general_names);
     let uri = |name: &GeneralName<'_>| if let GeneralName::URI(uri) = name { Some(uri.to_string()) } else { None };
     let uris = names.into_iter().flatten().filter_map(uri);
     let not_before_ms = certificate.validity().not_before.timestamp().saturating_mul(1_000);

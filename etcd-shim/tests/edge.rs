@@ -234,6 +234,33 @@ async fn silent_clients_keep_nobody_out() {
     tenure.stop().await;
 }
 
+// A certificate outlives its tenant. Whoever has it may not take the place of those whose tenants there are.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_has_no_tenant_takes_no_other_ones_place() {
+    let dir = tempfile::tempdir().unwrap();
+    let authority = Authority::new();
+    let tenure = serve_tls(dir.path(), &authority, Some(&authority)).await;
+    let address = tenure.addresses()[0];
+    let [ghost, acme] = ["tenure://tenant/ghost", "tenure://tenant/acme"].map(|uri| authority.sign(&[uri]));
+    let mut held = Vec::new();
+    let mut refused = false;
+    for _ in 0..257 {
+        let mut stream = connect(address, &authority, Some(&ghost), b"h2").await.unwrap();
+        stream.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0").await.unwrap();
+        // The server says its settings first, or nothing more.
+        match stream.read(&mut [0; 64]).await {
+            Ok(bytes) if bytes > 0 => held.push(stream),
+            Ok(_) | Err(_) => refused = true,
+        }
+    }
+    assert!(refused && !held.is_empty(), "{} are held", held.len());
+    put(connect(address, &authority, Some(&acme), b"h2").await.unwrap(), "k").await.unwrap();
+    // Who is known gets in beside them, and they may wait for their tenant.
+    tenure.cell().create_tenant("ghost").await.unwrap();
+    put(connect(address, &authority, Some(&ghost), b"h2").await.unwrap(), "k").await.unwrap();
+    tenure.stop().await;
+}
+
 // A certificate is replaced by one that is older than the key beside it, as tools do that keep the times of files; then the CA.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn files_that_change_are_read_again_whatever_their_age() {

@@ -48,6 +48,12 @@ pub enum CellsError {
     NoTenant(String),
     #[error("tenant {tenant:?} is in cell {cell:?} already: tenants of one fleet have different names")]
     TenantElsewhere { tenant: String, cell: String },
+    #[error("tenant {tenant:?} is in each of the cells {cells}: say which with --cell")]
+    TenantInSeveral { tenant: String, cells: String },
+    #[error(
+        "whether tenant {tenant:?} is in cell {cell:?} already is not known: {error}; start it, or say --cell NAME"
+    )]
+    NotAsked { tenant: String, cell: String, error: Box<CellsError> },
     #[error("every cell is full or not reached: tenurectl cell list says why, cell add adds one")]
     NoRoom,
 }
@@ -138,6 +144,7 @@ fn cell_of(value: &Value) -> Option<Cell> {
 }
 
 /// A cell that answers.
+#[derive(Clone)]
 pub struct Reached {
     pub cell: Cell,
     pub client: AdminClient<Channel>,
@@ -191,16 +198,21 @@ pub fn place(reached: Vec<Reached>) -> Result<Reached, CellsError> {
 /// The tenant of that name, and the cell it is in, of these.
 ///
 /// # Errors
-/// [`CellsError::NoTenant`]; [`CellsError::Call`] if a cell answers something else.
+/// [`CellsError::NoTenant`], [`CellsError::TenantInSeveral`]; [`CellsError::Call`] if a cell answers something else.
 pub async fn find(reached: Vec<Reached>, tenant: &str) -> Result<(Reached, api::Tenant), CellsError> {
+    let mut found = Vec::new();
     for mut cell in reached {
         match cell.client.get_tenant(api::GetTenantRequest { name: tenant.to_string() }).await {
-            Ok(found) => return Ok((cell, found.into_inner().tenant.unwrap_or_default())),
+            Ok(answer) => found.push((cell, answer.into_inner().tenant.unwrap_or_default())),
             Err(status) if status.code() == Code::NotFound => {}
             Err(status) => return Err(cell.cell.call_error(status)),
         }
     }
-    Err(CellsError::NoTenant(tenant.to_string()))
+    if found.len() > 1 {
+        let cells = found.iter().map(|(cell, _)| cell.cell.name.as_str()).collect::<Vec<_>>().join(", ");
+        return Err(CellsError::TenantInSeveral { tenant: tenant.to_string(), cells });
+    }
+    found.pop().ok_or_else(|| CellsError::NoTenant(tenant.to_string()))
 }
 
 #[cfg(test)]

@@ -10,6 +10,7 @@ use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject as _;
 use serde_json::{Value, json};
 use tenure_admin_api::v1 as api;
+use x509_parser::extensions::GeneralName;
 
 use crate::cells::{CellsError, Reached};
 use crate::files::{self, Mode};
@@ -19,6 +20,9 @@ pub const CA_CERT: &str = "ca.crt";
 pub const CLIENT_CERT: &str = "client.crt";
 pub const CLIENT_KEY: &str = "client.key";
 pub const FLAGS: &str = "apiserver-flags";
+
+/// What a tenant's certificates have for a URI SAN, in front of its name.
+const TENANT_URI_PREFIX: &str = "tenure://tenant/";
 
 /// Where a pod mounts them.
 const MOUNT_PATH: &str = "/etc/kubernetes/pki/tenure";
@@ -34,8 +38,10 @@ pub enum CredentialsError {
     Write { path: String, error: std::io::Error },
     #[error("{0} is there already: --force replaces it, tenurectl tenant rotate renews it")]
     Exists(String),
-    #[error("read {path}: {what}")]
+    #[error("read {path}: {what}; tenurectl tenant credentials makes new ones")]
     Read { path: String, what: String },
+    #[error("{path} is not a certificate of tenant {tenant:?}: say the directory of its own credentials")]
+    OtherTenant { path: String, tenant: String },
     #[error("the cell names no URL for clients: start its members with --advertise-client-urls")]
     NoEndpoints,
 }
@@ -150,27 +156,49 @@ impl Credentials {
     }
 }
 
-/// The serial number of the certificate in a directory of credentials, hexadecimal.
+/// What the certificate in a directory of credentials says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Current {
+    /// Hexadecimal.
+    pub serial: String,
+    /// The user inside the tenant.
+    pub user: Option<String>,
+}
+
+/// The certificate in a directory of credentials, which must be this tenant's.
 ///
 /// # Errors
-/// [`CredentialsError::Read`].
-pub fn serial_in(dir: &Path) -> Result<String, CredentialsError> {
+/// [`CredentialsError::Read`]; [`CredentialsError::OtherTenant`]: a control plane that is started with these files would get another
+/// one's data.
+pub fn of_tenant_in(dir: &Path, tenant: &str) -> Result<Current, CredentialsError> {
     let path = dir.join(CLIENT_CERT);
     let failed = |what: String| CredentialsError::Read { path: path.display().to_string(), what };
     let der = CertificateDer::from_pem_file(&path).map_err(|error| failed(error.to_string()))?;
     let (_, certificate) = x509_parser::parse_x509_certificate(&der).map_err(|error| failed(error.to_string()))?;
+    let names = certificate.subject_alternative_name().map_err(|error| failed(error.to_string()))?;
+    let uri = format!("{TENANT_URI_PREFIX}{tenant}");
+    let is_it = |name: &GeneralName<'_>| matches!(name, GeneralName::URI(of) if *of == uri);
+    if !names.is_some_and(|names| names.value.general_names.iter().any(is_it)) {
+        let (path, tenant) = (path.display().to_string(), tenant.to_string());
+        return Err(CredentialsError::OtherTenant { path, tenant });
+    }
     let bytes = certificate.raw_serial().iter().skip_while(|byte| **byte == 0);
-    Ok(bytes.map(|byte| format!("{byte:02x}")).collect())
+    let user = certificate.subject().iter_common_name().next().and_then(|name| name.as_str().ok());
+    Ok(Current { serial: bytes.map(|byte| format!("{byte:02x}")).collect(), user: user.map(str::to_string) })
 }
 
 #[cfg(test)]
 mod tests {
+    use rcgen::{DnType, SanType};
+
     use super::*;
 
     fn credentials() -> Credentials {
         let key = KeyPair::generate().unwrap();
         let mut params = CertificateParams::default();
         params.serial_number = Some(vec![0xab, 0xcd].into());
+        params.subject_alt_names = vec![SanType::URI("tenure://tenant/acme".try_into().unwrap())];
+        params.distinguished_name.push(DnType::CommonName, "scheduler");
         Credentials {
             cell: "east".to_string(),
             tenant: "acme".to_string(),
@@ -198,7 +226,9 @@ mod tests {
                  --etcd-certfile={at}/client.crt --etcd-keyfile={at}/client.key\n"
             )
         );
-        assert_eq!(serial_in(&out).unwrap(), "abcd");
+        let current = Current { serial: "abcd".to_string(), user: Some("scheduler".to_string()) };
+        assert_eq!(of_tenant_in(&out, "acme").unwrap(), current);
+        assert!(matches!(of_tenant_in(&out, "globex"), Err(CredentialsError::OtherTenant { .. })));
         assert!(matches!(first.write(&out, false), Err(CredentialsError::Exists(_))));
         let second = credentials();
         second.write(&out, true).unwrap();

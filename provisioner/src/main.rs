@@ -40,8 +40,9 @@ struct At {
     /// One of the cells of `tenurectl cell list`. Default: all of them, the least loaded one for a new tenant.
     #[arg(long, global = true)]
     cell: Option<String>,
-    /// A member's admin API, unix:PATH or https://HOST:PORT, instead of a known cell; may be given again for other members.
-    #[arg(long, global = true, env = "TENURECTL_ENDPOINT", value_delimiter = ',')]
+    /// A member's admin API, unix:PATH or https://HOST:PORT, instead of a known cell; may be given again for other members. Default:
+    /// TENURECTL_ENDPOINT, unless --cell is given.
+    #[arg(long, global = true, value_delimiter = ',')]
     endpoint: Vec<String>,
     /// The CA of the cell, PEM.
     #[arg(long, global = true, env = "TENURECTL_CACERT")]
@@ -168,7 +169,7 @@ impl LimitArgs {
 }
 
 /// Where credentials go.
-#[derive(Args)]
+#[derive(Args, Clone)]
 struct Out {
     /// Directory of ca.crt, client.crt, client.key and apiserver-flags.
     #[arg(long)]
@@ -332,11 +333,21 @@ impl At {
         TlsFiles { cacert: self.cacert.clone(), cert: self.cert.clone(), key: self.key.clone() }
     }
 
+    /// Endpoints that were given. Who says a cell does not mean those that happen to be in the environment.
+    fn endpoints(&self) -> Vec<String> {
+        if !self.endpoint.is_empty() || self.cell.is_some() {
+            return self.endpoint.clone();
+        }
+        let text = std::env::var("TENURECTL_ENDPOINT").unwrap_or_default();
+        text.split(',').filter(|endpoint| !endpoint.is_empty()).map(str::to_string).collect()
+    }
+
     /// The cells that a command is about.
     fn chosen(&self) -> anyhow::Result<Vec<Cell>> {
-        if !self.endpoint.is_empty() {
-            let name = self.cell.clone().unwrap_or_else(|| self.endpoint.join(","));
-            return Ok(vec![Cell { name, endpoints: self.endpoint.clone(), tls: self.tls() }]);
+        let endpoints = self.endpoints();
+        if !endpoints.is_empty() {
+            let name = self.cell.clone().unwrap_or_else(|| endpoints.join(","));
+            return Ok(vec![Cell { name, endpoints, tls: self.tls() }]);
         }
         let known = self.cells()?;
         Ok(match &self.cell {
@@ -621,12 +632,23 @@ async fn tenant(at: &At, format: Format, command: TenantCommand) -> anyhow::Resu
         }
         TenantCommand::Rotate { name, to, revoke_old } => {
             let dir = to.out.as_deref().context("--out DIR: where are the credentials that are to be renewed?")?;
-            let old = credentials::serial_in(dir)?;
+            let credentials::Current { serial: old, user } = credentials::of_tenant_in(dir, &name)?;
+            let to = match to.user.is_empty() {
+                true => Out { user: user.unwrap_or_default(), ..to.clone() },
+                false => to.clone(),
+            };
             let (mut cell, _) = at.tenant(&name).await?;
             let issued = issue(&mut cell, &name, &to).await?;
             deliver(format, &issued, &to, true)?;
             if revoke_old {
-                revoke_one(at, name, old.clone()).await?;
+                // Nothing else knows its number any more.
+                let undone = || {
+                    format!(
+                        "the new credentials are in place, certificate {old} may NOT be revoked: \
+                         tenurectl tenant revoke {name} --serial {old}"
+                    )
+                };
+                revoke_one(at, name.clone(), old.clone()).await.with_context(undone)?;
                 eprintln!("tenurectl: certificate {old} is revoked");
                 return Ok(());
             }
@@ -646,18 +668,44 @@ async fn tenant(at: &At, format: Format, command: TenantCommand) -> anyhow::Resu
     }
 }
 
-/// The cell that has it, or the least loaded one.
+/// The cell that has it, or the least loaded one. Names are one fleet's, so all cells are asked; one that does not answer may have it.
 async fn home_of_new(at: &At, name: &str) -> anyhow::Result<Reached> {
-    let reached = at.reached().await?;
-    if reached.len() == 1 && (at.cell.is_none() || !at.endpoint.is_empty()) {
-        return reached.into_iter().next().context("one");
+    let Some(wanted) = at.cell.as_ref().filter(|_| at.endpoint.is_empty()) else {
+        let (chosen, mut reached) = (at.chosen()?, Vec::new());
+        for (cell, answer) in chosen.iter().zip(join_all(chosen.iter().map(Cell::reach)).await) {
+            match answer {
+                Ok(cell) => reached.push(cell),
+                Err(error) if chosen.len() == 1 => return Err(error.into()),
+                Err(error) => {
+                    let (tenant, cell, error) = (name.to_string(), cell.name.clone(), Box::new(error));
+                    return Err(CellsError::NotAsked { tenant, cell, error }.into());
+                }
+            }
+        }
+        let candidates = reached.clone();
+        return match find(reached, name).await {
+            Ok((cell, _)) => Ok(cell),
+            Err(CellsError::NoTenant(_)) => Ok(place(candidates)?),
+            Err(error) => Err(error.into()),
+        };
+    };
+    let own = at.only_cell().await?;
+    let others = At { cell: None, ..at.clone() }.cells()?.cells;
+    let others: Vec<_> = others.into_iter().filter(|cell| cell.name != *wanted).collect();
+    if others.is_empty() {
+        return Ok(own);
     }
-    // Names are one fleet's, so the other cells are asked too.
-    let others = At { cell: None, ..at.clone() };
-    match find(others.reached().await?, name).await {
-        Ok((cell, _)) if at.cell.as_ref().is_none_or(|wanted| *wanted == cell.cell.name) => Ok(cell),
+    // Whoever says the cell may go on without those that do not answer.
+    let mut reached = Vec::new();
+    for answer in join_all(others.iter().map(Cell::reach)).await {
+        match answer {
+            Ok(cell) => reached.push(cell),
+            Err(error) => eprintln!("tenurectl: warning: {error}"),
+        }
+    }
+    match find(reached, name).await {
         Ok((cell, _)) => Err(CellsError::TenantElsewhere { tenant: name.to_string(), cell: cell.cell.name }.into()),
-        Err(CellsError::NoTenant(_)) => Ok(place(reached)?),
+        Err(CellsError::NoTenant(_)) => Ok(own),
         Err(error) => Err(error.into()),
     }
 }

@@ -20,6 +20,7 @@ pub enum Format {
 
 /// A table with a head, columns two blanks apart.
 pub fn table(head: &[&str], rows: &[Vec<String>]) -> String {
+    let rows: Vec<Vec<String>> = rows.iter().map(|row| row.iter().map(|cell| printable(cell)).collect()).collect();
     let all = || std::iter::once(head.iter().map(ToString::to_string).collect()).chain(rows.iter().cloned());
     let mut widths = vec![0; head.len()];
     for row in all() {
@@ -35,6 +36,15 @@ pub fn table(head: &[&str], rows: &[Vec<String>]) -> String {
         out.push('\n');
     }
     out
+}
+
+/// Tenants choose their keys, and an administrator's terminal must not do what they say.
+fn printable(text: &str) -> String {
+    let escaped = |c: char| match c.is_control() {
+        true => c.escape_default().to_string(),
+        false => c.to_string(),
+    };
+    text.chars().map(escaped).collect()
 }
 
 /// Data in one of the formats for programs.

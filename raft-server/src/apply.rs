@@ -4,8 +4,10 @@
 //! log, whose newest part is in memory. So a slow state machine costs no memory, however far it falls behind; its
 //! proposers are held back by `inflight_bytes_max`.
 //!
-//! Each round takes all that is committed, up to `apply_bytes_max`, in one [`StateMachine::apply`]; publishes the applied
-//! index; only then answers, so whoever has a reply finds its effect in the state.
+//! Each round takes all that is committed, up to `apply_bytes_max`, to a [`StateMachine::apply`], which may have room for the first of it
+//! alone; publishes the applied index; only then answers, so whoever has a reply finds its effect in the state. What entries do and
+//! answer may be far more than they say: replies that nobody here waits for are not kept until the end of a round, so followers and
+//! members that replay the log need no room for them.
 //!
 //! Of a sole voter raft's thread does such a round itself if it is small and nothing is left from before ([`ApplyHere`]); a lock on the
 //! applier keeps the two apart, and raft's thread never waits for it.
@@ -46,6 +48,9 @@ use crate::snapshot::Snapshotter;
 pub struct CommittedEntry {
     pub index: u64,
     pub commands: Vec<Bytes>,
+    /// To whose reply somebody at this member listens, by the command's place: the others may be dropped as soon as they are made. Nobody
+    /// does after a restart, and on most members.
+    pub wanted: Vec<bool>,
 }
 
 /// The replicated state, owned by the apply thread.
@@ -56,12 +61,13 @@ pub trait StateMachine: Send + 'static {
     /// Highest index whose effects are in the state, durable or not. 0: empty.
     fn applied_index(&self) -> u64;
 
-    /// Applies the entries in order, atomically together with the new applied index, the last entry's. The indexes
-    /// go on from [`StateMachine::applied_index`] without a gap. `replies[i][j]` answers `entries[i].commands[j]`.
+    /// Applies entries in order, atomically together with the new applied index: all of them, or so many of the first as it has room for,
+    /// at least one; it is given the others again. The indexes go on from [`StateMachine::applied_index`] without a gap.
+    /// `replies[i][j]` answers `entries[i].commands[j]`; `None` is for a reply that is not wanted, or for which there was no room.
     ///
     /// # Errors
     /// A [`Fault`] stops the member: it could not carry on without diverging from its peers.
-    fn apply(&mut self, entries: Vec<CommittedEntry>) -> Result<Vec<Vec<Self::Reply>>, Fault>;
+    fn apply(&mut self, entries: Vec<CommittedEntry>) -> Result<Vec<Vec<Option<Self::Reply>>>, Fault>;
 
     /// Highest applied index that survives power loss now. Never ahead of [`StateMachine::applied_index`]; cheap.
     ///
@@ -280,10 +286,14 @@ impl<S: StateMachine> Applier<S> {
                 }
                 // Nothing, if a snapshot was announced meanwhile and has taken the entries' place in the log.
                 if let Some(entries) = self.log.entries_between(applied + 1, commit_index + 1, self.apply_bytes_max)? {
-                    self.apply(entries)?;
-                    notify(Progress::Applied);
-                    if self.maybe_flush()? {
-                        notify(Progress::Durable);
+                    let mut rest = entries;
+                    while !rest.is_empty() {
+                        let applied = self.apply(&rest)?;
+                        rest.drain(..applied);
+                        notify(Progress::Applied);
+                        if self.maybe_flush()? {
+                            notify(Progress::Durable);
+                        }
                     }
                 }
             }
@@ -311,19 +321,21 @@ impl<S: StateMachine> Applier<S> {
         }
     }
 
-    /// Applies, publishes, answers.
-    fn apply(&mut self, entries: Vec<Entry>) -> Result<(), Fault> {
-        let last = entries.last().expect("entries_between gives one at least").index;
+    /// Applies, publishes, answers. Gives how many of the entries that was.
+    fn apply(&mut self, entries: &[Entry]) -> Result<usize, Fault> {
         let mut places = Vec::with_capacity(entries.len());
         let mut committed = Vec::with_capacity(entries.len());
         for entry in entries {
             let at = Position { index: entry.index, term: entry.term };
             let Frame { commands, origins } = decode(entry)?;
+            let wanted = self.shared.waiting.wanted(at, &origins, self.shared.life, commands.len());
             places.push((at, commands.len(), origins));
-            committed.push(CommittedEntry { index: at.index, commands });
+            committed.push(CommittedEntry { index: at.index, commands, wanted });
         }
         let began = Instant::now();
         let replies = self.state_machine.apply(committed)?;
+        places.truncate(replies.len());
+        let last = places.last().expect("one entry at least is applied").0.index;
         let took = began.elapsed();
         self.shared.metrics.backend_commit_duration.observe(took);
         if took > self.slow_apply {
@@ -337,7 +349,7 @@ impl<S: StateMachine> Applier<S> {
         );
         assert_eq!(self.state_machine.applied_index(), last, "the applied index follows the log");
         self.shared.status.applied_index.store(last, Ordering::Release);
-        let mut answered = Vec::new();
+        let (mut answered, places_count) = (Vec::new(), places.len());
         for ((at, _, origins), replies) in places.into_iter().zip(replies) {
             self.on_term(at.term);
             self.answer(at, &origins, replies, &mut answered);
@@ -345,7 +357,7 @@ impl<S: StateMachine> Applier<S> {
         if !answered.is_empty() {
             self.shared.complete(answered);
         }
-        Ok(())
+        Ok(places_count)
     }
 
     /// What was proposed in earlier terms and is not applied by now never will be.
@@ -364,7 +376,7 @@ impl<S: StateMachine> Applier<S> {
         &self,
         at: Position,
         origins: &[(usize, Origin)],
-        replies: Vec<S::Reply>,
+        replies: Vec<Option<S::Reply>>,
         answered: &mut Answered<S::Reply>,
     ) {
         let waiting = &self.shared.waiting;
@@ -376,7 +388,7 @@ impl<S: StateMachine> Applier<S> {
             assert_eq!(batch.proposals.len(), replies.len(), "an entry carries the commands it was proposed with");
             let local =
                 batch.proposals.into_iter().zip(replies).filter_map(|(proposal, reply)| match proposal.waiter {
-                    Waiter::Local(sender) => Some((sender, reply)),
+                    Waiter::Local(sender) => Some((sender, reply.ok_or(ProposeError::NoRoomForReply))),
                     Waiter::Remote(_) => None,
                 });
             return answered.extend(local);
@@ -390,7 +402,7 @@ impl<S: StateMachine> Applier<S> {
             let reply = replies.find(|(at, _)| at == place).map(|(_, reply)| reply);
             let proposal = waiting.take_forwarded(at.term, origin.number);
             if let (Some(Proposal { waiter: Waiter::Local(sender), .. }), Some(reply)) = (proposal, reply) {
-                answered.push((sender, reply));
+                answered.push((sender, reply.ok_or(ProposeError::NoRoomForReply)));
             }
         }
     }
@@ -452,11 +464,11 @@ impl<S: StateMachine> Applier<S> {
 }
 
 /// The commands of an entry. A change of members has one beside it.
-fn decode(entry: Entry) -> Result<Frame, Fault> {
+fn decode(entry: &Entry) -> Result<Frame, Fault> {
     let index = entry.index;
     let corrupt = |what| Fault::Corrupt { what, key: index.to_be_bytes().to_vec() };
     let frame = match entry.entry_type {
-        EntryType::EntryNormal => entry.data,
+        EntryType::EntryNormal => entry.data.clone(),
         EntryType::EntryConfChange => {
             let change = ConfChange::parse_from_bytes(&entry.data);
             change.map_err(|_| corrupt("change of members in raft entry"))?.context

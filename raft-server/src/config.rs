@@ -5,6 +5,8 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
+use bytes::Bytes;
+
 use crate::error::{MemberFault, StartError};
 
 /// Called once, on the thread that failed, when this member can no longer keep its promises. The default logs and aborts
@@ -93,6 +95,9 @@ pub struct Config {
     pub snapshots_on_raft_thread: bool,
     /// Whether a clean stop flushes the state, so that the next start replays nothing. Default true.
     pub flush_on_stop: bool,
+    /// What a command counts for in lanes, batches and `inflight_bytes_max`: at least about its length, more if it does far more than it
+    /// says. The same on all members, or the leader's counts. Default: its length.
+    pub cost_bytes: fn(&Bytes) -> usize,
     /// Where replies are given. On the runtime of those who wait, one wake-up from the apply thread serves all replies of a
     /// round; without, each is its own.
     pub reply_runtime: Option<tokio::runtime::Handle>,
@@ -139,6 +144,7 @@ impl Config {
             life: 0,
             snapshots_on_raft_thread: false,
             flush_on_stop: true,
+            cost_bytes: Bytes::len,
             reply_runtime: None,
             fault_handler: None,
         }

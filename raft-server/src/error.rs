@@ -15,6 +15,9 @@ pub enum ProposeError {
     /// unknown**: it may still take effect. Retry only what may be applied twice, or read first.
     #[error("outcome is unknown: the member lost track of the command")]
     Dropped,
+    /// The command took effect; its reply was dropped, because replies that nobody has fetched yet take all the room there is.
+    #[error("the command was applied, and there was no room for its reply")]
+    NoRoomForReply,
     /// The command was for a term that this member does not lead, or not any more. It was not applied and never will be.
     #[error("the member does not lead the term that the command was for")]
     OtherTerm,

@@ -26,6 +26,7 @@ pub struct Handle<R> {
 #[derive(Clone, Copy)]
 pub(crate) struct Limits {
     pub(crate) command_bytes_max: usize,
+    pub(crate) cost_bytes: fn(&Bytes) -> usize,
     pub(crate) batch_bytes_max: usize,
     pub(crate) read_waiters_max: u64,
 }
@@ -117,12 +118,12 @@ impl<R: Send + 'static> Handle<R> {
             return refused(ProposeError::Stopped);
         }
         let (reply, receiver) = oneshot::channel();
-        let bytes = command.len();
+        let cost_bytes = (self.limits.cost_bytes)(&command);
         let ring = {
             let mut queue = self.shared.queue.lock();
             let before = queue.lanes.bytes();
-            let proposal = Proposal { lane, command, waiter: Waiter::Local(reply), only_in };
-            if let Err((error, _)) = queue.lanes.push(lane, bytes, proposal) {
+            let proposal = Proposal { lane, command, cost_bytes, waiter: Waiter::Local(reply), only_in };
+            if let Err((error, _)) = queue.lanes.push(lane, cost_bytes, proposal) {
                 drop(queue);
                 return refused(error.into());
             }

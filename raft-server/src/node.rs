@@ -541,11 +541,14 @@ impl<R: Send + 'static> Node<R> {
         let answer = {
             let mut queue = self.shared.queue.lock();
             self.intakes.receive(message.term, message, |number, lane, command| {
-                let bytes = command.len();
                 let waiter = Waiter::Remote(Origin { life, number });
+                let cost_bytes = (self.config.cost_bytes)(&command);
                 !paused
-                    && bytes <= self.config.command_bytes_max
-                    && queue.lanes.push(lane, bytes, Proposal { lane, command, waiter, only_in }).is_ok()
+                    && command.len() <= self.config.command_bytes_max
+                    && queue
+                        .lanes
+                        .push(lane, cost_bytes, Proposal { lane, command, cost_bytes, waiter, only_in })
+                        .is_ok()
             })
         };
         self.outgoing.push(PeerMessage::Forwarded(answer));
@@ -597,7 +600,8 @@ impl<R: Send + 'static> Node<R> {
         self.shared.metrics.proposals_pending.fetch_add(1, Ordering::Relaxed);
         // In another term it would be a command like any other, without raft's change.
         let only_in = Some(self.raw.raft.term);
-        self.register(vec![Proposal { lane: 0, command, waiter: Waiter::Local(sender), only_in }]);
+        let cost_bytes = command.len();
+        self.register(vec![Proposal { lane: 0, command, cost_bytes, waiter: Waiter::Local(sender), only_in }]);
         let _ = reply.send(Ok(Pending::new(receiver, Arc::clone(&self.shared.metrics))));
     }
 

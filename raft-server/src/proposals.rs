@@ -46,6 +46,8 @@ pub(crate) enum Waiter<R> {
 pub(crate) struct Proposal<R> {
     pub(crate) lane: u32,
     pub(crate) command: Bytes,
+    /// What it counts for wherever commands are counted in bytes: its length, or more if it does more than it says.
+    pub(crate) cost_bytes: usize,
     pub(crate) waiter: Waiter<R>,
     /// If set, it is proposed by this member as the leader of this term, or not at all.
     pub(crate) only_in: Option<u64>,
@@ -62,7 +64,7 @@ impl<R> Proposal<R> {
 
     /// What the command counts for against `inflight_bytes_max`.
     pub(crate) fn counted_bytes(&self) -> u64 {
-        (self.command.len() + COMMAND_OVERHEAD_BYTES) as u64
+        (self.cost_bytes + COMMAND_OVERHEAD_BYTES) as u64
     }
 }
 
@@ -109,6 +111,23 @@ impl<R> Waiting<R> {
         assert!(inner.batches.back().is_none_or(|last| last.at.term < batch.at.term || last.at.index < batch.at.index));
         inner.bytes += batch.bytes;
         inner.batches.push_back(batch);
+    }
+
+    /// Which of the `count` commands of that entry, of which `origins` came from members, somebody here waits for.
+    pub(crate) fn wanted(&self, at: Position, origins: &[(usize, Origin)], life: u64, count: usize) -> Vec<bool> {
+        let inner = self.inner.lock();
+        let is_wanted = |proposal: &Proposal<R>| matches!(&proposal.waiter, Waiter::Local(reply) if !reply.is_closed());
+        if let Some(batch) = inner.batches.iter().find(|batch| batch.at == at) {
+            return batch.proposals.iter().map(is_wanted).collect();
+        }
+        let mut wanted = vec![false; count];
+        for (place, origin) in origins.iter().filter(|(_, origin)| origin.life == life) {
+            let proposal = inner.forwarded.get(&(at.term, origin.number));
+            if let (Some(wanted), Some(proposal)) = (wanted.get_mut(*place), proposal) {
+                *wanted = is_wanted(proposal);
+            }
+        }
+        wanted
     }
 
     pub(crate) fn register_forwarded(&self, term: u64, first_number: u64, proposals: Vec<Proposal<R>>) {
@@ -194,7 +213,7 @@ mod tests {
 
     fn proposal(lane: u32) -> Proposal<()> {
         let waiter = Waiter::Remote(Origin { life: 1, number: 1 });
-        Proposal { lane, command: Bytes::new(), waiter, only_in: None }
+        Proposal { lane, command: Bytes::new(), cost_bytes: 0, waiter, only_in: None }
     }
 
     fn lanes(proposals: &[Proposal<()>]) -> Vec<u32> {

@@ -155,6 +155,7 @@ pub(crate) fn assemble<S: StateMachine>(
     let apply = Arc::new(ApplySignal::default());
     let limits = Limits {
         command_bytes_max: config.command_bytes_max,
+        cost_bytes: config.cost_bytes,
         batch_bytes_max: config.batch_bytes_max,
         read_waiters_max: config.read_waiters_max as u64,
     };

@@ -86,11 +86,11 @@ pub(crate) struct Shared<R> {
 }
 
 /// Replies and where they go.
-pub(crate) type Answered<R> = Vec<(ReplySender<R>, R)>;
+pub(crate) type Answered<R> = Vec<(ReplySender<R>, Result<R, ProposeError>)>;
 
 /// Gives how many of those who asked have gone away; they need no answer.
 fn send_replies<R>(answered: Answered<R>) -> i64 {
-    answered.into_iter().map(|(sender, reply)| i64::from(sender.send(Ok(reply)).is_err())).sum()
+    answered.into_iter().map(|(sender, reply)| i64::from(sender.send(reply).is_err())).sum()
 }
 
 impl<R: Send + 'static> Shared<R> {
@@ -177,8 +177,8 @@ impl<R: Send + 'static> Shared<R> {
                     refused.push((proposal, ProposeError::OtherTerm));
                     continue;
                 }
-                let (lane, bytes) = (proposal.lane, proposal.command.len());
-                if let Err((full, proposal)) = queue.lanes.push(lane, bytes, proposal) {
+                let (lane, cost_bytes) = (proposal.lane, proposal.cost_bytes);
+                if let Err((full, proposal)) = queue.lanes.push(lane, cost_bytes, proposal) {
                     refused.push((proposal, ProposeError::from(full)));
                 }
             }

@@ -41,6 +41,9 @@ impl Default for CellRow {
 /// Bytes a tenant may hold unless [`Command::Configure`] says otherwise: etcd's default.
 pub const QUOTA_BYTES_DEFAULT: i64 = 2 << 30;
 
+/// Bytes that a round of entries may change before it ends with an entry: a few bytes of the log can copy large values.
+pub const ROUND_BYTES: usize = 64 << 20;
+
 /// Told of replicated facts on the apply thread, after they are in the engine and before the replies go out. Must not
 /// block: every tenant waits.
 pub trait Observer: Send + Sync {
@@ -319,33 +322,64 @@ impl<E: Engine> StateMachine<E> {
         self.registry.cell.applied_index
     }
 
-    /// Applies entries (raft index, encoded [`Envelope`]s) in order, all or nothing. `outcomes[i][j]` answers command j of
-    /// entry i. On return the state is visible to readers, not durable.
+    /// Applies entries (raft index, encoded [`Envelope`]s) in order. `outcomes[i][j]` answers command j of entry i. On return the state is
+    /// visible to readers, not durable.
+    ///
+    /// # Errors
+    /// As [`StateMachine::apply_round`].
+    ///
+    /// # Panics
+    /// If an index does not follow the applied one.
+    pub fn apply(&mut self, entries: Vec<(u64, Vec<Bytes>)>) -> Result<Vec<Vec<Outcome>>, Fault> {
+        let mut outcomes: Vec<Vec<Outcome>> = Vec::with_capacity(entries.len());
+        while outcomes.len() < entries.len() {
+            let mut round: Vec<Vec<Outcome>> = entries[outcomes.len()..].iter().map(|_| Vec::new()).collect();
+            let applied =
+                self.apply_round(&entries[outcomes.len()..], |entry, _, _, outcome| round[entry].push(outcome))?;
+            outcomes.extend(round.drain(..applied));
+        }
+        Ok(outcomes)
+    }
+
+    /// Applies entries (raft index, encoded [`Envelope`]s) in order, all or nothing, until they are all applied or what they changed is
+    /// [`ROUND_BYTES`]. Gives how many were, at least one. `tell` gets the outcome of each command as soon as it is known, with the place of
+    /// its entry, its own in that, and its tenant: how much memory outcomes take is for the caller to bound. On return the state is visible to
+    /// readers, not durable.
     ///
     /// # Errors
     /// After any [`Fault`] the state machine must not be used again: memory and engine may disagree.
     ///
     /// # Panics
-    /// If an index does not follow the applied one.
-    pub fn apply(&mut self, entries: Vec<(u64, Vec<Bytes>)>) -> Result<Vec<Vec<Outcome>>, Fault> {
+    /// If there is no entry, or an index does not follow the applied one.
+    pub fn apply_round(
+        &mut self,
+        entries: &[(u64, Vec<Bytes>)],
+        mut tell: impl FnMut(usize, usize, TenantId, Outcome),
+    ) -> Result<usize, Fault> {
+        assert!(!entries.is_empty(), "a round has an entry");
         let engine = Arc::clone(&self.store.engine);
         let mut pending = Pending { overlay: Overlay::new(engine.view()), dirty: BTreeSet::new(), notices: Vec::new() };
-        let mut outcomes = Vec::with_capacity(entries.len());
-        for (index, commands) in entries {
+        let mut applied = 0;
+        for (place, (index, commands)) in entries.iter().enumerate() {
+            if place > 0 && pending.overlay.written_bytes() >= ROUND_BYTES {
+                break;
+            }
+            let index = *index;
             assert!(
                 index > self.registry.cell.applied_index,
                 "entry {index} after {} is applied once",
                 self.registry.cell.applied_index
             );
             self.registry.cell.applied_index = index;
-            let mut of_entry = Vec::with_capacity(commands.len());
-            for command in commands {
-                of_entry.push(self.apply_one(&mut pending, Envelope::decode(command)?)?);
+            for (at, command) in commands.iter().enumerate() {
+                let envelope = Envelope::decode(command.clone())?;
+                let tenant = envelope.tenant;
+                tell(place, at, tenant, self.apply_one(&mut pending, envelope)?);
             }
-            outcomes.push(of_entry);
+            applied += 1;
         }
         self.write(pending)?;
-        Ok(outcomes)
+        Ok(applied)
     }
 
     fn write<R: Reader>(&mut self, pending: Pending<R>) -> Result<(), Fault> {

@@ -18,6 +18,21 @@ use crate::types::{
 /// First byte of every encoded envelope.
 const COMMAND_VERSION: u8 = 1;
 
+/// What a command counts for besides its length, for each of its parts that reads rows without end or writes a value that it does not
+/// carry.
+const UNSEEN_WORK_BYTES: usize = 1 << 20;
+
+/// What an encoded envelope counts for where commands are batched: its length, and an estimate of what it does beyond that. So few commands that
+/// do much get into one entry, which is applied as a whole, and few are on their way at a time.
+pub fn cost_bytes(encoded: &Bytes) -> usize {
+    let parts = match Envelope::decode(encoded.clone()) {
+        Ok(Envelope { command, .. }) => command.unseen_parts(),
+        // Refused where it is applied.
+        Err(_) => 0,
+    };
+    encoded.len() + UNSEEN_WORK_BYTES * parts
+}
+
 /// A command with its addressee.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Envelope {
@@ -67,6 +82,45 @@ pub enum Command {
         member_id: u64,
         kind: AlarmKind,
     },
+}
+
+impl Command {
+    fn unseen_parts(&self) -> usize {
+        match self {
+            Command::Put(put) => usize::from(put.ignore_value),
+            Command::DeleteRange(delete) => is_many(&delete.range),
+            Command::Txn(txn) => txn.unseen_parts(),
+            Command::Tenant(_)
+            | Command::Configure { .. }
+            | Command::SetDefaults { .. }
+            | Command::Members(_)
+            | Command::Compact { .. }
+            | Command::Reclaim { .. }
+            | Command::LeaseGrant { .. }
+            | Command::LeaseRevoke { .. }
+            | Command::Alarm { .. } => 0,
+        }
+    }
+}
+
+impl TxnRequest {
+    fn unseen_parts(&self) -> usize {
+        let compares = self.compares.iter().map(|compare| is_many(&compare.range)).sum::<usize>();
+        let branch = |ops: &[TxnOp]| {
+            let of = |op: &TxnOp| match op {
+                TxnOp::Put(put) => usize::from(put.ignore_value),
+                TxnOp::Range(range) => is_many(&range.range),
+                TxnOp::DeleteRange(delete) => is_many(&delete.range),
+                TxnOp::Txn(txn) => txn.unseen_parts(),
+            };
+            ops.iter().map(of).sum::<usize>()
+        };
+        compares + branch(&self.success).max(branch(&self.failure))
+    }
+}
+
+fn is_many(range: &KeyRange) -> usize {
+    usize::from(!matches!(range, KeyRange::Single(_)))
 }
 
 /// What happens to a tenant: the envelope's, if nothing else is said.

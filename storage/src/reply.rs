@@ -3,7 +3,7 @@
 use bytes::Bytes;
 
 use crate::error::Refusal;
-use crate::types::{Alarm, LeaseId, TenantId, TxnReply};
+use crate::types::{Alarm, LeaseId, TenantId, TxnOpReply, TxnReply};
 
 /// Result of one command.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -11,6 +11,42 @@ pub struct Outcome {
     /// The tenant's revision after the command: what the response header shows. 0 if there is no such tenant.
     pub revision: i64,
     pub result: Result<Reply, Refusal>,
+}
+
+impl Outcome {
+    /// Bytes of keys and values in it, about.
+    pub fn data_bytes(&self) -> usize {
+        match &self.result {
+            Ok(Reply::Put { prev_kv }) => bytes_of(prev_kv),
+            Ok(Reply::DeleteRange { prev_kvs, .. }) => bytes_of(prev_kvs),
+            Ok(Reply::Txn(reply)) => txn_bytes(reply),
+            Ok(
+                Reply::Tenant { .. }
+                | Reply::Configure
+                | Reply::Members
+                | Reply::Compact
+                | Reply::Reclaim { .. }
+                | Reply::LeaseGrant { .. }
+                | Reply::LeaseRevoke
+                | Reply::Alarm { .. },
+            )
+            | Err(_) => 0,
+        }
+    }
+}
+
+fn bytes_of<'a>(stored: impl IntoIterator<Item = &'a Bytes>) -> usize {
+    stored.into_iter().map(Bytes::len).sum()
+}
+
+fn txn_bytes(reply: &TxnReply) -> usize {
+    let of = |response: &TxnOpReply| match response {
+        TxnOpReply::Range { reply, .. } => bytes_of(&reply.kvs),
+        TxnOpReply::Put { prev_kv, .. } => bytes_of(prev_kv),
+        TxnOpReply::DeleteRange { prev_kvs, .. } => bytes_of(prev_kvs),
+        TxnOpReply::Txn(reply) => txn_bytes(reply),
+    };
+    reply.responses.iter().map(of).sum()
 }
 
 /// What a command that was not refused answers; one variant per [`crate::command::Command`].

@@ -560,6 +560,79 @@ async fn streamed_ranges_that_nobody_reads_are_bounded_in_bytes() {
     unread_ranges_are_bounded("/etcdserverpb.KV/RangeStream").await;
 }
 
+/// Sends a request so often on a few connections whose client has no room for answers, and counts those that are refused.
+async fn refused_of_many(address: SocketAddr, method: &str, request: &impl Message, calls: usize) -> (Vec<Call>, u64) {
+    const CONNECTIONS: usize = 4;
+    let request = framed(&request.encode_to_vec());
+    let mut unread = Vec::new();
+    for _ in 0..CONNECTIONS {
+        let connection = Connection::open_with_window(address, 1 << 10).await;
+        for _ in 0..calls / CONNECTIONS {
+            let mut call = connection.call(method).await.unwrap();
+            call.requests.send_bytes(request.clone(), true).await.unwrap();
+            unread.push(call);
+        }
+    }
+    let mut refused = 0;
+    for call in &mut unread {
+        refused += u64::from(soon("an answer", call.answers.started()).await.is_some());
+    }
+    (unread, refused)
+}
+
+/// 60,000 bytes, 16,000 times: each answer is too small to be counted by itself.
+#[tokio::test(flavor = "multi_thread")]
+async fn small_answers_that_nobody_reads_are_bounded_in_bytes() {
+    const CALLS: usize = 16_000;
+    let mut scene = Scene::open().await;
+    let acme = Connection::open(scene.acme()).await;
+    acme.unary::<_, pb::PutResponse>(PUT, &put("k", vec![b'v'; 60_000])).await.unwrap();
+    scene.measure_from_here();
+    let (unread, refused) = refused_of_many(scene.acme(), RANGE, &range("k"), CALLS).await;
+    assert!(refused > 0, "900 MiB do not fit");
+    scene.neighbour.works().await;
+    drop(unread);
+    soon("a range", acme.unary::<_, RangeResponse>(RANGE, &range("k"))).await.unwrap();
+    // The tenant's answers in flight, and what a request costs of whatever size.
+    scene.close(256 * MIB + CALLS as u64 * (12 << 10) + ENGINE_BYTES).await;
+}
+
+/// Three hundred bytes that answer ten million, 1,500 times, through the log: one entry has room for all of them.
+#[tokio::test(flavor = "multi_thread")]
+async fn txns_that_answer_far_more_than_they_say_are_bounded_in_bytes() {
+    use pb::request_op::Request;
+    let mut scene = Scene::open().await;
+    let acme = Connection::open(scene.acme()).await;
+    acme.unary::<_, pb::PutResponse>(PUT, &put("k", vec![b'v'; 1_500_000])).await.unwrap();
+    scene.measure_from_here();
+    let op = |request| pb::RequestOp { request: Some(request) };
+    let mut success = vec![op(Request::RequestPut(put("a", "b")))];
+    success.extend((0..7).map(|_| op(Request::RequestRange(range("k")))));
+    let txn = pb::TxnRequest { success, ..Default::default() };
+    let (unread, refused) = refused_of_many(scene.acme(), TXN, &txn, 1_500).await;
+    assert!(refused > 0, "15 GiB do not fit");
+    scene.neighbour.works().await;
+    drop(unread);
+    soon("a put", acme.unary::<_, pb::PutResponse>(PUT, &put("k", "v"))).await.unwrap();
+    // Those that wait to be fetched, those that are sent, once more where one is copied into the buffer that goes out.
+    scene.close(3 * 256 * MIB + ENGINE_BYTES).await;
+}
+
+/// Few bytes of the log that write a large value again, in many keys of one entry.
+#[tokio::test(flavor = "multi_thread")]
+async fn puts_that_write_more_than_they_carry_are_bounded_in_bytes() {
+    let mut scene = Scene::open().await;
+    let acme = Connection::open(scene.acme()).await;
+    acme.unary::<_, pb::PutResponse>(PUT, &put("k", vec![b'v'; 1_500_000])).await.unwrap();
+    scene.measure_from_here();
+    let again = pb::PutRequest { key: Bytes::from("k"), ignore_value: true, ..Default::default() };
+    let (unread, _) = refused_of_many(scene.acme(), PUT, &again, 1_000).await;
+    scene.neighbour.works().await;
+    drop(unread);
+    // A round's changes, as the engine's batch and in its write buffers.
+    scene.close(4 * 64 * MIB + ENGINE_BYTES).await;
+}
+
 /// A txn is small, what its ranges read is not. The limit on operations holds for each level of nesting, so that 64 nested
 /// txns of 64 ranges are possible; here it is 16 of 16, to spare the machine if the bound does not hold.
 #[tokio::test(flavor = "multi_thread")]
@@ -680,7 +753,8 @@ async fn connections_that_say_nothing_cost_little() {
 #[tokio::test(flavor = "multi_thread")]
 async fn connections_of_one_tenant_leave_room_for_the_others() {
     const FILES_MAX: u32 = 512;
-    let mut scene = Scene::open_on(|data_dir| Server::start_with_files(FILES_MAX, data_dir, &["acme", "globex"])).await;
+    let mut scene =
+        Scene::open_on(|data_dir| Server::start_with_files(FILES_MAX, data_dir, &["acme", "globex", "default"])).await;
     let mut silent = JoinSet::new();
     let connected = Arc::new(AtomicU64::new(0));
     for _ in 0..FILES_MAX + 100 {
@@ -697,10 +771,10 @@ async fn connections_of_one_tenant_leave_room_for_the_others() {
     for _ in 0..10 {
         scene.neighbour.works().await;
     }
-    let globex = Connection::open(scene.server.address(1)).await;
+    let operator = Connection::open(scene.server.address(2)).await;
     let defragment = pb::DefragmentRequest {};
     let method = "/etcdserverpb.Maintenance/Defragment";
-    let done = globex.unary::<_, pb::DefragmentResponse>(method, &defragment);
+    let done = operator.unary::<_, pb::DefragmentResponse>(method, &defragment);
     soon("the store rewrites its files", done).await.unwrap();
     // Who leaves makes room.
     drop(silent);

@@ -144,9 +144,14 @@ fn a_new_tenant_goes_where_there_is_room() {
     assert!(elsewhere.contains(&format!("tenant \"t0\" is in cell \"{home}\" already")), "{elsewhere}");
     assert_eq!(operator.said("tenant list").lines().count(), 1 + 2 + 4, "those of both, and both defaults");
 
-    // A cell that is away is left out, with a warning.
+    // A cell that is away may have a tenant of that name; whoever says the cell goes on without it, with a warning.
     west.kill();
-    let made = operator.run("tenant create t9");
+    let unknown = operator.refused("tenant create t9");
+    assert!(
+        unknown.contains("is in cell \"west\" already is not known") && unknown.contains("--cell NAME"),
+        "{unknown}"
+    );
+    let made = operator.run("tenant create t9 --cell east");
     assert!(made.status.success() && String::from_utf8_lossy(&made.stderr).contains("warning: "), "{made:?}");
     assert!(String::from_utf8_lossy(&made.stdout).contains("east"));
     operator.said("cell remove west");

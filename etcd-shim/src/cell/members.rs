@@ -286,7 +286,7 @@ impl Inner {
             timeout(self.request_timeout, changed).await.map_err(|_| CellError::TimeoutWrite)??;
         match changed {
             Ok(outcome) => {
-                outcome.result?;
+                outcome.outcome.result?;
                 self.promotions.made.fetch_add(u64::from(is_promotion), Ordering::Relaxed);
                 Ok(PeerAnswer { member_id, ..PeerAnswer::default() })
             }

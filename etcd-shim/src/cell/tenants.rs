@@ -207,6 +207,7 @@ pub(super) async fn clear(cell: Weak<Inner>, changes: Arc<Changes>) {
     loop {
         let tenant = changes.next_deleted().await;
         let Some(for_disk) = cell.upgrade() else { return };
+        for_disk.tenants.write().retain(|_, parts| !parts.reader.is_deleted());
         let cleared = tokio::task::spawn_blocking(move || {
             for_disk.store.compact_tenant(tenant).map_err(|fault| for_disk.report(fault)).is_ok()
         });

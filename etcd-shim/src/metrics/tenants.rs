@@ -84,6 +84,7 @@ pub(super) fn render(out: &mut String, cell: &Cell, rpc_metrics: &RpcMetrics, sh
     let mut phases = [("active", 0_u64), ("read-only", 0), ("suspended", 0), ("deleting", 0)];
     let mut shown: Vec<(String, Shown)> = Vec::new();
     let mut other: Option<Shown> = None;
+    let mut others_almost_full = 0;
     let mut known = std::collections::BTreeSet::new();
     for name in cell.tenant_names() {
         let Some(tenant) = cell.tenant(&name) else { continue };
@@ -99,23 +100,33 @@ pub(super) fn render(out: &mut String, cell: &Cell, rpc_metrics: &RpcMetrics, sh
             of_tenant.add(&tenant, rpc_metrics, true);
             shown.push((name, of_tenant));
         } else {
+            others_almost_full += u64::from(is_almost_full(&tenant));
             other.get_or_insert_default().add(&tenant, rpc_metrics, false);
         }
     }
     phases[3].1 = cell.deleted_tenants().len() as u64;
-    // A tenant that is gone is not counted any more.
-    rpc_metrics.retain(|tenant| tenant.0 == 0 || known.contains(&tenant));
+    // A tenant that is gone is not counted any more. Ids grow: one behind the last was made meanwhile.
+    let last = known.last().copied();
+    rpc_metrics.retain(|tenant| tenant.0 == 0 || Some(tenant) > last || known.contains(&tenant));
     shown.extend(other.map(|other| (OTHER.to_string(), other)));
 
     family(out, "tenure_tenants", "gauge", "Tenants of the cell, by state");
     for (phase, tenants) in phases {
         let _ = writeln!(out, "tenure_tenants{{state=\"{phase}\"}} {tenants}");
     }
+    let help = "Tenants without values of their own that hold more than four fifths of their quota";
+    family(out, "tenure_other_tenants_almost_full", "gauge", help);
+    let _ = writeln!(out, "tenure_other_tenants_almost_full {others_almost_full}");
     values(out, &shown);
     requests(out, &shown);
     throttled(out, &shown);
     alarms(out, &shown);
     latency(out, &shown);
+}
+
+fn is_almost_full(tenant: &Tenant) -> bool {
+    let quota_bytes = u64::try_from(tenant.quota_bytes()).unwrap_or(u64::MAX);
+    tenant.reader().db_size_bytes() > quota_bytes / 5 * 4
 }
 
 /// What is one number of a tenant.
@@ -271,7 +282,7 @@ mod tests {
             watch_id: 0,
         });
         let used = [x.id(), test.tenant("a").id()].map(|id| rpc_metrics.used(id));
-        let _connections = used.each_ref().map(|used| used.connect(&x.profile()).unwrap());
+        let _connections = used.each_ref().map(|used| used.connect(&x.profile(), 1).unwrap());
 
         let all = series(&cell, &rpc_metrics, 500);
         assert_eq!(all.keys().collect::<Vec<_>>(), ["a", "default", OTHER, "x", "y", "z"]);

@@ -45,7 +45,7 @@ impl KvService {
         let reservation = self.reserve_for_txn(tenant, &request).await?;
         let (revision, reply) =
             tenant.read(move |reader| reader.txn_read_only(&request)).await?.map_err(CellError::from)?;
-        Ok(answer(to_proto::txn(Some(header(tenant, revision)), reply), reservation))
+        Ok(answer(to_proto::txn(Some(header(tenant, revision)), reply), reservation)?)
     }
 
     /// The answer of a txn is made whole, in one go, so one that may be large waits for room before it is asked for.
@@ -114,7 +114,7 @@ impl Kv for KvService {
         if prev_kv.is_none() {
             return Ok(Response::new(to_proto::put(Some(header), prev_kv)));
         }
-        Ok(answer(to_proto::put(Some(header), prev_kv), self.context.in_flight.of(&tenant)))
+        Ok(answer(to_proto::put(Some(header), prev_kv), self.context.in_flight.of(&tenant))?)
     }
 
     async fn delete_range(
@@ -130,7 +130,7 @@ impl Kv for KvService {
         let reservation = self.context.reserve(&tenant, if tells_much { TXN_REPLY_BYTES_MAX } else { 0 }).await?;
         let (header, reply) = write(&tenant, Command::DeleteRange(from_proto::delete_range(request))).await?;
         let Reply::DeleteRange { deleted, prev_kvs } = reply else { return Err(mismatched_reply("DeleteRange")) };
-        Ok(answer(to_proto::delete_range(Some(header), deleted, prev_kvs), reservation))
+        Ok(answer(to_proto::delete_range(Some(header), deleted, prev_kvs), reservation)?)
     }
 
     async fn txn(&self, request: Request<TxnRequest>) -> Result<Response<TxnResponse>, Status> {
@@ -151,7 +151,7 @@ impl Kv for KvService {
         let reservation = self.reserve_for_txn(&tenant, &request).await?;
         let (header, reply) = write(&tenant, Command::Txn(request)).await?;
         let Reply::Txn(reply) = reply else { return Err(mismatched_reply("Txn")) };
-        Ok(answer(to_proto::txn(Some(header), reply), reservation))
+        Ok(answer(to_proto::txn(Some(header), reply), reservation)?)
     }
 
     /// A physical compaction proposes the reclaim steps itself instead of waiting for those of the background: each step

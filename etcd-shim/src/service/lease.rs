@@ -156,7 +156,7 @@ impl Lease for LeaseService {
             if keys {
                 let (keys, reservation) = self.attached_keys(&tenant, LeaseId(id)).await?;
                 response.keys = keys;
-                return Ok(answer(response, reservation));
+                return Ok(answer(response, reservation)?);
             }
         }
         Ok(Response::new(response))
@@ -174,7 +174,7 @@ impl Lease for LeaseService {
         // There may be a million, to be sorted.
         let leases = tenant.read(move |_| of_tenant.leases()).await?;
         let leases = leases.into_iter().map(|id| LeaseStatus { id: id.0 }).collect();
-        Ok(answer(LeaseLeasesResponse { header: Some(header), leases }, reservation))
+        Ok(answer(LeaseLeasesResponse { header: Some(header), leases }, reservation)?)
     }
 }
 

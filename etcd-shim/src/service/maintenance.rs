@@ -8,7 +8,7 @@ use tenure_storage::{Alarm, AlarmKind, Command, Reply};
 use tokio_stream::Pending;
 use tonic::{Request, Response, Status};
 
-use crate::cell::Tenant;
+use crate::cell::{DEFAULT_TENANT, Tenant};
 use crate::cell_error::CellError;
 use crate::check::CheckError;
 use crate::convert::to_proto;
@@ -125,7 +125,11 @@ impl Maintenance for MaintenanceService {
 
     async fn defragment(&self, request: Request<DefragmentRequest>) -> Result<Response<DefragmentResponse>, Status> {
         let tenant = self.context.tenant_of(&request)?;
-        tenant.defragment().await?;
+        // Files are everybody's: others than the operator's tenant must not have them rewritten as often as they like, and gain nothing
+        // by it, because what is compacted does not count against their quota.
+        if tenant.name() == DEFAULT_TENANT {
+            tenant.defragment().await?;
+        }
         Ok(Response::new(DefragmentResponse { header: None }))
     }
 

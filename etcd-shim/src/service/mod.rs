@@ -191,11 +191,17 @@ pub async fn write(tenant: &Tenant, command: Command) -> Result<(ResponseHeader,
 }
 
 /// Hands over an answer that was made whole, with what it was reserved for, and counted with what it takes.
-fn answer<T: prost::Message>(message: T, mut reservation: Reservation) -> Response<T> {
+///
+/// # Errors
+/// [`CellError::TimeoutApply`]: nothing was reserved for an answer that is larger than most of its kind, and the tenant's others that nobody has
+/// read take all the room there is.
+fn answer<T: prost::Message>(message: T, mut reservation: Reservation) -> Result<Response<T>, CellError> {
     let bytes = message.encoded_len();
+    if !reservation.try_reach(bytes) {
+        return Err(CellError::TimeoutApply);
+    }
     reservation.settle(bytes);
-    reservation.charge(bytes);
-    with_permit(message, reservation)
+    Ok(with_permit(message, reservation))
 }
 
 /// Hands the reservation over to whoever sends the response's body.

@@ -3,7 +3,7 @@
 use tonic::Request;
 
 use crate::cell::{Cell, CellConfig, MemberNames, Tenant};
-use crate::inflight::{Budget, InFlight};
+use crate::inflight::{Budget, InFlight, OpenRequests};
 use crate::service::{Context, Limits};
 use crate::tenant::ConnectionIdentity;
 
@@ -37,7 +37,11 @@ impl TestCell {
     }
 
     pub(crate) fn context(&self) -> Context {
-        Context { cell: self.cell.clone(), limits: Limits::default(), in_flight: InFlight::new(Budget::default()) }
+        Context {
+            cell: self.cell.clone(),
+            limits: Limits::default(),
+            in_flight: InFlight::new(Budget::default(), OpenRequests::default()),
+        }
     }
 }
 

@@ -64,7 +64,7 @@ impl StateMachine for SimMachine {
         self.storage.applied_index()
     }
 
-    fn apply(&mut self, entries: Vec<CommittedEntry>) -> Result<Vec<Vec<Outcome>>, Fault> {
+    fn apply(&mut self, entries: Vec<CommittedEntry>) -> Result<Vec<Vec<Option<Outcome>>>, Fault> {
         let mut entries: Vec<(u64, Vec<Bytes>)> =
             entries.into_iter().map(|entry| (entry.index, entry.commands)).collect();
         if self.bug == Bug::ApplyOutOfOrder {
@@ -80,7 +80,7 @@ impl StateMachine for SimMachine {
         }
         let outcomes = self.storage.apply(entries)?;
         self.note_revision();
-        Ok(outcomes)
+        Ok(outcomes.into_iter().map(|of_entry| of_entry.into_iter().map(Some).collect()).collect())
     }
 
     fn durable_index(&self) -> Result<u64, Fault> {

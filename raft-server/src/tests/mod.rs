@@ -84,7 +84,7 @@ impl StateMachine for Recorder {
         self.memory.lock().applied_index
     }
 
-    fn apply(&mut self, entries: Vec<CommittedEntry>) -> Result<Vec<Vec<usize>>, Fault> {
+    fn apply(&mut self, entries: Vec<CommittedEntry>) -> Result<Vec<Vec<Option<usize>>>, Fault> {
         drop(self.gate.blocking_lock());
         let mut memory = self.memory.lock();
         let mut replies = Vec::new();
@@ -102,7 +102,7 @@ impl StateMachine for Recorder {
                     b"panic" => panic!("asked for"),
                     _ => memory.commands.push(command),
                 }
-                entry_replies.push(memory.commands.len());
+                entry_replies.push(Some(memory.commands.len()));
             }
             replies.push(entry_replies);
         }

@@ -22,6 +22,8 @@ pub(crate) struct Overlay<R> {
     /// Rows asked for so far, and large ones more than once ([`ROW_WORK_BYTES`]): a measure of work that is equal on all members,
     /// as time is not. Reads that only some members make go through [`Overlay::uncounted`].
     visited: Cell<u64>,
+    /// Of keys and values put, also of those that were put again or taken back.
+    written_bytes: usize,
 }
 
 struct Undo {
@@ -33,11 +35,12 @@ struct Undo {
 
 impl<R: Reader> Overlay<R> {
     pub(crate) fn new(base: R) -> Self {
-        Overlay { base, batch: Batch::default(), journal: None, visited: Cell::new(0) }
+        Overlay { base, batch: Batch::default(), journal: None, visited: Cell::new(0), written_bytes: 0 }
     }
 
     pub(crate) fn put(&mut self, family: Family, key: Vec<u8>, value: Bytes) {
         self.remember(family, &key);
+        self.written_bytes += key.len() + value.len();
         self.batch.put(family, key, value);
     }
 
@@ -80,6 +83,11 @@ impl<R: Reader> Overlay<R> {
     /// Rows that reads through this overlay have visited; what is large counts as several.
     pub(crate) fn visited_rows(&self) -> u64 {
         self.visited.get()
+    }
+
+    /// Bytes put so far.
+    pub(crate) fn written_bytes(&self) -> usize {
+        self.written_bytes
     }
 
     /// Reads without counting: for what a member reads because of its own watchers.

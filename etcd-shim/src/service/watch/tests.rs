@@ -7,7 +7,7 @@ use tokio_stream::StreamExt;
 use tokio_stream::wrappers::UnboundedReceiverStream;
 
 use super::*;
-use crate::inflight::Budget;
+use crate::inflight::{Budget, OpenRequests};
 use crate::proto::etcdserverpb::WatchProgressRequest;
 use crate::service::testing::TestCell;
 
@@ -28,7 +28,7 @@ impl Client {
             progress_period,
             response_bytes_max,
             wants_leader: false,
-            in_flight: InFlight::new(Budget::default()),
+            in_flight: InFlight::new(Budget::default(), OpenRequests::default()),
         };
         let responses = Responses::new(tenant.clone(), UnboundedReceiverStream::new(receiver), options);
         Client { requests: Some(sender), responses }

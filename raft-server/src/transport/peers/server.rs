@@ -82,6 +82,9 @@ pub async fn serve(
     }
 }
 
+/// Far more than members ever give up or get wrong.
+const RESETS_MAX: usize = 100_000;
+
 async fn connection(stream: TcpStream, tls: Option<TlsAcceptor>, service: PeerService) -> io::Result<()> {
     stream.set_nodelay(true)?;
     match tls {
@@ -104,6 +107,9 @@ where
         .initial_connection_window_size(2 * WINDOW_BYTES)
         .keep_alive_interval(Duration::from_secs(5))
         .keep_alive_timeout(Duration::from_secs(10))
+        // Members give calls up too, when this one was away for a while, and their connection has all their messages on it.
+        .max_pending_accept_reset_streams(RESETS_MAX)
+        .max_local_error_reset_streams(RESETS_MAX)
         .serve_connection(TokioIo::new(stream), service)
         .await
         .map_err(io::Error::other)
