@@ -42,7 +42,7 @@ use tokio::time::{Instant, timeout_at};
 
 use crate::auto_compaction::{AutoCompaction, AutoCompactor, Seen};
 use crate::cell_error::CellError;
-use crate::data_dir::{DataDir, DataDirError, Identity};
+use crate::data_dir::{DataDir, DataDirError, First, Identity};
 use crate::delivery::Deliveries;
 use crate::disk::{self, Disk};
 use crate::ids;
@@ -763,8 +763,10 @@ impl Inner {
         beginning: Beginning,
         runtime: &tokio::runtime::Handle,
     ) -> Result<(Cell, Arc<Background>, Vec<(u64, Vec<String>)>), OpenError> {
-        let Beginning { identity, voters, members } = beginning;
-        let data_dir = DataDir::open(&config.data_dir, identity, &config.cluster_token)?;
+        let voters = beginning.voters();
+        let Beginning { identity, first } = beginning;
+        let data_dir = DataDir::open(&config.data_dir, identity, &config.cluster_token, &first)?;
+        let First { members, .. } = first;
         let disk = Disk::new(data_dir.path(), config.disk_reserve_bytes).map_err(OpenError::Disk)?;
         let engine = Arc::new(RocksEngine::open(&data_dir.state(), &config.engine)?);
         let Identity { member_id, cluster_id } = identity;

@@ -3,7 +3,8 @@
 //! | path | what |
 //! |---|---|
 //! | `LOCK` | empty; locked (`flock`, exclusive) by the process that serves the directory, and by nobody after a crash |
-//! | `IDENTITY` | who this member is: see below; written once, before anything else |
+//! | `MEMBERS` | who was in the cell when this member began, and how it began: see below; written once, before anything else |
+//! | `IDENTITY` | who this member is: see below; written once, behind `MEMBERS` |
 //! | `log/` | the raft log, in raft-server's format |
 //! | `state/` | the replicated state of all tenants, in storage's format |
 //! | `snapshot/` | copies of the state on their way to or from other members; emptied at start |
@@ -30,7 +31,18 @@
 //! | 2 | the token |
 //! | 3 | tenants that operators make: their states, limits and revoked certificates, and the cell's; CAs of tenants; `log/synced` |
 //!
-//! A directory without `IDENTITY` must be empty (but for `LOCK`): a mistyped `--data-dir` must not be filled with files,
+//! `MEMBERS` is what a member knows of its cell until its state says more: after a crash that may be in the log alone, and flags say how to
+//! begin, not how to go on. Directories of before have none. It is text too:
+//!
+//! ```text
+//! tenure-members 1
+//! begun new
+//! member 8e9e05c52164694d http://10.0.0.1:2380,http://10.0.1.1:2380
+//! member ac7c97ef0ec193b0 http://10.0.0.2:2380
+//! check 5f3a9c01
+//! ```
+//!
+//! A directory without `IDENTITY` must be empty (but for `LOCK` and `MEMBERS`): a mistyped `--data-dir` must not be filled with files,
 //! and a directory of etcd's must not be taken for one of ours.
 
 use std::fs::{self, File, OpenOptions};
@@ -44,6 +56,8 @@ use crate::ids::CLUSTER_TOKEN_DEFAULT;
 const LOCK: &str = "LOCK";
 const IDENTITY: &str = "IDENTITY";
 const IDENTITY_NEW: &str = "IDENTITY.new";
+const MEMBERS: &str = "MEMBERS";
+const MEMBERS_NEW: &str = "MEMBERS.new";
 
 /// Version of the layout that this program writes. It reads those before it too.
 const LAYOUT_VERSION: u32 = 3;
@@ -74,6 +88,14 @@ pub struct Identity {
     pub cluster_id: u64,
 }
 
+/// How a member began: with a new cell, or by joining one.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct First {
+    pub is_new_cell: bool,
+    /// Ids and peer URLs of all members, this one too.
+    pub members: Vec<(u64, Vec<String>)>,
+}
+
 /// A data directory that belongs to this process until this is dropped.
 #[derive(Debug)]
 pub struct DataDir {
@@ -84,11 +106,11 @@ pub struct DataDir {
 }
 
 impl DataDir {
-    /// Takes the directory, making it with `first` as its identity, of a cluster with this token, if there is none yet.
+    /// Takes the directory, making it with `identity`, of a cluster with this token, and with what it began with, if there is none yet.
     ///
     /// # Errors
     /// [`DataDirError`]; nothing was changed, except that the directory and its lock file may exist now.
-    pub fn open(path: &Path, first: Identity, token: &str) -> Result<Self, DataDirError> {
+    pub fn open(path: &Path, identity: Identity, token: &str, first: &First) -> Result<Self, DataDirError> {
         // Its user's alone, as etcd's.
         fs::DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(io("create", path))?;
         if !path.join(IDENTITY).exists() {
@@ -109,9 +131,10 @@ impl DataDir {
             }
             None => {
                 check_unused(path)?;
+                write_whole(path, MEMBERS, MEMBERS_NEW, &first.encode())?;
                 let token = Some(written(token));
-                write_identity(path, &Written { version: LAYOUT_VERSION, identity: first, token })?;
-                first
+                write_identity(path, &Written { version: LAYOUT_VERSION, identity, token })?;
+                identity
             }
         };
         let this = DataDir { path: path.to_path_buf(), identity, _lock: lock };
@@ -135,6 +158,19 @@ impl DataDir {
                 Err(DataDirError::OtherToken { path: path.to_path_buf(), found, given: token.to_string() })
             }
             Some(_) | None => Ok(Some(found.identity)),
+        }
+    }
+
+    /// What the directory began with; `None` in one of an earlier release.
+    ///
+    /// # Errors
+    /// [`DataDirError::Io`], [`DataDirError::Damaged`].
+    pub fn first_in(path: &Path) -> Result<Option<First>, DataDirError> {
+        let path = path.join(MEMBERS);
+        match fs::read_to_string(&path) {
+            Ok(text) => First::decode(&text).map(Some).ok_or(DataDirError::Damaged(path)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(io("read", &path)(error)),
         }
     }
 
@@ -190,11 +226,35 @@ fn check_unused(directory: &Path) -> Result<(), DataDirError> {
     for entry in fs::read_dir(directory).map_err(io("list", directory))? {
         let name = entry.map_err(io("list", directory))?.file_name();
         // A crash may have left the new identity half written; `lost+found` is what an empty volume has.
-        if ![LOCK, IDENTITY_NEW, "lost+found"].iter().any(|known| name == *known) {
+        if ![LOCK, IDENTITY_NEW, MEMBERS, MEMBERS_NEW, "lost+found"].iter().any(|known| name == *known) {
             return Err(DataDirError::NotOurs(directory.to_path_buf()));
         }
     }
     Ok(())
+}
+
+impl First {
+    fn encode(&self) -> String {
+        let begun = if self.is_new_cell { "new" } else { "existing" };
+        let mut body = format!("tenure-members 1\nbegun {begun}\n");
+        for (id, urls) in &self.members {
+            body.push_str(&format!("member {id:016x} {}\n", urls.join(",")));
+        }
+        let check = crc32fast::hash(body.as_bytes());
+        format!("{body}check {check:08x}\n")
+    }
+
+    fn decode(text: &str) -> Option<Self> {
+        let mut lines = text.lines();
+        lines.next().filter(|line| *line == "tenure-members 1")?;
+        let is_new_cell = lines.next()? == "begun new";
+        let members = lines.map_while(|line| {
+            let (id, urls) = line.strip_prefix("member ")?.split_once(' ')?;
+            Some((u64::from_str_radix(id, 16).ok()?, urls.split(',').map(str::to_string).collect()))
+        });
+        let first = First { is_new_cell, members: members.collect() };
+        (first.encode() == text).then_some(first)
+    }
 }
 
 /// A token as it is written: in one line.
@@ -248,12 +308,16 @@ fn read_identity(directory: &Path) -> Result<Option<Written>, DataDirError> {
 }
 
 fn write_identity(directory: &Path, identity: &Written) -> Result<(), DataDirError> {
-    let new = directory.join(IDENTITY_NEW);
+    write_whole(directory, IDENTITY, IDENTITY_NEW, &identity.encode())
+}
+
+/// Durable on return, and whole at every moment.
+fn write_whole(directory: &Path, name: &str, new_name: &str, text: &str) -> Result<(), DataDirError> {
+    let new = directory.join(new_name);
     let mut file = File::create(&new).map_err(io("create", &new))?;
-    file.write_all(identity.encode().as_bytes()).map_err(io("write", &new))?;
+    file.write_all(text.as_bytes()).map_err(io("write", &new))?;
     file.sync_all().map_err(io("sync", &new))?;
-    let path = directory.join(IDENTITY);
-    fs::rename(&new, &path).map_err(io("rename", &new))?;
+    fs::rename(&new, directory.join(name)).map_err(io("rename", &new))?;
     let opened = File::open(directory).map_err(io("open", directory))?;
     opened.sync_all().map_err(io("sync", directory))
 }
@@ -268,49 +332,78 @@ mod tests {
 
     const TOKEN: &str = "a b";
 
+    fn first() -> First {
+        let urls = ["http://10.0.0.1:2380", "http://10.0.1.1:2380"].map(str::to_string);
+        First {
+            is_new_cell: true,
+            members: vec![(FIRST.member_id, urls.to_vec()), (7, vec!["http://b:2380".to_string()])],
+        }
+    }
+
+    #[test]
+    fn what_it_began_with_stays_too() {
+        let scratch = tempfile::tempdir().unwrap();
+        let path = scratch.path();
+        // A crash came between the two.
+        fs::write(path.join(MEMBERS), "half").unwrap();
+        drop(DataDir::open(path, FIRST, TOKEN, &first()).unwrap());
+        drop(DataDir::open(path, FIRST, TOKEN, &First { is_new_cell: false, members: Vec::new() }).unwrap());
+        assert_eq!(DataDir::first_in(path).unwrap(), Some(first()));
+        let good = fs::read_to_string(path.join(MEMBERS)).unwrap();
+        for bad in ["", "tenure-members 1\n", &good.replace("new", "old"), &good[..good.len() - 1]] {
+            fs::write(path.join(MEMBERS), bad).unwrap();
+            assert!(matches!(DataDir::first_in(path), Err(DataDirError::Damaged(_))), "{bad:?}");
+        }
+        fs::remove_file(path.join(MEMBERS)).unwrap();
+        assert_eq!(DataDir::first_in(path).unwrap(), None);
+    }
+
     #[test]
     fn the_first_identity_stays() {
         let scratch = tempfile::tempdir().unwrap();
         let path = scratch.path().join("d");
-        assert_eq!(DataDir::open(&path, FIRST, TOKEN).unwrap().identity(), FIRST);
+        assert_eq!(DataDir::open(&path, FIRST, TOKEN, &first()).unwrap().identity(), FIRST);
         assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o700, "nobody else's");
         let other = Identity { member_id: 1, cluster_id: 2 };
-        assert_eq!(DataDir::open(&path, other, TOKEN).unwrap().identity(), FIRST);
+        assert_eq!(DataDir::open(&path, other, TOKEN, &first()).unwrap().identity(), FIRST);
     }
 
     #[test]
     fn one_process_at_a_time() {
         let scratch = tempfile::tempdir().unwrap();
-        let held = DataDir::open(scratch.path(), FIRST, TOKEN).unwrap();
-        let error = DataDir::open(scratch.path(), FIRST, TOKEN).unwrap_err();
+        let held = DataDir::open(scratch.path(), FIRST, TOKEN, &first()).unwrap();
+        let error = DataDir::open(scratch.path(), FIRST, TOKEN, &first()).unwrap_err();
         assert!(matches!(error, DataDirError::InUse(_)), "{error}");
         drop(held);
-        DataDir::open(scratch.path(), FIRST, TOKEN).unwrap();
+        DataDir::open(scratch.path(), FIRST, TOKEN, &first()).unwrap();
     }
 
     #[test]
     fn foreign_directories_are_refused() {
         let scratch = tempfile::tempdir().unwrap();
         fs::create_dir(scratch.path().join("member")).unwrap();
-        assert!(matches!(DataDir::open(scratch.path(), FIRST, TOKEN), Err(DataDirError::OfEtcd(_))));
+        assert!(matches!(DataDir::open(scratch.path(), FIRST, TOKEN, &first()), Err(DataDirError::OfEtcd(_))));
         let scratch = tempfile::tempdir().unwrap();
         fs::write(scratch.path().join("thesis.txt"), "").unwrap();
-        assert!(matches!(DataDir::open(scratch.path(), FIRST, TOKEN), Err(DataDirError::NotOurs(_))));
+        assert!(matches!(DataDir::open(scratch.path(), FIRST, TOKEN, &first()), Err(DataDirError::NotOurs(_))));
     }
 
     #[test]
     fn damage_and_other_versions_are_named() {
         let scratch = tempfile::tempdir().unwrap();
-        drop(DataDir::open(scratch.path(), FIRST, TOKEN).unwrap());
+        drop(DataDir::open(scratch.path(), FIRST, TOKEN, &first()).unwrap());
         let path = scratch.path().join(IDENTITY);
         let good = fs::read_to_string(&path).unwrap();
         for bad in ["", "tenure-data 3\n", &good.replace("8e9e", "8e9f"), &good[..good.len() - 1]] {
             fs::write(&path, bad).unwrap();
-            assert!(matches!(DataDir::open(scratch.path(), FIRST, TOKEN), Err(DataDirError::Damaged(_))), "{bad:?}");
+            assert!(
+                matches!(DataDir::open(scratch.path(), FIRST, TOKEN, &first()), Err(DataDirError::Damaged(_))),
+                "{bad:?}"
+            );
         }
         for (version, unknown) in [("0", "0"), ("4", "4"), ("x y", "x y")] {
             fs::write(&path, good.replace("tenure-data 3", &format!("tenure-data {version}"))).unwrap();
-            let error = DataDir::open(scratch.path(), FIRST, TOKEN).unwrap_err();
+            let error = DataDir::open(scratch.path(), FIRST, TOKEN, &first()).unwrap_err();
             assert!(matches!(&error, DataDirError::UnknownVersion { version, .. } if version == unknown), "{error}");
         }
     }
@@ -326,7 +419,8 @@ mod tests {
             fs::write(&path, text).unwrap();
             assert_eq!(DataDir::identity_in(scratch.path(), TOKEN).unwrap(), Some(FIRST));
             assert_eq!(fs::read_to_string(&path).unwrap(), text, "only asked");
-            let opened = DataDir::open(scratch.path(), Identity { member_id: 1, cluster_id: 2 }, TOKEN).unwrap();
+            let opened =
+                DataDir::open(scratch.path(), Identity { member_id: 1, cluster_id: 2 }, TOKEN, &first()).unwrap();
             assert_eq!(opened.identity(), FIRST);
             assert_eq!(read_identity(scratch.path()).unwrap(), Some(Written { version: 3, identity: FIRST, token }));
         }
@@ -335,7 +429,7 @@ mod tests {
     #[test]
     fn another_clusters_token_is_refused() {
         let scratch = tempfile::tempdir().unwrap();
-        drop(DataDir::open(scratch.path(), FIRST, "one\ntwo ä").unwrap());
+        drop(DataDir::open(scratch.path(), FIRST, "one\ntwo ä", &first()).unwrap());
         for token in ["one\ntwo ä", CLUSTER_TOKEN_DEFAULT] {
             assert_eq!(DataDir::identity_in(scratch.path(), token).unwrap(), Some(FIRST));
         }

@@ -194,6 +194,15 @@ impl Member {
         self.arguments = arguments;
     }
 
+    /// From its next start on it is not given these any more, by their names.
+    pub fn forget_flags(&mut self, names: &[&str]) {
+        let is_one = |flag: &String| {
+            let name = flag.trim_start_matches('-').split('=').next().unwrap_or_default();
+            names.contains(&name)
+        };
+        self.arguments.retain(|flag| !is_one(flag));
+    }
+
     /// From its next start on.
     pub fn tell(&mut self, told: Told) {
         self.told = told;

@@ -119,6 +119,60 @@ async fn members_are_told_by_variables_and_by_files_too() {
     }
 }
 
+// The flags that say how to begin are for the beginning. After a crash the state may hold nothing yet, the log all.
+#[tokio::test(flavor = "multi_thread")]
+async fn members_that_crash_early_start_without_the_flags_they_began_with() {
+    const BEGIN: &[&str] = &["initial-advertise-peer-urls", "initial-cluster"];
+    let dir = tempfile::tempdir().unwrap();
+    let mut cluster = Cluster::new("http", 4, dir.path(), &[]);
+    let urls: Vec<String> = cluster.members.iter().map(|member| member.peer_url.clone()).collect();
+    let initial = |count: usize| {
+        let pairs = urls[..count].iter().enumerate().map(|(at, url)| format!("m{at}={url}"));
+        format!("--initial-cluster={}", pairs.collect::<Vec<_>>().join(","))
+    };
+    let (joining, founders) = cluster.members.split_last_mut().unwrap();
+    founders.iter_mut().for_each(|member| member.spawn_with(&[&initial(3)]));
+    founders.iter_mut().for_each(Member::wait_until_ready);
+    put(&founders[0], "k", "v").await;
+    let add = pb::MemberAddRequest { peer_ur_ls: vec![joining.peer_url.clone()], is_learner: false };
+    let _: pb::MemberAddResponse = ask(&founders[0], "/etcdserverpb.Cluster/MemberAdd", &add).await;
+    // Its id says nothing of its URLs.
+    for _ in 0..2 {
+        joining.start_with(&[&initial(4), "--initial-cluster-state=existing"]);
+        assert_eq!(get(joining, "k").await.as_deref(), Some("v"));
+        joining.kill();
+    }
+    for member in &mut cluster.members {
+        member.kill();
+        member.forget_flags(BEGIN);
+        member.start();
+        assert_eq!(get(member, "k").await.as_deref(), Some("v"));
+    }
+    // Whoever is moved says where it is now.
+    let everybody = pb::MemberListRequest { linearizable: true };
+    let list: pb::MemberListResponse = ask(&cluster.members[0], "/etcdserverpb.Cluster/MemberList", &everybody).await;
+    let id = list.members.iter().find(|member| member.peer_ur_ls == urls[..1]).unwrap().id;
+    let elsewhere = urls[0].replace("127.0.0.1", "127.0.0.3");
+    let update = pb::MemberUpdateRequest { id, peer_ur_ls: vec![elsewhere.clone()] };
+    let _: pb::MemberUpdateResponse = ask(&cluster.members[0], "/etcdserverpb.Cluster/MemberUpdate", &update).await;
+    let member = &mut cluster.members[0];
+    member.kill();
+    member.start_with(&[
+        &format!("--listen-peer-urls={elsewhere}"),
+        &format!("--initial-advertise-peer-urls={elsewhere}"),
+        &format!("--initial-cluster=m0={elsewhere}"),
+    ]);
+    assert_eq!(get(member, "k").await.as_deref(), Some("v"));
+    // All at once, so that each has to find the others by itself.
+    cluster.members.iter_mut().for_each(Member::kill);
+    let (moved, others) = cluster.members.split_first_mut().unwrap();
+    moved.spawn_with(&[&format!("--listen-peer-urls={elsewhere}")]);
+    others.iter_mut().for_each(|member| member.spawn_with(&[]));
+    moved.wait_until_ready();
+    others.iter_mut().for_each(Member::wait_until_ready);
+    assert_eq!(get(moved, "k").await.as_deref(), Some("v"));
+}
+
 // Charts of hosted control planes set auto-compaction: old revisions go then, on every member, and the newest stay.
 #[tokio::test(flavor = "multi_thread")]
 async fn old_revisions_go_by_themselves() {

@@ -1,8 +1,9 @@
 //! How a member comes to know who it is: from its data, from the first configuration of a new cell, or from the members of
 //! the cell that it joins (contract 1.4, 4.1).
 //!
-//! Once a data directory has an identity, that is who the member is: flags that say how to begin are for the beginning. But if
-//! they name members of another cell, or another token, the directory is in the wrong place, and the member refuses to start.
+//! Once a data directory has an identity, that is who the member is: flags that say how to begin are for the beginning, and need not be
+//! given again. But if they name members of another cell, or another token, the directory is in the wrong place, and the member refuses
+//! to start.
 
 use std::time::Duration;
 
@@ -10,7 +11,7 @@ use prost::Message as _;
 use tenure_raft_server::transport::peers::{PeerIdentity, PeersConfig, call_url, is_of_other_cluster};
 
 use super::CellConfig;
-use crate::data_dir::{DataDir, DataDirError, Identity};
+use crate::data_dir::{DataDir, DataDirError, First, Identity};
 use crate::ids;
 use crate::proto::cell::CellMembers;
 
@@ -67,10 +68,16 @@ pub enum BootstrapError {
 /// What a member begins with.
 pub(super) struct Beginning {
     pub(super) identity: Identity,
-    /// Who votes in a new group; empty if the group exists. Of no meaning when there is data.
-    pub(super) voters: Vec<u64>,
-    /// Whom to talk to before the state says it.
-    pub(super) members: Vec<(u64, Vec<String>)>,
+    /// Whom to talk to before the state says it, and who votes in a new group.
+    pub(super) first: First,
+}
+
+impl Beginning {
+    /// Empty if the group exists. Of no meaning when there is data.
+    pub(super) fn voters(&self) -> Vec<u64> {
+        let all = self.first.members.iter().map(|(id, _)| *id);
+        all.filter(|_| self.first.is_new_cell).collect()
+    }
 }
 
 /// Finds out.
@@ -83,10 +90,15 @@ pub(super) async fn beginning(config: &CellConfig, peers: &PeersConfig) -> Resul
         cluster.iter().map(|(_, urls)| (ids::member_id(urls, &config.cluster_token), urls.clone())).collect();
     if let Some(identity) = DataDir::identity_in(&config.data_dir, &config.cluster_token)? {
         check_not_among_strangers(config, peers, identity, &cluster).await?;
-        // Of use only if a crash came between the identity and the log.
-        let computed_ids: Vec<u64> = computed.iter().map(|(id, _)| *id).collect();
-        let is_first = config.cluster_state == ClusterState::New && computed_ids.contains(&identity.member_id);
-        return Ok(Beginning { identity, voters: if is_first { computed_ids } else { Vec::new() }, members: computed });
+        let first = match DataDir::first_in(&config.data_dir)? {
+            Some(first) => first,
+            // Of an earlier release: what the flags say, if they are those it began with.
+            None if computed.iter().any(|(id, _)| *id == identity.member_id) => {
+                First { is_new_cell: config.cluster_state == ClusterState::New, members: computed }
+            }
+            None => First { is_new_cell: false, members: Vec::new() },
+        };
+        return Ok(Beginning { identity, first });
     }
     check(config, &cluster)?;
     let own_urls = sorted(&config.names.peer_urls);
@@ -104,7 +116,8 @@ pub(super) async fn beginning(config: &CellConfig, peers: &PeersConfig) -> Resul
                 }
                 check_not_bootstrapped(&found, member_id)?;
             }
-            Ok(Beginning { identity: Identity { member_id, cluster_id }, voters, members: computed })
+            let first = First { is_new_cell: true, members: computed };
+            Ok(Beginning { identity: Identity { member_id, cluster_id }, first })
         }
         ClusterState::Existing => {
             let found = ask(peers, &others).await.map_err(BootstrapError::NobodyAnswers)?;
@@ -127,7 +140,7 @@ pub(super) async fn beginning(config: &CellConfig, peers: &PeersConfig) -> Resul
             check_not_bootstrapped(&found, own.id)?;
             let identity = Identity { member_id: own.id, cluster_id: found.cluster_id };
             let members = found.members.iter().map(|member| (member.id, member.peer_urls.clone())).collect();
-            Ok(Beginning { identity, voters: Vec::new(), members })
+            Ok(Beginning { identity, first: First { is_new_cell: false, members } })
         }
     }
 }
@@ -165,8 +178,9 @@ pub(super) fn check_not_another(
     identity: Identity,
     known: &[(u64, Vec<String>)],
 ) -> Result<(), BootstrapError> {
-    // Whoever is left of a lost majority is begun with where there is a machine for it.
-    if config.force_new_cluster {
+    // Whoever is left of a lost majority is begun with where there is a machine for it. And of no flags nothing follows.
+    let is_said = !config.initial_cluster.is_empty() || config.names.peer_urls != [ids::PEER_URL_DEFAULT];
+    if config.force_new_cluster || !is_said {
         return Ok(());
     }
     let given = sorted(&config.names.peer_urls);
