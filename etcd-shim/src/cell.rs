@@ -1062,14 +1062,24 @@ async fn compact_old(cell: Weak<Inner>, kept: AutoCompaction) {
 async fn watch_disk(cell: Weak<Inner>) {
     let mut look = tokio::time::interval(disk::LOOK_PERIOD);
     look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    // When all disks are full, whom it is handed to hands it on. Whoever leads has to lead for a while, or no lease ends, and what could
+    // give room back stays.
     let mut handed_over: Option<Instant> = None;
+    let mut pause = disk::HAND_OVER_PERIOD;
     loop {
         look.tick().await;
         let Some(cell) = cell.upgrade() else { return };
         cell.disk.look();
+        if !cell.disk.is_full() {
+            (handed_over, pause) = (None, disk::HAND_OVER_PERIOD);
+            continue;
+        }
         let status = cell.raft.status();
-        let is_due = handed_over.is_none_or(|before| before.elapsed() >= disk::HAND_OVER_PERIOD);
-        if cell.disk.is_full() && status.is_leader && status.voters > 1 && is_due {
+        let is_due = handed_over.is_none_or(|before| before.elapsed() >= pause);
+        if status.is_leader && status.voters > 1 && is_due {
+            if handed_over.is_some() {
+                pause = (2 * pause).min(disk::HAND_OVER_PERIOD_MAX);
+            }
             handed_over = Some(Instant::now());
             cell.raft.transfer_leadership(0);
         }

@@ -32,6 +32,9 @@ pub const LOOK_PERIOD: Duration = Duration::from_millis(500);
 /// How often a full member tries to get rid of the leadership.
 pub const HAND_OVER_PERIOD: Duration = Duration::from_secs(10);
 
+/// The same when it comes back again and again, because the others are full too.
+pub const HAND_OVER_PERIOD_MAX: Duration = Duration::from_secs(3600);
+
 /// What is known of the disk.
 #[derive(Debug)]
 pub struct Disk {

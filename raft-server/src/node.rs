@@ -71,7 +71,7 @@ pub(crate) enum Event<R> {
     /// The snapshot that was announced is the state now.
     Installed,
     /// A snapshot of the state as of this index was written, or could not be.
-    SnapshotMade(Result<(u64, PathBuf), Fault>),
+    SnapshotMade(Result<(u64, PathBuf, u64), Fault>),
     /// What a peer offered is here, or could not be had.
     Fetched {
         offer: SnapshotOffer,
@@ -152,6 +152,8 @@ pub(crate) struct Snapshots {
     pub(crate) offer_ticks: usize,
     /// What is being fetched, and raft's message that offered it.
     pub(crate) fetching: Option<(SnapshotOffer, Box<Message>)>,
+    /// What there is of one that could not be fetched whole.
+    pub(crate) part: Option<PathBuf>,
     /// What raft is about to hear of.
     pub(crate) fetched: Option<SnapshotOffer>,
     /// The `Ready` that waits for the snapshot to be installed.
@@ -339,8 +341,8 @@ impl<R: Send + 'static> Node<R> {
             let catchup = self.config.log_catchup_bytes;
             let newest = self.raw.raft.raft_log.applied.saturating_sub(self.config.log_catchup_entries);
             through = through.min(newest.max(self.log.index_before_last(catchup)));
-            if let Some(at) = self.log.outgoing.at() {
-                let kept = catchup.max(self.config.log_bytes_flush) * snapshot::KEPT_FOR_SNAPSHOT;
+            if let Some((at, bytes)) = self.log.outgoing.at() {
+                let kept = bytes.max(catchup.max(self.config.log_bytes_flush) * snapshot::KEPT_FOR_SNAPSHOT);
                 through = through.min(at.index.max(self.log.index_before_last(kept)));
             }
         }
@@ -656,6 +658,9 @@ impl<R: Send + 'static> Node<R> {
             }
             snapshot::remove(&before.path);
         }
+        if let Some(part) = self.snapshots.part.take_if(|part| *part != offer.path) {
+            snapshot::remove(&part);
+        }
         tracing::info!(from = offer.from, index = at.index, "fetch a snapshot");
         self.snapshots.fetching = Some((offer.clone(), message));
         self.transport.fetch(offer);
@@ -667,8 +672,11 @@ impl<R: Send + 'static> Node<R> {
         };
         if !complete {
             tracing::warn!(from = offer.from, index = offer.at.index, "a snapshot could not be fetched");
+            // It may be offered again, and its bytes be what is missing on the disk.
+            self.snapshots.part = Some(offer.path);
             return;
         }
+        self.snapshots.part = None;
         self.snapshots.fetched = Some(offer);
         self.step(*message);
         if self.raw.raft.raft_log.unstable_snapshot().is_none()
@@ -718,7 +726,7 @@ impl<R: Send + 'static> Node<R> {
             // Whatever happens to it, raft's thread must hear that it is over.
             let written = std::panic::catch_unwind(AssertUnwindSafe(|| snapshotter.write_to(&path)));
             let written = written.unwrap_or_else(|_| Err(Fault::Engine("writing a snapshot panicked".to_owned())));
-            let written = written.map(|index| (index, path.clone()));
+            let written = written.map(|index| (index, path.clone(), snapshot::bytes_in(&path)));
             if written.is_err() {
                 snapshot::remove(&path);
             }
@@ -733,9 +741,9 @@ impl<R: Send + 'static> Node<R> {
         }
     }
 
-    fn on_snapshot_made(&mut self, made: Result<(u64, PathBuf), Fault>) -> Result<(), Fault> {
+    fn on_snapshot_made(&mut self, made: Result<(u64, PathBuf, u64), Fault>) -> Result<(), Fault> {
         self.snapshots.making = false;
-        let (index, path) = match made {
+        let (index, path, bytes) = match made {
             Ok(made) => made,
             Err(fault) => {
                 // Raft asks again.
@@ -749,7 +757,7 @@ impl<R: Send + 'static> Node<R> {
             Some(term) if self.conf.index <= index => {
                 let at = Position { index, term };
                 self.snapshots.idle_ticks = 0;
-                self.log.outgoing.set(Some(OutgoingSnapshot { at, conf: self.conf.clone(), path }));
+                self.log.outgoing.set(Some(OutgoingSnapshot { at, conf: self.conf.clone(), path, bytes }));
             }
             // Members changed meanwhile, or the log was replaced; raft asks again.
             Some(_) | None => snapshot::remove(&path),

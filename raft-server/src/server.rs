@@ -188,6 +188,7 @@ pub(crate) fn assemble<S: StateMachine>(
             idle_ticks: 0,
             offer_ticks: 0,
             fetching: None,
+            part: None,
             fetched: None,
             installing: None,
         },

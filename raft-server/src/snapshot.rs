@@ -12,7 +12,9 @@
 //!
 //! Bounds: one outgoing snapshot and one incoming at a time. An outgoing one is removed when nobody was in need of it for
 //! [`IDLE_TICKS`]; while it is offered, the log keeps the entries after it, up to [`KEPT_FOR_SNAPSHOT`] times what it keeps
-//! anyway: a member that fetches for longer than that gets another.
+//! anyway, or the snapshot's own bytes if those are more: so a member that fetches at least as fast as clients write needs no other, however
+//! much there is to fetch, and the log takes no more than the state. What was fetched of one that is not complete is kept until another is
+//! offered.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -50,6 +52,14 @@ pub struct OutgoingSnapshot {
     pub at: Position,
     pub(crate) conf: Conf,
     pub path: PathBuf,
+    /// Of all its files.
+    pub(crate) bytes: u64,
+}
+
+/// Bytes of the files in a directory, as far as they can be seen.
+pub(crate) fn bytes_in(dir: &Path) -> u64 {
+    let files = std::fs::read_dir(dir).into_iter().flatten().flatten();
+    files.filter_map(|file| file.metadata().ok()).map(|metadata| metadata.len()).sum()
 }
 
 impl Drop for OutgoingSnapshot {
@@ -152,8 +162,9 @@ impl Outgoing {
         drop(before);
     }
 
-    pub(crate) fn at(&self) -> Option<Position> {
-        self.state.lock().ready.as_ref().map(|ready| ready.at)
+    /// Where the snapshot is in the log, and its bytes.
+    pub(crate) fn at(&self) -> Option<(Position, u64)> {
+        self.state.lock().ready.as_ref().map(|ready| (ready.at, ready.bytes))
     }
 
     /// The one of that name.
@@ -169,7 +180,7 @@ mod tests {
     fn outgoing(index: u64, dir: &Path) -> OutgoingSnapshot {
         let mut conf = Conf { index, ..Conf::default() };
         conf.state.learners.push(9);
-        OutgoingSnapshot { at: Position { index, term: 1 }, conf, path: dir.join(format!("out-{index}")) }
+        OutgoingSnapshot { at: Position { index, term: 1 }, conf, path: dir.join(format!("out-{index}")), bytes: 0 }
     }
 
     // Raft asks at each heartbeat, and a copy of a large state takes longer than that.

@@ -29,9 +29,8 @@ pub(crate) fn apply(membership: &mut Membership, command: MembersCommand) -> Res
             if membership.removed.binary_search(&id).is_ok() {
                 return Err(Refusal::MemberExists);
             }
-            if membership.members.iter().any(|member| member.peer_urls.iter().any(|url| peer_urls.contains(url))) {
-                return Err(Refusal::PeerUrlExists);
-            }
+            // URLs were looked at before raft was asked. If another member has taken one since, it is told all the same: raft counts the
+            // new one already.
             membership.members.insert(place, Member { id, peer_urls, is_learner, ..Member::default() });
             Ok(vec![id])
         }
@@ -89,8 +88,10 @@ mod tests {
         let add = |id, host| MembersCommand::Add { id, peer_urls: url(host), is_learner: true };
         assert_eq!(apply(&mut all, add(2, "b")), Ok(vec![2]));
         assert_eq!(apply(&mut all, add(2, "d")), Err(Refusal::MemberExists));
-        assert_eq!(apply(&mut all, add(4, "c")), Err(Refusal::PeerUrlExists));
-        assert_eq!(all.members.iter().map(|member| member.id).collect::<Vec<_>>(), [1, 2, 3]);
+        // Raft has it by now: it must be known, so that it can be removed again.
+        assert_eq!(apply(&mut all, add(4, "c")), Ok(vec![4]));
+        assert_eq!(all.members.iter().map(|member| member.id).collect::<Vec<_>>(), [1, 2, 3, 4]);
+        assert_eq!(apply(&mut all, MembersCommand::Remove { id: 4 }), Ok(vec![4]));
         assert_eq!(apply(&mut all, MembersCommand::Promote { id: 2 }), Ok(vec![2]));
         assert_eq!(apply(&mut all, MembersCommand::Promote { id: 2 }), Err(Refusal::MemberNotLearner));
         let taken = MembersCommand::SetPeerUrls { id: 2, peer_urls: url("a") };

@@ -45,6 +45,9 @@ const GIVEN_UP: u64 = 2;
 /// A link that brings nothing for so long is given up: nobody else would notice that it hangs.
 const CHUNK_WITHIN: Duration = Duration::from_secs(10);
 
+/// Bytes of the disk that a fetch leaves alone: members write their log there, and stop when they cannot.
+const LEFT_BYTES: u64 = 256 << 20;
+
 /// Pause between attempts.
 const PAUSE: Duration = Duration::from_millis(250);
 
@@ -139,6 +142,7 @@ fn chunks(
 pub(super) async fn run(inner: Weak<Inner>, offer: SnapshotOffer, urls: Vec<String>) {
     let mut attempts = 0;
     let mut had_bytes = 0;
+    let from = format!("{:x}", offer.from);
     let stats = inner.upgrade().and_then(|inner| inner.stats_of(offer.from)).unwrap_or_default();
     stats.received_snapshots.begin();
     let complete = loop {
@@ -147,8 +151,19 @@ pub(super) async fn run(inner: Weak<Inner>, offer: SnapshotOffer, urls: Vec<Stri
         match attempt(&inner, &offer, &url).await {
             Ok(()) => break true,
             Err(CallError::Refused(status)) if status.code() == Code::NotFound => break false,
+            Err(CallError::Refused(status)) if status.code() == Code::ResourceExhausted => {
+                tracing::warn!(from, error = status.message(), "fetch a snapshot");
+                // Whatever there is of it is needed more.
+                if let Err(error) = tokio::fs::remove_dir_all(&offer.path).await {
+                    tracing::warn!(path = %offer.path.display(), %error, "remove a part of a snapshot");
+                }
+                break false;
+            }
             Err(error) => {
-                tracing::debug!(from = format!("{:x}", offer.from), %error, "fetch a snapshot");
+                tracing::debug!(from, %error, "fetch a snapshot");
+                if attempts + 1 == ATTEMPTS_MAX {
+                    tracing::warn!(from, %error, "fetch a snapshot");
+                }
                 let has_bytes = bytes_in(&offer.path).await;
                 attempts = if has_bytes > had_bytes { 0 } else { attempts + 1 };
                 had_bytes = has_bytes;
@@ -171,7 +186,7 @@ pub(super) async fn run(inner: Weak<Inner>, offer: SnapshotOffer, urls: Vec<Stri
     .await;
     let url = urls.get(attempts as usize % urls.len().max(1)).cloned().unwrap_or_default();
     if let Err(error) = tell(&inner, &offer, &url, complete).await {
-        tracing::debug!(from = format!("{:x}", offer.from), %error, "tell how fetching a snapshot ended");
+        tracing::debug!(from, %error, "tell how fetching a snapshot ended");
     }
 }
 
@@ -210,19 +225,18 @@ async fn attempt(inner: &Inner, offer: &SnapshotOffer, url: &str) -> Result<(), 
     tokio::fs::create_dir_all(&offer.path).await.map_err(own)?;
     let mut chunks = source.ask(LIST, "").await?;
     let files = parse_list(next_chunk(&mut chunks).await?)?;
+    check_room(&offer.path, files.iter().map(|(_, length)| length).sum()).await?;
     for (name, length) in &files {
         let mut file = OpenOptions::new().create(true).append(true).open(offer.path.join(name)).await.map_err(own)?;
         let mut have = file.metadata().await.map_err(own)?.len();
         if have < *length {
-            let mut chunks = source.ask(have, name).await?;
-            while have < *length {
-                let bytes = next_chunk(&mut chunks).await?;
-                file.write_all(&bytes).await.map_err(own)?;
-                have += bytes.len() as u64;
-            }
+            let copied = copy_rest(&mut source, name, &mut file, &mut have, *length).await;
+            // Also of one that is cut off, which goes on where the file ends: no write may be under way then.
             file.flush().await.map_err(own)?;
+            copied?;
         }
-        if have != *length {
+        let is_whole = have == *length && file.metadata().await.map_err(own)?.len() == *length;
+        if !is_whole {
             // Of another snapshot: it is fetched anew.
             tokio::fs::remove_file(offer.path.join(name)).await.map_err(own)?;
             return Err(CallError::Unreachable("a file is longer than it is offered".to_owned()));
@@ -231,6 +245,40 @@ async fn attempt(inner: &Inner, offer: &SnapshotOffer, url: &str) -> Result<(), 
     }
     let directory = File::open(&offer.path).await.map_err(own)?;
     directory.sync_all().await.map_err(own)
+}
+
+/// Appends to a file that has `have` bytes what there is of it up to `length`.
+async fn copy_rest(
+    source: &mut Source<'_>,
+    name: &str,
+    file: &mut File,
+    have: &mut u64,
+    length: u64,
+) -> Result<(), CallError> {
+    let mut chunks = source.ask(*have, name).await?;
+    while *have < length {
+        let bytes = next_chunk(&mut chunks).await?;
+        let written = file.write_all(&bytes).await;
+        written.map_err(|error| CallError::Unreachable(format!("write a snapshot: {error}")))?;
+        *have += bytes.len() as u64;
+    }
+    Ok(())
+}
+
+/// Whether the disk has room for a directory of so many bytes, and for what it is for besides.
+///
+/// # Errors
+/// [`CallError::Refused`].
+async fn check_room(dir: &Path, bytes: u64) -> Result<(), CallError> {
+    let missing = bytes.saturating_sub(bytes_in(dir).await);
+    let Ok(disk) = rustix::fs::statvfs(dir) else { return Ok(()) };
+    let free = disk.f_bavail.saturating_mul(disk.f_frsize);
+    if missing == 0 || missing.saturating_add(LEFT_BYTES) <= free {
+        return Ok(());
+    }
+    let text =
+        format!("the disk has no room: {missing} bytes are missing, {free} free, of which {LEFT_BYTES} are kept");
+    Err(CallError::Refused(Status::resource_exhausted(text)))
 }
 
 async fn next_chunk(chunks: &mut tonic::Streaming<Bytes>) -> Result<Bytes, CallError> {
@@ -280,7 +328,7 @@ mod tests {
         let bytes: Vec<u8> = (0..5 * CHUNK_BYTES / 2).map(|at| (at / 1_000) as u8).collect();
         std::fs::write(path.join("file"), &bytes).unwrap();
         let file = File::open(path.join("file")).await.unwrap();
-        let snapshot = OutgoingSnapshot { at: Position { index: 7, term: 1 }, conf: Conf::default(), path };
+        let snapshot = OutgoingSnapshot { at: Position { index: 7, term: 1 }, conf: Conf::default(), path, bytes: 0 };
 
         let began = tokio::time::Instant::now();
         let mut sent = Box::pin(chunks(file, Arc::new(snapshot), BYTES_PER_SECOND));
