@@ -66,7 +66,8 @@ where
     B: http_body::Body + Send + 'static,
     B::Error: Into<StdError> + Send + 'static,
 {
-    if let Some(refusal) = refuse(&request) {
+    let timeout = request.headers().get(GRPC_TIMEOUT).map(timeout).transpose();
+    if let Some(refusal) = refuse(&request).or_else(|| Some(refuse_timeout(timeout.as_ref().err()?))) {
         running.end(Status::from_header_map(refusal.headers()).map_or(Code::Unknown, |status| status.code()));
         return refusal;
     }
@@ -76,11 +77,11 @@ where
     }
     let uri = request.uri().clone();
     let content_type = request.headers().get(header::CONTENT_TYPE).cloned();
-    let deadline =
-        request.headers().get(GRPC_TIMEOUT).and_then(timeout).and_then(|timeout| Instant::now().checked_add(timeout));
+    let deadline = timeout.ok().flatten().and_then(|timeout| Instant::now().checked_add(timeout));
     let answer = router.call(request);
     let response = match deadline {
         None => answer.await,
+        Some(deadline) if deadline <= Instant::now() => Ok(deadline_exceeded().into_http()),
         Some(deadline) => match tokio::time::timeout_at(deadline, answer).await {
             Ok(response) => response,
             Err(_) => Ok(deadline_exceeded().into_http()),
@@ -100,21 +101,36 @@ const GRPC_ENCODING: HeaderName = HeaderName::from_static("grpc-encoding");
 const GRPC_ACCEPT_ENCODING: HeaderName = HeaderName::from_static("grpc-accept-encoding");
 const GRPC_TIMEOUT: HeaderName = HeaderName::from_static("grpc-timeout");
 
-/// gRPC's timeouts: up to eight digits and a unit. Others are none.
-fn timeout(value: &HeaderValue) -> Option<Duration> {
-    let (unit, digits) = value.as_bytes().split_last()?;
-    let digits = std::str::from_utf8(digits).ok().filter(|digits| (1..=8).contains(&digits.len()))?;
-    let count: u32 = digits.parse().ok()?;
+/// gRPC's timeouts: up to eight digits and a unit.
+///
+/// # Errors
+/// What is wrong with it, in the words of etcd's gRPC library.
+fn timeout(value: &HeaderValue) -> Result<Duration, String> {
+    let text = String::from_utf8_lossy(value.as_bytes());
+    if text.len() < 2 {
+        return Err(format!("transport: timeout string is too short: {text:?}"));
+    }
+    if text.len() > 9 {
+        return Err(format!("transport: timeout string is too long: {text:?}"));
+    }
+    let not_recognized = || format!("transport: timeout unit is not recognized: {text:?}");
+    let (digits, unit) = text.split_at_checked(text.len() - 1).ok_or_else(not_recognized)?;
     let one = match unit {
-        b'H' => Duration::from_secs(3600),
-        b'M' => Duration::from_secs(60),
-        b'S' => Duration::from_secs(1),
-        b'm' => Duration::from_millis(1),
-        b'u' => Duration::from_micros(1),
-        b'n' => Duration::from_nanos(1),
-        _ => return None,
+        "H" => Duration::from_secs(3600),
+        "M" => Duration::from_secs(60),
+        "S" => Duration::from_secs(1),
+        "m" => Duration::from_millis(1),
+        "u" => Duration::from_micros(1),
+        "n" => Duration::from_nanos(1),
+        _ => return Err(not_recognized()),
     };
-    one.checked_mul(count)
+    let is_number = digits.bytes().all(|byte| byte.is_ascii_digit());
+    let count = digits.parse::<u32>().ok().filter(|_| is_number);
+    Ok(one * count.ok_or_else(|| format!("strconv.ParseUint: parsing {digits:?}: invalid syntax"))?)
+}
+
+fn refuse_timeout(error: &str) -> Response<Body> {
+    http_refusal(StatusCode::BAD_REQUEST, Status::internal(format!("malformed grpc-timeout: {error}")))
 }
 
 fn deadline_exceeded() -> Status {
@@ -286,15 +302,16 @@ mod tests {
     #[test]
     fn timeouts_are_grpcs() {
         for (text, wanted) in [
-            ("1n", Some(Duration::from_nanos(1))),
-            ("34S", Some(Duration::from_secs(34))),
-            ("99999999H", Some(Duration::from_secs(99_999_999 * 3600))),
-            ("100000000m", None),
-            ("5", None),
-            ("S", None),
-            ("1x", None),
+            ("1n", Ok(Duration::from_nanos(1))),
+            ("34S", Ok(Duration::from_secs(34))),
+            ("99999999H", Ok(Duration::from_secs(99_999_999 * 3600))),
+            ("100000000m", Err("transport: timeout string is too long: \"100000000m\"")),
+            ("5", Err("transport: timeout string is too short: \"5\"")),
+            ("", Err("transport: timeout string is too short: \"\"")),
+            ("1x", Err("transport: timeout unit is not recognized: \"1x\"")),
+            ("+5S", Err("strconv.ParseUint: parsing \"+5\": invalid syntax")),
         ] {
-            assert_eq!(timeout(&HeaderValue::from_static(text)), wanted, "{text}");
+            assert_eq!(timeout(&HeaderValue::from_static(text)), wanted.map_err(str::to_string), "{text}");
         }
     }
 

@@ -120,8 +120,10 @@ async fn run(flags: Flags) -> anyhow::Result<()> {
     }
     let mut terminate = signal(SignalKind::terminate()).context("watch for SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("watch for SIGINT")?;
-    // As etcd does not end with it. Once it was asked for, it does nothing for as long as the process lives.
-    drop(signal(SignalKind::user_defined1()).context("watch for SIGUSR1")?);
+    // As etcd does not end with them. Once they were asked for, they do nothing for as long as the process lives.
+    for harmless in [SignalKind::user_defined1(), SignalKind::user_defined2(), SignalKind::alarm()] {
+        drop(signal(harmless).context("watch for a signal")?);
+    }
     // A member may wait for the others for as long as it takes; it stops when it is told to.
     let tenure = tokio::select! {
         tenure = builder(flags).start() => tenure?,
