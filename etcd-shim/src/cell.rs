@@ -867,7 +867,9 @@ impl Inner {
         if self.disk.is_full() && command.quota_cost_bytes() > 0 {
             return Err(Refusal::NoSpace.into());
         }
+        let unseen_bytes = command.unseen_bytes();
         let envelope = Envelope { tenant, member_id: self.identity().member_id, command }.encode();
+        let cost_bytes = envelope.len() + unseen_bytes;
         let deadline = Instant::now() + self.request_timeout;
         // As in etcd, a write without a leader waits for one, as long as it may, and is said to have found none, or to have been given
         // to one that did not get it through.
@@ -875,7 +877,7 @@ impl Inner {
         let written = async {
             match term {
                 Some(term) => self.raft.propose_in_term(term, lane, envelope).await,
-                None => self.raft.propose(lane, envelope).await,
+                None => self.raft.propose_counted(lane, envelope, cost_bytes).await,
             }
         };
         match timeout_at(deadline, written).await {

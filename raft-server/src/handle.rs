@@ -89,6 +89,14 @@ impl<R: Send + 'static> Handle<R> {
         self.enqueue(lane, command, None)?.await
     }
 
+    /// As [`Handle::propose`], for who knows what [`Config::cost_bytes`](crate::Config::cost_bytes) says of the command.
+    ///
+    /// # Errors
+    /// As [`Handle::propose`].
+    pub async fn propose_counted(&self, lane: u32, command: Bytes, cost_bytes: usize) -> Result<R, ProposeError> {
+        self.enqueue_counted(lane, command, cost_bytes, None)?.await
+    }
+
     /// As [`Handle::propose`], for what only the leader of one term may decide: the command is proposed by this member in that term,
     /// or never.
     ///
@@ -107,6 +115,17 @@ impl<R: Send + 'static> Handle<R> {
     }
 
     pub(crate) fn enqueue(&self, lane: u32, command: Bytes, only_in: Option<u64>) -> Result<Pending<R>, ProposeError> {
+        let cost_bytes = (self.limits.cost_bytes)(&command);
+        self.enqueue_counted(lane, command, cost_bytes, only_in)
+    }
+
+    fn enqueue_counted(
+        &self,
+        lane: u32,
+        command: Bytes,
+        cost_bytes: usize,
+        only_in: Option<u64>,
+    ) -> Result<Pending<R>, ProposeError> {
         let refused = |error| {
             self.shared.metrics.proposals_failed.fetch_add(1, Ordering::Relaxed);
             Err(error)
@@ -118,7 +137,6 @@ impl<R: Send + 'static> Handle<R> {
             return refused(ProposeError::Stopped);
         }
         let (reply, receiver) = oneshot::channel();
-        let cost_bytes = (self.limits.cost_bytes)(&command);
         let ring = {
             let mut queue = self.shared.queue.lock();
             let before = queue.lanes.bytes();

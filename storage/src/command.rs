@@ -25,12 +25,11 @@ const UNSEEN_WORK_BYTES: usize = 1 << 20;
 /// What an encoded envelope counts for where commands are batched: its length, and an estimate of what it does beyond that. So few commands that
 /// do much get into one entry, which is applied as a whole, and few are on their way at a time.
 pub fn cost_bytes(encoded: &Bytes) -> usize {
-    let parts = match Envelope::decode(encoded.clone()) {
-        Ok(Envelope { command, .. }) => command.unseen_parts(),
+    match Envelope::decode(encoded.clone()) {
+        Ok(Envelope { command, .. }) => encoded.len() + command.unseen_bytes(),
         // Refused where it is applied.
-        Err(_) => 0,
-    };
-    encoded.len() + UNSEEN_WORK_BYTES * parts
+        Err(_) => encoded.len(),
+    }
 }
 
 /// A command with its addressee.
@@ -85,6 +84,11 @@ pub enum Command {
 }
 
 impl Command {
+    /// What [`cost_bytes`] adds to the length of an envelope with this command.
+    pub fn unseen_bytes(&self) -> usize {
+        UNSEEN_WORK_BYTES * self.unseen_parts()
+    }
+
     fn unseen_parts(&self) -> usize {
         match self {
             Command::Put(put) => usize::from(put.ignore_value),

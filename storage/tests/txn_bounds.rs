@@ -8,6 +8,8 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
+use tenure_storage::apply::ROUND_BYTES;
+use tenure_storage::command::cost_bytes;
 use tenure_storage::limits::{ALARMS_MAX, ROW_WORK_BYTES, TXN_REPLY_BYTES_MAX, TXN_ROWS_MAX};
 use tenure_storage::{
     AlarmKind, Command, Compare, CompareResult, CompareTarget, DeleteRangeRequest, Envelope, KeyRange, LeaseId,
@@ -152,4 +154,49 @@ fn alarms_have_a_bound() {
     }
     assert_eq!(machine.apply(tenant, alarm(ALARMS_MAX as u64)).result, Err(Refusal::TooManyAlarms));
     assert!(machine.apply(tenant, alarm(3)).result.is_ok(), "one that is set already");
+}
+
+/// Entries of a few bytes that copy large values, applied together: each round must end before it fills memory, at an entry, with all
+/// outcomes told once and in order.
+#[test]
+fn a_round_ends_when_it_has_changed_much() {
+    const VALUE_BYTES: usize = 1 << 20;
+    let (mut machine, tenant) = Machine::new();
+    machine.fill(tenant, 1, VALUE_BYTES);
+    let TxnOp::Put(large) = put("k00000000", 0) else { unreachable!("a put") };
+    let again = Command::Put(PutRequest { ignore_value: true, value: Bytes::new(), ..large });
+    let command = Envelope { tenant, member_id: 1, command: again }.encode();
+    assert!(cost_bytes(&command) > VALUE_BYTES, "it counts for what it writes");
+    let entries: Vec<_> = (1..=200).map(|n| (machine.index + n, vec![command.clone()])).collect();
+    let (mut applied, mut rounds, mut told) = (0, 0, Vec::new());
+    while applied < entries.len() {
+        let round = machine.machine.apply_round(&entries[applied..], |entry, place, of, outcome| {
+            assert_eq!((place, of), (0, tenant));
+            told.push((applied + entry, outcome.revision));
+        });
+        let round = round.unwrap();
+        assert!(round * VALUE_BYTES <= ROUND_BYTES + 2 * VALUE_BYTES, "{round} in one");
+        (applied, rounds) = (applied + round, rounds + 1);
+        assert_eq!(machine.machine.applied_index(), entries[applied - 1].0);
+    }
+    let first = told[0].1;
+    assert_eq!(told, (0..200).zip(first..).collect::<Vec<_>>());
+    assert!(rounds >= 3, "{rounds} rounds");
+}
+
+/// What lets few commands that do much into one entry.
+#[test]
+fn commands_count_for_what_they_do() {
+    let cost_of = |command| {
+        let encoded = Envelope { tenant: TenantId(1), member_id: 1, command }.encode();
+        cost_bytes(&encoded) - encoded.len()
+    };
+    let txn = |success: Vec<TxnOp>| Command::Txn(TxnRequest { success, ..TxnRequest::default() });
+    let single = TxnOp::Range(RangeRequest::new(KeyRange::Single(Bytes::from_static(b"k"))));
+    let many = TxnOp::Range(RangeRequest::new(everything()));
+    assert_eq!(cost_of(txn(vec![put("k", 100), single])), 0);
+    let one = cost_of(txn(vec![many.clone()]));
+    assert!(one >= 1 << 20);
+    assert_eq!(cost_of(txn(vec![many.clone(), nested(vec![many])])), 2 * one);
+    assert_eq!(cost_of(Command::DeleteRange(DeleteRangeRequest { range: everything(), prev_kv: false })), one);
 }

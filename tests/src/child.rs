@@ -105,3 +105,9 @@ impl Lines {
         }
     }
 }
+
+/// Sends a signal, by its name without `SIG`.
+pub(crate) fn signal(child: &Child, name: &str) {
+    let sent = Command::new("kill").args([format!("-{name}"), child.id().to_string()]).status().unwrap();
+    assert!(sent.success(), "kill -{name}");
+}

@@ -254,14 +254,14 @@ impl Member {
     /// SIGTERM; returns when it has ended, and whether it did so in good order.
     pub fn stop(&mut self) -> bool {
         let Some(mut child) = self.child.take() else { return false };
-        signal(&child, "TERM");
+        child::signal(&child, "TERM");
         child.wait().unwrap().success()
     }
 
     /// SIGSTOP, or SIGCONT.
     pub fn pause(&self, paused: bool) {
         if let Some(child) = &self.child {
-            signal(child, if paused { "STOP" } else { "CONT" });
+            child::signal(child, if paused { "STOP" } else { "CONT" });
         }
     }
 }
@@ -276,11 +276,6 @@ pub struct Ended {
 /// A line of the log that tells of no error.
 fn is_ordinary(line: &str) -> bool {
     line.starts_with('{') && !line.contains("\"level\":\"error\"")
-}
-
-fn signal(child: &Child, name: &str) {
-    let sent = Command::new("kill").args([format!("-{name}"), child.id().to_string()]).status().unwrap();
-    assert!(sent.success(), "kill -{name}");
 }
 
 impl Drop for Member {

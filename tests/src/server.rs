@@ -38,6 +38,11 @@ impl Server {
         Self::spawn(command, data_dir, tenants)
     }
 
+    /// SIGSTOP, or SIGCONT.
+    pub fn pause(&self, paused: bool) {
+        child::signal(&self.child, if paused { "STOP" } else { "CONT" });
+    }
+
     /// As [`Server::start`], with at most this many files and connections open.
     pub fn start_with_files(files_max: u32, data_dir: &Path, tenants: &[&str]) -> Server {
         let mut command = Command::new("sh");

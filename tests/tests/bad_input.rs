@@ -580,6 +580,31 @@ async fn refused_of_many(address: SocketAddr, method: &str, request: &impl Messa
     (unread, refused)
 }
 
+/// A server that was away for a moment finds hundreds of requests that were given up meanwhile, by clients that wait for its next answer on the
+/// same connection.
+#[tokio::test(flavor = "multi_thread")]
+async fn many_requests_given_up_at_once_end_no_connection() {
+    let scene = Scene::open().await;
+    let acme = Connection::open(scene.acme()).await;
+    acme.unary::<_, pb::PutResponse>(PUT, &put("k", "v")).await.unwrap();
+    let watch = acme.call(WATCH).await.unwrap();
+    scene.server.pause(true);
+    let mut given_up = Vec::new();
+    for _ in 0..400 {
+        let mut call = acme.call(RANGE).await.unwrap();
+        // Its headers are on their way before it is given up.
+        tokio::task::yield_now().await;
+        call.requests.reset();
+        given_up.push(call);
+    }
+    scene.server.pause(false);
+    for _ in 0..10 {
+        soon("a put", acme.unary::<_, pb::PutResponse>(PUT, &put("k", "v"))).await.unwrap();
+    }
+    drop((watch, given_up));
+    scene.close(ENGINE_BYTES).await;
+}
+
 /// 60,000 bytes, 16,000 times: each answer is too small to be counted by itself.
 #[tokio::test(flavor = "multi_thread")]
 async fn small_answers_that_nobody_reads_are_bounded_in_bytes() {
