@@ -32,7 +32,7 @@ use url::Url;
 use crate::admin::AdminService;
 use crate::audit::{Caller, Line};
 use crate::authorities;
-use crate::cell::{Cell, Tenant};
+use crate::cell::{Cell, DEFAULT_TENANT, Tenant};
 use crate::gate;
 use crate::gate::Running;
 use crate::handshakes::Handshakes;
@@ -523,8 +523,16 @@ where
     if terms.serves == Serves::Admin {
         let OtherEnd { address, user } = shown.end;
         let caller = Caller::new(shown.certificate.as_ref(), user, address);
-        match check_administrator(&shown) {
-            Ok(()) => administered(services, stream, caller, draining, alive).await,
+        // Followed before it is looked at: no change is missed.
+        let changes = services.cell.tenants_changed();
+        match check_administrator(services, &shown) {
+            Ok(()) => {
+                let revoked = administrator_revoked(services, &shown, changes);
+                tokio::select! {
+                    () = administered(services, stream, caller.clone(), draining, alive) => {}
+                    reason = revoked => services.refuse_administrator(&caller, Code::PermissionDenied, reason),
+                }
+            }
             Err(reason) => services.refuse_administrator(&caller, Code::PermissionDenied, reason),
         }
         return;
@@ -604,11 +612,32 @@ fn identify(terms: &Terms, shown: &Shown) -> Result<ConnectionIdentity, NoTenant
 }
 
 /// Over TLS a certificate says it; a socket file is opened by whoever may.
-fn check_administrator(shown: &Shown) -> Result<(), NoTenant> {
+fn check_administrator(services: &Services, shown: &Shown) -> Result<(), NoTenant> {
     match (&shown.certificate, shown.end.user) {
-        (Some(certificate), _) => check_admin(certificate),
+        (Some(certificate), _) => {
+            check_admin(certificate)?;
+            // Administrators are the operator's people, whose tenant is this one: the numbers of their certificates are refused there.
+            let operators = services.cell.tenant(DEFAULT_TENANT).map(|tenant| tenant.profile());
+            match operators.is_some_and(|profile| profile.revoked.contains_key(&certificate.serial[..])) {
+                true => Err(NoTenant::Revoked),
+                false => Ok(()),
+            }
+        }
         (None, Some(_)) => Ok(()),
         (None, None) => Err(NoTenant::NotAdmin),
+    }
+}
+
+/// Ends when an administrator's certificate counts no more.
+async fn administrator_revoked(services: &Services, shown: &Shown, mut changes: watch::Receiver<u64>) -> NoTenant {
+    loop {
+        if changes.changed().await.is_err() {
+            // The cell has stopped; the connection ends with it.
+            std::future::pending::<()>().await;
+        }
+        if let Err(reason) = check_administrator(services, shown) {
+            return reason;
+        }
     }
 }
 

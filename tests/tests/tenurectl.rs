@@ -6,6 +6,8 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
+use rustls::pki_types::CertificateDer;
+use rustls::pki_types::pem::PemObject as _;
 use saphyr::LoadableYamlNode as _;
 use serde_json::Value;
 use tenure_tests::server::Server;
@@ -313,4 +315,14 @@ fn an_operator_decides_who_gets_in() {
     for said in [tenant, other, stranger, nobody] {
         assert_eq!(said.trim_end().lines().count(), 1, "{said}");
     }
+
+    // One whose key is lost is refused like a tenant's; `default` is the operator's.
+    let admin = CertificateDer::from_pem_file(operator.path("cell/admin.crt")).unwrap();
+    let (_, admin) = x509_parser::parse_x509_certificate(&admin).unwrap();
+    let serial: String =
+        admin.raw_serial().iter().skip_while(|byte| **byte == 0).map(|byte| format!("{byte:02x}")).collect();
+    operator.said(&format!("tenant revoke default --serial {serial}"));
+    let revoked = operator.refused(&format!("tenant list {}", from("cell/admin", "cell/ca.crt")));
+    assert!(revoked.contains("whom it refused"), "{revoked}");
+    operator.said("tenant list");
 }
