@@ -18,11 +18,11 @@ use rustls::client::danger::HandshakeSignatureValid;
 use rustls::pki_types::{CertificateDer, UnixTime};
 use rustls::server::WebPkiClientVerifier;
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
-use rustls::{DigitallySignedStruct, DistinguishedName, RootCertStore, SignatureScheme};
+use rustls::{CertificateError, DigitallySignedStruct, DistinguishedName, RootCertStore, SignatureScheme};
 
 use crate::cell::Cell;
 use crate::tenant::sole_tenant_of;
-use crate::tls::{TlsError, peer_certificate};
+use crate::tls::{TlsError, read_certificate};
 
 /// Looks tenants' CAs up, from when the cell is open. Before that no tenant has any, and nobody is served.
 #[derive(Default)]
@@ -147,7 +147,7 @@ impl Judge for ByTenant {
         intermediates: &[CertificateDer<'_>],
         now: UnixTime,
     ) -> Result<ClientCertVerified, rustls::Error> {
-        let certificate = peer_certificate(end_entity);
+        let certificate = read_certificate(end_entity).ok_or(CertificateError::BadEncoding)?;
         let own = sole_tenant_of(&certificate).map(|tenant| self.0.of(tenant)).unwrap_or_default();
         if own.is_empty() {
             return of_cell.verify_client_cert(end_entity, intermediates, now);

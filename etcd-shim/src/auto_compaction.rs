@@ -50,8 +50,16 @@ impl Seen {
 pub(crate) struct AutoCompactor {
     kept: AutoCompaction,
     looks: u64,
-    /// Of tenants with revisions to compact: what they were at, and from which look on; the oldest that counts first.
-    pasts: BTreeMap<TenantId, VecDeque<(u64, i64)>>,
+    /// Of tenants with revisions to compact.
+    pasts: BTreeMap<TenantId, Past>,
+}
+
+#[derive(Debug, Default)]
+struct Past {
+    /// What it was at, and from which look on; the oldest that counts first.
+    revisions: VecDeque<(u64, i64)>,
+    /// The look at which it was last compacted.
+    compacted: Option<u64>,
 }
 
 impl AutoCompactor {
@@ -81,11 +89,17 @@ impl AutoCompactor {
         }
     }
 
+    /// A tenant was compacted as the last look said. One that could not be is due again at the next.
+    pub(crate) fn compacted(&mut self, tenant: TenantId) {
+        if let Some(past) = self.pasts.get_mut(&tenant) {
+            past.compacted = Some(self.looks - 1);
+        }
+    }
+
     fn look_at_pasts(&mut self, retention: Duration, tenants: impl IntoIterator<Item = Seen>) -> Vec<(TenantId, i64)> {
         let looks_kept = u64::try_from(retention.as_nanos().div_ceil(self.period().as_nanos())).unwrap_or(u64::MAX);
         let look = self.looks;
         self.looks += 1;
-        let is_due = look >= looks_kept && (look - looks_kept).is_multiple_of(u64::from(LOOKS));
         let mut pasts = std::mem::take(&mut self.pasts);
         let mut due = Vec::new();
         for Seen { tenant, revision, compact_revision } in tenants {
@@ -93,15 +107,17 @@ impl AutoCompactor {
                 continue;
             }
             let mut past = pasts.remove(&tenant).unwrap_or_default();
-            if past.back().is_none_or(|(_, last)| *last != revision) {
-                past.push_back((look, revision));
+            let revisions = &mut past.revisions;
+            if revisions.back().is_none_or(|(_, last)| *last != revision) {
+                revisions.push_back((look, revision));
             }
             // The last one that it was at for as long as that.
-            while past.get(1).is_some_and(|(since, _)| since + looks_kept <= look) {
-                past.pop_front();
+            while revisions.get(1).is_some_and(|(since, _)| since + looks_kept <= look) {
+                revisions.pop_front();
             }
-            if is_due
-                && let Some((since, revision)) = past.front()
+            let is_time = past.compacted.is_none_or(|compacted| look - compacted >= u64::from(LOOKS));
+            if is_time
+                && let Some((since, revision)) = past.revisions.front()
                 && since + looks_kept <= look
                 && *revision > compact_revision
             {
@@ -134,10 +150,14 @@ mod tests {
             for (tenant, revision) in compactor.look([seen(1, 100 + look, compact_revision)]) {
                 assert_eq!(tenant, TenantId(1));
                 done.push((look, revision));
-                compact_revision = revision;
+                // Nobody leads at the thirtieth.
+                if look != 30 {
+                    compactor.compacted(tenant);
+                    compact_revision = revision;
+                }
             }
         }
-        assert_eq!(done, [(20, 100), (30, 110), (40, 120)]);
+        assert_eq!(done, [(20, 100), (30, 110), (31, 111), (41, 121)]);
     }
 
     /// Ten thousand tenants that nobody writes to must cost nothing, and a new one gets its whole time.
@@ -147,8 +167,9 @@ mod tests {
         for _ in 0..10 {
             assert_eq!(compactor.look([seen(1, 7, 7), seen(2, 9, 3)]), []);
         }
-        assert_eq!(compactor.pasts.values().map(VecDeque::len).sum::<usize>(), 1);
+        assert_eq!(compactor.pasts.values().map(|past| past.revisions.len()).sum::<usize>(), 1);
         assert_eq!(compactor.look([seen(1, 7, 7), seen(2, 9, 3), seen(3, 5, -1)]), [(TenantId(2), 9)]);
+        compactor.compacted(TenantId(2));
         for _ in 0..9 {
             assert_eq!(compactor.look([seen(2, 9, 9), seen(3, 5, -1)]), []);
         }

@@ -1048,7 +1048,10 @@ async fn compact_old(cell: Weak<Inner>, kept: AutoCompaction) {
                 break;
             }
             match cell.propose(tenant, Command::Compact { revision }).await {
-                Ok(Outcome { result: Ok(_), .. }) => tenants += 1,
+                Ok(Outcome { result: Ok(_), .. }) => {
+                    compactor.compacted(tenant);
+                    tenants += 1;
+                }
                 // It compacted itself, was deleted or is suspended.
                 Ok(Outcome { result: Err(refusal), .. }) => tracing::debug!(%tenant, %refusal, "auto compaction"),
                 Err(error) => tracing::warn!(%tenant, revision, %error, "failed auto compaction"),

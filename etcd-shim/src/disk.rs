@@ -33,7 +33,7 @@ pub const LOOK_PERIOD: Duration = Duration::from_millis(500);
 pub const HAND_OVER_PERIOD: Duration = Duration::from_secs(10);
 
 /// The same when it comes back again and again, because the others are full too.
-pub const HAND_OVER_PERIOD_MAX: Duration = Duration::from_secs(3600);
+pub const HAND_OVER_PERIOD_MAX: Duration = Duration::from_secs(300);
 
 /// What is known of the disk.
 #[derive(Debug)]

@@ -98,7 +98,7 @@ const FLAGS: &[Group] = &[
             ("listen-client-http-urls", Kind::Text, "URLs that serve HTTP; --listen-client-urls then serve gRPC alone"),
             ("advertise-client-urls", Kind::Text, "URLs told to clients (default: where it listens)"),
             ("tenant-listen", Kind::Text, "NAME=URL: a listener of one tenant's own; may be given again"),
-            ("max-concurrent-streams", Kind::Number, "requests open at a time on one connection (default 10000)"),
+            ("max-concurrent-streams", Kind::Number, "requests open at a time on one connection (default 2000)"),
             ("grpc-keepalive-min-time", Kind::Duration, "how often a client may ping (default 5s)"),
             ("grpc-keepalive-interval", Kind::Duration, "how often an idle client is pinged (default 2h)"),
             ("grpc-keepalive-timeout", Kind::Duration, "how long it may take to answer (default 20s)"),

@@ -213,7 +213,7 @@ const PIECE_BYTES: usize = 64 << 10;
 
 /// The last piece of a larger frame: with the room for its first byte the connection takes all of it, and the trailers behind it, and the
 /// request is over here, whenever its client reads that. So this much of an answer is not counted, and no more.
-const LAST_PIECE_BYTES: usize = 4 << 10;
+const LAST_PIECE_BYTES: usize = 1 << 10;
 
 /// A body in pieces. Its bytes go back to the budget when the connection has taken the last piece or dropped it; of a
 /// stream, the next message is asked for when the last piece of the one before is gone.

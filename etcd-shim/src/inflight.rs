@@ -28,8 +28,7 @@ use tokio::time::Instant;
 
 use crate::cell::Tenant;
 use crate::cell_error::CellError;
-use crate::throttle::{limit_of, slot_of};
-use crate::turns::QUIET_SLOTS;
+use crate::throttle::limit_of;
 
 /// Bytes of answers one tenant may have in flight. At the bound its next large read waits.
 pub const TENANT_BYTES_MAX: usize = 256 << 20;
@@ -45,8 +44,11 @@ pub const TENANT_FLOOR_BYTES: usize = 8 << 20;
 /// a lock.
 pub const SMALL_BYTES: usize = 64 << 10;
 
-/// Open requests of a tenant that are few: with small answers they hold no more than [`TENANT_FLOOR_BYTES`].
-pub const FEW_REQUESTS: usize = TENANT_FLOOR_BYTES / SMALL_BYTES;
+/// Open requests of a tenant that are few, among them the watch streams of a kube-apiserver: with small answers they hold 32 MiB.
+pub const FEW_REQUESTS: usize = 512;
+
+/// Where requests of tenants are counted, and wait for room, by the rest of their ids.
+const SLOTS: usize = 1024;
 
 /// Answers below this many bytes are never counted: the request itself takes more.
 const TINY_BYTES: usize = 1 << 10;
@@ -92,8 +94,62 @@ struct Shared {
     open: OpenRequests,
     /// A lock, not atomics: the two sums are decided on together. Held for a few instructions.
     held: Mutex<Held>,
-    /// Woken whenever bytes are given back.
-    room: Notify,
+    /// Woken whenever bytes of a tenant of the slot are given back: a neighbour's bytes are of no use to who has used up its own.
+    room_of_tenants: Box<[Room]>,
+    /// Woken whenever bytes are given back, for those who have not.
+    room_of_all: Room,
+}
+
+/// Where to wait for bytes that are given back.
+#[derive(Debug, Default)]
+struct Room {
+    given_back: Notify,
+    /// Mostly nobody, and then nobody need be woken.
+    waiting: AtomicUsize,
+}
+
+impl Room {
+    fn wake(&self) {
+        if self.waiting.load(Ordering::SeqCst) > 0 {
+            self.given_back.notify_waiters();
+        }
+    }
+}
+
+/// What there is too little of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Short {
+    OfTenant,
+    OfAll,
+}
+
+impl Shared {
+    fn room(&self, short: Short, tenant: TenantId) -> &Room {
+        match short {
+            Short::OfTenant => &self.room_of_tenants[slot_of(tenant)],
+            Short::OfAll => &self.room_of_all,
+        }
+    }
+}
+
+fn slot_of(tenant: TenantId) -> usize {
+    tenant.0 as usize % SLOTS
+}
+
+/// Somebody who waits for room.
+struct Waits<'a>(&'a AtomicUsize);
+
+impl<'a> Waits<'a> {
+    fn on(room: &'a Room) -> Self {
+        room.waiting.fetch_add(1, Ordering::SeqCst);
+        Waits(&room.waiting)
+    }
+}
+
+impl Drop for Waits<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::SeqCst);
+    }
 }
 
 #[derive(Debug, Default)]
@@ -106,7 +162,7 @@ struct Held {
 /// How many requests tenants have open. Tenants of one slot count together: then small answers of both are counted sooner, which costs
 /// a little time and nothing else.
 #[derive(Clone, Debug)]
-pub struct OpenRequests(Arc<[AtomicUsize; QUIET_SLOTS]>);
+pub struct OpenRequests(Arc<[AtomicUsize; SLOTS]>);
 
 /// One of them, until it is dropped.
 #[derive(Debug)]
@@ -143,7 +199,13 @@ impl Drop for OpenOne {
 impl InFlight {
     /// `open`: requests of network clients, which those who let them in count there.
     pub fn new(budget: Budget, open: OpenRequests) -> Self {
-        InFlight(Arc::new(Shared { budget, open, held: Mutex::default(), room: Notify::new() }))
+        InFlight(Arc::new(Shared {
+            budget,
+            open,
+            held: Mutex::default(),
+            room_of_tenants: (0..SLOTS).map(|_| Room::default()).collect(),
+            room_of_all: Room::default(),
+        }))
     }
 
     /// Where requests are counted.
@@ -204,10 +266,10 @@ impl Reservation {
             return true;
         }
         let wanted = bytes.next_multiple_of(if bytes < SMALL_BYTES { SMALL_STEP_BYTES } else { STEP_BYTES });
-        self.try_hold(wanted)
+        self.try_hold(wanted).is_ok()
     }
 
-    fn try_hold(&mut self, wanted: usize) -> bool {
+    fn try_hold(&mut self, wanted: usize) -> Result<(), Short> {
         debug_assert!(wanted >= self.bytes, "a reservation only grows");
         let more = wanted - self.bytes;
         let budget = &self.shared.budget;
@@ -217,19 +279,28 @@ impl Reservation {
         let process_fits = held.process + more <= budget.process_bytes
             || held.process == self.bytes
             || tenant + more <= budget.tenant_floor_bytes;
-        if !(tenant_fits && process_fits) {
-            return false;
+        match (tenant_fits, process_fits) {
+            (false, _) => return Err(Short::OfTenant),
+            (true, false) => return Err(Short::OfAll),
+            (true, true) => {}
         }
         held.add(self.tenant, more);
         self.bytes = wanted;
-        true
+        Ok(())
     }
 
     /// Resolves when some bytes have been given back after the first poll; whether they are enough is for the caller to try.
     /// Poll once, try, and only then wait: so no wake-up is missed.
     pub fn room(&self) -> impl Future<Output = ()> + Send + use<> {
-        let shared = Arc::clone(&self.shared);
-        async move { shared.room.notified().await }
+        let (shared, tenant) = (Arc::clone(&self.shared), self.tenant);
+        async move {
+            let [own, of_all] = [Short::OfTenant, Short::OfAll].map(|short| shared.room(short, tenant));
+            let _waits = (Waits::on(own), Waits::on(of_all));
+            tokio::select! {
+                () = own.given_back.notified() => {}
+                () = of_all.given_back.notified() => {}
+            }
+        }
     }
 
     /// Covers an answer that already exists and cannot be taken back, without asking. Others then wait for longer.
@@ -251,16 +322,23 @@ impl Reservation {
         let wanted = twice.max(did_not_fit_bytes).next_multiple_of(STEP_BYTES);
         let deadline = *self.deadline.get_or_insert_with(|| Instant::now() + budget.wait_max);
         let shared = Arc::clone(&self.shared);
+        let Err(mut short) = self.try_hold(wanted) else { return Ok(()) };
         loop {
-            let room = shared.room.notified();
-            tokio::pin!(room);
+            let room = shared.room(short, self.tenant);
+            let _waits = Waits::on(room);
             // From here on no wake-up is missed, so the try below cannot race with a release.
-            room.as_mut().enable();
-            if self.try_hold(wanted) {
-                return Ok(());
+            let given_back = room.given_back.notified();
+            match self.try_hold(wanted) {
+                Ok(()) => return Ok(()),
+                Err(now) if now != short => short = now,
+                Err(_) => tokio::time::timeout_at(deadline, given_back).await.map_err(|_| CellError::TimeoutRead)?,
             }
-            tokio::time::timeout_at(deadline, room).await.map_err(|_| CellError::TimeoutRead)?;
         }
+    }
+
+    /// Whether nothing is held.
+    pub fn is_empty(&self) -> bool {
+        self.bytes == 0
     }
 
     /// Gives back what the finished answer of `bytes` does not need.
@@ -278,7 +356,8 @@ impl Reservation {
         if bytes > 0 {
             self.shared.held.lock().remove(self.tenant, bytes);
             self.bytes -= bytes;
-            self.shared.room.notify_waiters();
+            self.shared.room(Short::OfTenant, self.tenant).wake();
+            self.shared.room_of_all.wake();
         }
     }
 }

@@ -125,7 +125,7 @@ mod tests {
     use rustls::pki_types::pem::PemObject as _;
 
     use super::*;
-    use crate::tls::peer_certificate;
+    use crate::tls::read_certificate;
 
     fn authority(dir: &std::path::Path) -> IssuerFiles {
         let mut params = CertificateParams::default();
@@ -150,7 +150,7 @@ mod tests {
         let subject = Subject::Tenant { name: "acme", user: "apiserver" };
         let issued = files.issue(csr.der(), subject, Duration::from_secs(60)).unwrap();
         let der = CertificateDer::from_pem_slice(issued.certificate_pem.as_bytes()).unwrap();
-        let seen = peer_certificate(&der);
+        let seen = read_certificate(&der).unwrap();
         assert_eq!(seen.uris, ["tenure://tenant/acme"]);
         assert_eq!(seen.common_name.as_deref(), Some("apiserver"));
         assert_eq!(seen.serial, issued.serial);
@@ -160,7 +160,7 @@ mod tests {
         assert_eq!(*parsed.public_key().subject_public_key.data, *key.public_key_raw());
         let admin = files.issue(csr.der(), Subject::Admin { user: "me" }, TTL_DEFAULT).unwrap();
         let der = CertificateDer::from_pem_slice(admin.certificate_pem.as_bytes()).unwrap();
-        assert_eq!(peer_certificate(&der).uris, [ADMIN_URI]);
+        assert_eq!(read_certificate(&der).unwrap().uris, [ADMIN_URI]);
         assert_ne!(admin.serial, issued.serial);
     }
 

@@ -46,7 +46,7 @@ use crate::send_rate::{Receiver, SendRate};
 use crate::server::Router;
 use crate::tenant::{ConnectionIdentity, NoTenant, PeerCertificate, check_admin, resolve, tenant_of_server_name};
 use crate::throttle::{OpenCount, TenantUse};
-use crate::tls::{Tls, peer_certificate};
+use crate::tls::{Tls, read_certificate};
 use crate::turns::{Paced, Turns, fairly};
 
 /// Most connections open at one listener. At the bound further ones wait in the operating system's backlog.
@@ -86,11 +86,11 @@ const ACCEPT_BACKOFF: Duration = Duration::from_millis(100);
 
 /// Requests open at a time on one connection, if nobody says otherwise; clients wait with more. What they have been answered and not read
 /// counts too, and nothing else bounds that: a few KiB each.
-const STREAMS_MAX: u32 = 10_000;
+const STREAMS_MAX: u32 = 2_000;
 
 /// Requests that a client has given up before any of it was looked at. Whoever has been away for a moment, or whose server has, gives up
 /// hundreds at once; the library's own bound is 20, at which it ends the connection, with all watches on it.
-const UNSEEN_RESETS_MAX: usize = STREAMS_MAX as usize;
+const UNSEEN_RESETS_MAX: usize = 10_000;
 
 /// Mistakes about streams in all the life of a connection, before it is ended. kube-apiservers keep theirs for weeks.
 const STREAM_ERRORS_MAX: usize = 1_000_000;
@@ -512,7 +512,8 @@ async fn handshake<S: AsyncRead + AsyncWrite + Unpin>(tls: &Tls, stream: S) -> i
     };
     let stream = start.into_stream(config).await?;
     let chain: Vec<_> = stream.get_ref().1.peer_certificates().unwrap_or_default().to_vec();
-    let certificate = chain.first().map(peer_certificate);
+    let unreadable = || io::Error::new(io::ErrorKind::InvalidData, "the client certificate cannot be read");
+    let certificate = chain.first().map(|der| read_certificate(der).ok_or_else(unreadable)).transpose()?;
     Ok((stream, Shown { certificate, chain, server_name, ..Shown::default() }))
 }
 

@@ -394,13 +394,8 @@ impl ServerCertVerifier for AnyCertificate {
     }
 }
 
-/// What a verified certificate says; empty if it cannot be read.
-pub fn peer_certificate(der: &CertificateDer<'_>) -> PeerCertificate {
-    read_certificate(der).unwrap_or_default()
-}
-
-/// `None`: it cannot be read.
-fn read_certificate(der: &CertificateDer<'_>) -> Option<PeerCertificate> {
+/// What a certificate says. `None`: it cannot be read, and its holder must not be let in as somebody without a name.
+pub fn read_certificate(der: &CertificateDer<'_>) -> Option<PeerCertificate> {
     use x509_parser::extensions::GeneralName;
     let (_, certificate) = x509_parser::parse_x509_certificate(der).ok()?;
     // One that cannot be read may name anybody.

@@ -668,34 +668,39 @@ async fn tenant(at: &At, format: Format, command: TenantCommand) -> anyhow::Resu
     }
 }
 
-/// The cell that has it, or the least loaded one. Names are one fleet's, so all cells are asked; one that does not answer may have it.
+/// The cell that has it, or the least loaded one.
 async fn home_of_new(at: &At, name: &str) -> anyhow::Result<Reached> {
-    let Some(wanted) = at.cell.as_ref().filter(|_| at.endpoint.is_empty()) else {
-        let (chosen, mut reached) = (at.chosen()?, Vec::new());
-        for (cell, answer) in chosen.iter().zip(join_all(chosen.iter().map(Cell::reach)).await) {
-            match answer {
-                Ok(cell) => reached.push(cell),
-                Err(error) if chosen.len() == 1 => return Err(error.into()),
-                Err(error) => {
-                    let (tenant, cell, error) = (name.to_string(), cell.name.clone(), Box::new(error));
-                    return Err(CellsError::NotAsked { tenant, cell, error }.into());
-                }
+    match &at.cell {
+        Some(wanted) if at.endpoint.is_empty() => home_in(at, wanted, name).await,
+        Some(_) | None => home_in_any(at, name).await,
+    }
+}
+
+/// Names are one fleet's, so all cells are asked; one that does not answer may have it.
+async fn home_in_any(at: &At, name: &str) -> anyhow::Result<Reached> {
+    let (chosen, mut reached) = (at.chosen()?, Vec::new());
+    for (cell, answer) in chosen.iter().zip(join_all(chosen.iter().map(Cell::reach)).await) {
+        match answer {
+            Ok(cell) => reached.push(cell),
+            Err(error) if chosen.len() == 1 => return Err(error.into()),
+            Err(error) => {
+                let (tenant, cell, error) = (name.to_string(), cell.name.clone(), Box::new(error));
+                return Err(CellsError::NotAsked { tenant, cell, error }.into());
             }
         }
-        let candidates = reached.clone();
-        return match find(reached, name).await {
-            Ok((cell, _)) => Ok(cell),
-            Err(CellsError::NoTenant(_)) => Ok(place(candidates)?),
-            Err(error) => Err(error.into()),
-        };
-    };
-    let own = at.only_cell().await?;
-    let others = At { cell: None, ..at.clone() }.cells()?.cells;
-    let others: Vec<_> = others.into_iter().filter(|cell| cell.name != *wanted).collect();
-    if others.is_empty() {
-        return Ok(own);
     }
-    // Whoever says the cell may go on without those that do not answer.
+    match find(reached.clone(), name).await {
+        Ok((cell, _)) => Ok(cell),
+        Err(CellsError::NoTenant(_)) => Ok(place(reached)?),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Whoever says the cell may go on without those that do not answer.
+async fn home_in(at: &At, wanted: &str, name: &str) -> anyhow::Result<Reached> {
+    let own = at.only_cell().await?;
+    let others = at.cells()?.cells;
+    let others: Vec<_> = others.into_iter().filter(|cell| cell.name != wanted).collect();
     let mut reached = Vec::new();
     for answer in join_all(others.iter().map(Cell::reach)).await {
         match answer {

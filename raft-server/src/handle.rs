@@ -137,11 +137,12 @@ impl<R: Send + 'static> Handle<R> {
             return refused(ProposeError::Stopped);
         }
         let (reply, receiver) = oneshot::channel();
+        let bytes = command.len();
         let ring = {
             let mut queue = self.shared.queue.lock();
             let before = queue.lanes.bytes();
             let proposal = Proposal { lane, command, cost_bytes, waiter: Waiter::Local(reply), only_in };
-            if let Err((error, _)) = queue.lanes.push(lane, cost_bytes, proposal) {
+            if let Err((error, _)) = queue.lanes.push(lane, bytes, cost_bytes, proposal) {
                 drop(queue);
                 return refused(error.into());
             }

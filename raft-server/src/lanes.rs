@@ -1,5 +1,8 @@
 //! Where proposals wait for the next batch: one queue per lane, served in deficit round robin by bytes.
 //!
+//! A command has a *length*, which is what it takes while it waits, and a *cost*, which is what counts for turns and batches: its length, or
+//! more if it does more than it says.
+//!
 //! A *lane* is an opaque number (the layers above use the tenant's). Each turn a lane may send [`QUANTUM_BYTES`]; what it
 //! does not use because its next command is larger stays its own for the next turn. So while several lanes wait, each
 //! gets the same share of bytes, whatever the size and number of its commands. A lane costs nothing while it is empty:
@@ -32,12 +35,19 @@ pub(crate) struct Lanes<T> {
 }
 
 struct Lane<T> {
-    queue: VecDeque<(usize, T)>,
+    queue: VecDeque<Queued<T>>,
+    /// Of their lengths.
     bytes: usize,
     /// What it may still send in this turn.
     deficit: usize,
     /// Whether it stands in a turn that a full batch interrupted: it gets no second quantum for it.
     in_turn: bool,
+}
+
+struct Queued<T> {
+    bytes: usize,
+    cost_bytes: usize,
+    item: T,
 }
 
 /// Why a push was refused.
@@ -73,7 +83,13 @@ impl<T> Lanes<T> {
     }
 
     /// Adds an item, or gives it back with the reason.
-    pub(crate) fn push(&mut self, lane: u32, command_bytes: usize, item: T) -> Result<(), (PushError, T)> {
+    pub(crate) fn push(
+        &mut self,
+        lane: u32,
+        command_bytes: usize,
+        cost_bytes: usize,
+        item: T,
+    ) -> Result<(), (PushError, T)> {
         if self.closed {
             return Err((PushError::Closed, item));
         }
@@ -88,14 +104,15 @@ impl<T> Lanes<T> {
             turns.push_back(lane);
             Lane { queue: VecDeque::new(), bytes: 0, deficit: 0, in_turn: false }
         });
-        entry.queue.push_back((bytes, item));
+        let cost_bytes = cost_bytes.max(command_bytes) + COMMAND_OVERHEAD_BYTES;
+        entry.queue.push_back(Queued { bytes, cost_bytes, item });
         entry.bytes += bytes;
         self.bytes += bytes;
         self.items += 1;
         Ok(())
     }
 
-    /// The next batch: at most `items_max`, and at most `bytes_max` unless its only item is larger. Empty only if
+    /// The next batch: at most `items_max`, and of a cost of at most `bytes_max` unless its only item has more. Empty only if
     /// nothing waits.
     pub(crate) fn take_batch(&mut self, bytes_max: usize, items_max: usize) -> Vec<T> {
         assert!(items_max > 0, "a batch has room for one");
@@ -107,19 +124,19 @@ impl<T> Lanes<T> {
                 lane.deficit += QUANTUM_BYTES;
                 lane.in_turn = true;
             }
-            while let Some(&(bytes, _)) = lane.queue.front() {
-                if bytes > lane.deficit {
+            while let Some(&Queued { cost_bytes, .. }) = lane.queue.front() {
+                if cost_bytes > lane.deficit {
                     break;
                 }
-                if batch.len() == items_max || (!batch.is_empty() && batch_bytes + bytes > bytes_max) {
+                if batch.len() == items_max || (!batch.is_empty() && batch_bytes + cost_bytes > bytes_max) {
                     return batch;
                 }
-                let (_, item) = lane.queue.pop_front().expect("the front was there");
-                lane.deficit -= bytes;
+                let Queued { bytes, item, .. } = lane.queue.pop_front().expect("the front was there");
+                lane.deficit -= cost_bytes;
                 lane.bytes -= bytes;
                 self.bytes -= bytes;
                 self.items -= 1;
-                batch_bytes += bytes;
+                batch_bytes += cost_bytes;
                 batch.push(item);
             }
             self.turns.pop_front();
@@ -143,7 +160,7 @@ impl<T> Lanes<T> {
     fn drain(&mut self) -> Vec<T> {
         let turns = std::mem::take(&mut self.turns);
         let lanes = turns.into_iter().filter_map(|id| self.lanes.remove(&id));
-        let drained = lanes.flat_map(|lane| lane.queue).map(|(_, item)| item).collect();
+        let drained = lanes.flat_map(|lane| lane.queue).map(|queued| queued.item).collect();
         assert!(self.lanes.is_empty(), "a lane that holds something has a turn");
         (self.bytes, self.items) = (0, 0);
         drained
@@ -152,7 +169,7 @@ impl<T> Lanes<T> {
     /// Drops the items that `keep` does not want.
     pub(crate) fn retain(&mut self, mut keep: impl FnMut(&T) -> bool) {
         for lane in self.lanes.values_mut() {
-            lane.queue.retain(|(bytes, item)| {
+            lane.queue.retain(|Queued { bytes, item, .. }| {
                 let kept = keep(item);
                 if !kept {
                     lane.bytes -= bytes;
@@ -190,16 +207,16 @@ mod tests {
     fn lanes_share_by_bytes_not_by_commands() {
         let mut lanes = Lanes::new(64 * MIB, 256 * MIB);
         for _ in 0..20_000 {
-            lanes.push(1, 300, (1, 300)).unwrap();
+            lanes.push(1, 300, 0, (1, 300)).unwrap();
         }
         for _ in 0..100 {
-            lanes.push(2, 50_000, (2, 50_000)).unwrap();
+            lanes.push(2, 50_000, 0, (2, 50_000)).unwrap();
         }
         let taken: Vec<_> = (0..4).flat_map(|_| lanes.take_batch(MIB, 10_000)).collect();
         let bytes = shares(&taken);
         assert!(bytes[&1].abs_diff(bytes[&2]) <= 2 * QUANTUM_BYTES, "{bytes:?}");
 
-        lanes.push(3, 10, (3, 10)).unwrap();
+        lanes.push(3, 10, 0, (3, 10)).unwrap();
         let next = lanes.take_batch(MIB, 10_000);
         assert!(next.contains(&(3, 10)), "a newcomer waits for one round, not for the backlog");
     }
@@ -212,7 +229,7 @@ mod tests {
         loop {
             let before = pushed;
             for lane in 0..3u32 {
-                if lanes.push(lane, 1000, ()).is_ok() {
+                if lanes.push(lane, 1000, 0, ()).is_ok() {
                     pushed[lane as usize] += 1;
                 }
             }
@@ -221,17 +238,17 @@ mod tests {
             }
         }
         assert!(pushed.iter().all(|&n| (240..=250).contains(&n)), "a quarter each: {pushed:?}");
-        assert_eq!(lanes.push(0, 1000, ()), Err((PushError::Full, ())));
+        assert_eq!(lanes.push(0, 1000, 0, ()), Err((PushError::Full, ())));
         for _ in 0..100 {
-            lanes.push(9, 1000, ()).unwrap();
+            lanes.push(9, 1000, 0, ()).unwrap();
         }
     }
 
     #[test]
     fn empty_lanes_cost_nothing_and_large_commands_pass() {
         let mut lanes = Lanes::new(64 * MIB, 256 * MIB);
-        lanes.push(1, 10 * MIB, "large").unwrap();
-        lanes.push(2, 1, "small").unwrap();
+        lanes.push(1, 10 * MIB, 0, "large").unwrap();
+        lanes.push(2, 1, 0, "small").unwrap();
         let mut order = Vec::new();
         while lanes.items() > 0 {
             order.extend(lanes.take_batch(MIB, 100));
@@ -240,14 +257,26 @@ mod tests {
         assert_eq!(order, ["small", "large"]);
         assert_eq!((lanes.lanes.len(), lanes.turns.len(), lanes.bytes()), (0, 0, 0));
         assert_eq!(lanes.close(), Vec::<&str>::new());
-        assert_eq!(lanes.push(1, 1, "late"), Err((PushError::Closed, "late")));
+        assert_eq!(lanes.push(1, 1, 0, "late"), Err((PushError::Closed, "late")));
+    }
+
+    // Those that do much wait like others, whatever they cost, and go alone.
+    #[test]
+    fn the_cost_of_commands_bounds_batches_not_queues() {
+        let mut lanes = Lanes::new(4096, 8192);
+        for dear in ["a", "b", "c"] {
+            lanes.push(1, 10, MIB, dear).unwrap();
+        }
+        lanes.push(2, 10, 0, "cheap").unwrap();
+        let batches: Vec<_> = (0..4).map(|_| lanes.take_batch(MIB, 100)).collect();
+        assert_eq!(batches, [vec!["cheap"], vec!["a"], vec!["b"], vec!["c"]]);
     }
 
     #[test]
     fn what_is_not_wanted_any_more_leaves_nothing_behind() {
         let mut lanes = Lanes::new(MIB, MIB);
         for number in 0..10u32 {
-            lanes.push(number % 3, 100, number).unwrap();
+            lanes.push(number % 3, 100, 0, number).unwrap();
         }
         lanes.retain(|number| number % 3 == 1 && *number > 1);
         assert_eq!((lanes.items(), lanes.bytes()), (2, 2 * (100 + COMMAND_OVERHEAD_BYTES)));
@@ -265,7 +294,7 @@ mod tests {
         ) {
             let mut lanes = Lanes::new(1 << 40, 1 << 41);
             for (number, (lane, bytes)) in pushes.iter().enumerate() {
-                lanes.push(*lane, *bytes, (*lane, number, *bytes)).unwrap();
+                lanes.push(*lane, *bytes, 0, (*lane, number, *bytes)).unwrap();
             }
             let mut taken = Vec::new();
             loop {

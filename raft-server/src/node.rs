@@ -152,8 +152,8 @@ pub(crate) struct Snapshots {
     pub(crate) offer_ticks: usize,
     /// What is being fetched, and raft's message that offered it.
     pub(crate) fetching: Option<(SnapshotOffer, Box<Message>)>,
-    /// What there is of one that could not be fetched whole.
-    pub(crate) part: Option<PathBuf>,
+    /// Index and directory of one that could not be fetched whole.
+    pub(crate) part: Option<(u64, PathBuf)>,
     /// What raft is about to hear of.
     pub(crate) fetched: Option<SnapshotOffer>,
     /// The `Ready` that waits for the snapshot to be installed.
@@ -342,7 +342,8 @@ impl<R: Send + 'static> Node<R> {
             let newest = self.raw.raft.raft_log.applied.saturating_sub(self.config.log_catchup_entries);
             through = through.min(newest.max(self.log.index_before_last(catchup)));
             if let Some((at, bytes)) = self.log.outgoing.at() {
-                let kept = bytes.max(catchup.max(self.config.log_bytes_flush) * snapshot::KEPT_FOR_SNAPSHOT);
+                let least = catchup.max(self.config.log_bytes_flush) * snapshot::KEPT_FOR_SNAPSHOT;
+                let kept = bytes.clamp(least, least * snapshot::KEPT_FOR_SNAPSHOT_MAX);
                 through = through.min(at.index.max(self.log.index_before_last(kept)));
             }
         }
@@ -540,17 +541,19 @@ impl<R: Send + 'static> Node<R> {
         let (life, paused) = (message.life, self.append_paused());
         // The sender has it proposed again when it sees an entry of a later term.
         let only_in = Some(message.term);
+        // Before proposers here have to wait for the queue.
+        let costs = message.commands.iter().map(|(number, _, command)| (*number, (self.config.cost_bytes)(command)));
+        let mut costs = costs.collect::<Vec<_>>().into_iter();
         let answer = {
             let mut queue = self.shared.queue.lock();
             self.intakes.receive(message.term, message, |number, lane, command| {
                 let waiter = Waiter::Remote(Origin { life, number });
-                let cost_bytes = (self.config.cost_bytes)(&command);
+                let bytes = command.len();
+                let cost_bytes = costs.find(|(of, _)| *of == number).map_or(bytes, |(_, cost_bytes)| cost_bytes);
+                let proposal = Proposal { lane, command, cost_bytes, waiter, only_in };
                 !paused
-                    && command.len() <= self.config.command_bytes_max
-                    && queue
-                        .lanes
-                        .push(lane, cost_bytes, Proposal { lane, command, cost_bytes, waiter, only_in })
-                        .is_ok()
+                    && bytes <= self.config.command_bytes_max
+                    && queue.lanes.push(lane, bytes, cost_bytes, proposal).is_ok()
             })
         };
         self.outgoing.push(PeerMessage::Forwarded(answer));
@@ -658,8 +661,8 @@ impl<R: Send + 'static> Node<R> {
             }
             snapshot::remove(&before.path);
         }
-        if let Some(part) = self.snapshots.part.take_if(|part| *part != offer.path) {
-            snapshot::remove(&part);
+        if let Some(part) = self.snapshots.part.take_if(|(_, part)| *part != offer.path) {
+            snapshot::remove(&part.1);
         }
         tracing::info!(from = offer.from, index = at.index, "fetch a snapshot");
         self.snapshots.fetching = Some((offer.clone(), message));
@@ -673,7 +676,7 @@ impl<R: Send + 'static> Node<R> {
         if !complete {
             tracing::warn!(from = offer.from, index = offer.at.index, "a snapshot could not be fetched");
             // It may be offered again, and its bytes be what is missing on the disk.
-            self.snapshots.part = Some(offer.path);
+            self.snapshots.part = Some((offer.at.index, offer.path));
             return;
         }
         self.snapshots.part = None;
@@ -689,6 +692,11 @@ impl<R: Send + 'static> Node<R> {
 
     /// Offers what is ready again to members that have not answered, and forgets it when nobody needs it.
     fn offer_snapshots(&mut self) {
+        let committed = self.raw.raft.raft_log.committed;
+        if let Some((_, part)) = self.snapshots.part.take_if(|(index, _)| *index <= committed) {
+            // It caught up without.
+            snapshot::remove(&part);
+        }
         let needy: Vec<u64> = match self.is_leader() {
             true => {
                 let progress = self.raw.raft.prs().iter();

@@ -177,8 +177,8 @@ impl<R: Send + 'static> Shared<R> {
                     refused.push((proposal, ProposeError::OtherTerm));
                     continue;
                 }
-                let (lane, cost_bytes) = (proposal.lane, proposal.cost_bytes);
-                if let Err((full, proposal)) = queue.lanes.push(lane, cost_bytes, proposal) {
+                let (lane, bytes, cost_bytes) = (proposal.lane, proposal.command.len(), proposal.cost_bytes);
+                if let Err((full, proposal)) = queue.lanes.push(lane, bytes, cost_bytes, proposal) {
                     refused.push((proposal, ProposeError::from(full)));
                 }
             }

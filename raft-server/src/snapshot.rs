@@ -12,9 +12,9 @@
 //!
 //! Bounds: one outgoing snapshot and one incoming at a time. An outgoing one is removed when nobody was in need of it for
 //! [`IDLE_TICKS`]; while it is offered, the log keeps the entries after it, up to [`KEPT_FOR_SNAPSHOT`] times what it keeps
-//! anyway, or the snapshot's own bytes if those are more: so a member that fetches at least as fast as clients write needs no other, however
-//! much there is to fetch, and the log takes no more than the state. What was fetched of one that is not complete is kept until another is
-//! offered.
+//! anyway, or the snapshot's own bytes if those are more, up to [`KEPT_FOR_SNAPSHOT_MAX`] times that: a member that fetches for
+//! longer gets another, with new files. Whoever cannot take it, for want of room say, must not cost its leader's disk more. What was fetched of one that
+//! is not complete is kept until another is offered, or not needed.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -35,6 +35,9 @@ pub(crate) const OFFER_TICKS: usize = 20;
 
 /// See the module's essay.
 pub(crate) const KEPT_FOR_SNAPSHOT: u64 = 8;
+
+/// And so many times that, if the snapshot is as large.
+pub(crate) const KEPT_FOR_SNAPSHOT_MAX: u64 = 4;
 
 /// Makes copies of the state while it goes on changing.
 pub trait Snapshotter: Send + Sync {

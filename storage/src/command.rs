@@ -18,8 +18,7 @@ use crate::types::{
 /// First byte of every encoded envelope.
 const COMMAND_VERSION: u8 = 1;
 
-/// What a command counts for besides its length, for each of its parts that reads rows without end or writes a value that it does not
-/// carry.
+/// What a command counts for besides its length if it reads rows without end, or writes a value that it does not carry.
 const UNSEEN_WORK_BYTES: usize = 1 << 20;
 
 /// What an encoded envelope counts for where commands are batched: its length, and an estimate of what it does beyond that. So few commands that
@@ -86,14 +85,14 @@ pub enum Command {
 impl Command {
     /// What [`cost_bytes`] adds to the length of an envelope with this command.
     pub fn unseen_bytes(&self) -> usize {
-        UNSEEN_WORK_BYTES * self.unseen_parts()
+        if self.has_unseen_work() { UNSEEN_WORK_BYTES } else { 0 }
     }
 
-    fn unseen_parts(&self) -> usize {
+    fn has_unseen_work(&self) -> bool {
         match self {
-            Command::Put(put) => usize::from(put.ignore_value),
+            Command::Put(put) => put.ignore_value,
             Command::DeleteRange(delete) => is_many(&delete.range),
-            Command::Txn(txn) => txn.unseen_parts(),
+            Command::Txn(txn) => txn.has_unseen_work(),
             Command::Tenant(_)
             | Command::Configure { .. }
             | Command::SetDefaults { .. }
@@ -102,29 +101,25 @@ impl Command {
             | Command::Reclaim { .. }
             | Command::LeaseGrant { .. }
             | Command::LeaseRevoke { .. }
-            | Command::Alarm { .. } => 0,
+            | Command::Alarm { .. } => false,
         }
     }
 }
 
 impl TxnRequest {
-    fn unseen_parts(&self) -> usize {
-        let compares = self.compares.iter().map(|compare| is_many(&compare.range)).sum::<usize>();
-        let branch = |ops: &[TxnOp]| {
-            let of = |op: &TxnOp| match op {
-                TxnOp::Put(put) => usize::from(put.ignore_value),
-                TxnOp::Range(range) => is_many(&range.range),
-                TxnOp::DeleteRange(delete) => is_many(&delete.range),
-                TxnOp::Txn(txn) => txn.unseen_parts(),
-            };
-            ops.iter().map(of).sum::<usize>()
+    fn has_unseen_work(&self) -> bool {
+        let of = |op: &TxnOp| match op {
+            TxnOp::Put(put) => put.ignore_value,
+            TxnOp::Range(range) => is_many(&range.range),
+            TxnOp::DeleteRange(delete) => is_many(&delete.range),
+            TxnOp::Txn(txn) => txn.has_unseen_work(),
         };
-        compares + branch(&self.success).max(branch(&self.failure))
+        self.compares.iter().any(|compare| is_many(&compare.range)) || self.success.iter().chain(&self.failure).any(of)
     }
 }
 
-fn is_many(range: &KeyRange) -> usize {
-    usize::from(!matches!(range, KeyRange::Single(_)))
+fn is_many(range: &KeyRange) -> bool {
+    !matches!(range, KeyRange::Single(_))
 }
 
 /// What happens to a tenant: the envelope's, if nothing else is said.

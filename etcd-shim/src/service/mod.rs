@@ -197,10 +197,11 @@ pub async fn write(tenant: &Tenant, command: Command) -> Result<(ResponseHeader,
 /// read take all the room there is.
 fn answer<T: prost::Message>(message: T, mut reservation: Reservation) -> Result<Response<T>, CellError> {
     let bytes = message.encoded_len();
-    if !reservation.try_reach(bytes) {
+    if reservation.is_empty() && !reservation.try_reach(bytes) {
         return Err(CellError::TimeoutApply);
     }
     reservation.settle(bytes);
+    reservation.charge(bytes);
     Ok(with_permit(message, reservation))
 }
 

@@ -30,6 +30,9 @@ struct Records {
     commands: Vec<Bytes>,
 }
 
+/// Entries for which a [`Recorder`] has room at a time.
+const ROUND_ENTRIES: usize = 3;
+
 /// Remembers every command. Has a memory, lost with it, and a disk, which a test keeps over a crash.
 struct Recorder {
     memory: Shared<Records>,
@@ -38,6 +41,8 @@ struct Recorder {
     gate: Arc<tokio::sync::Mutex<()>>,
     /// Commands per `apply`, to see batches.
     entry_sizes: Shared<Vec<usize>>,
+    /// Of each command, whether its reply was wanted.
+    wanted: Shared<Vec<bool>>,
     flushes: Shared<u64>,
 }
 
@@ -50,6 +55,7 @@ struct Probe {
     disk: Shared<Records>,
     gate: Arc<tokio::sync::Mutex<()>>,
     entry_sizes: Shared<Vec<usize>>,
+    wanted: Shared<Vec<bool>>,
     flushes: Shared<u64>,
 }
 
@@ -62,6 +68,7 @@ impl Probe {
             disk: Arc::clone(&self.disk),
             gate: Arc::clone(&self.gate),
             entry_sizes: Arc::clone(&self.entry_sizes),
+            wanted: Arc::clone(&self.wanted),
             flushes: Arc::clone(&self.flushes),
         }
     }
@@ -88,13 +95,15 @@ impl StateMachine for Recorder {
         drop(self.gate.blocking_lock());
         let mut memory = self.memory.lock();
         let mut replies = Vec::new();
-        for entry in entries {
+        for entry in entries.into_iter().take(ROUND_ENTRIES) {
             let expected = memory.applied_index.max(crate::BOOTSTRAP_INDEX) + 1;
             assert_eq!(entry.index, expected, "each entry once, in order");
             memory.applied_index = entry.index;
             if !entry.commands.is_empty() {
                 self.entry_sizes.lock().push(entry.commands.len());
             }
+            assert_eq!(entry.wanted.len(), entry.commands.len());
+            self.wanted.lock().extend(&entry.wanted);
             let mut entry_replies = Vec::new();
             for command in entry.commands {
                 match command.trim_ascii_end() {
