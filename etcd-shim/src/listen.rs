@@ -685,12 +685,14 @@ impl Guest {
                 check_welcome(tenant, certificate.as_ref(), &trusted_ca)?;
                 identity.admit(tenant.id());
                 let used = services.rpc_metrics.used(tenant.id());
-                let counted = used.connect(&tenant.profile(), connections_max() / 4 * 3);
+                // On a listener of its own nobody else waits for a place.
+                let most = if terms.tenant.is_some() { usize::MAX } else { (connections_max() / 4 * 3).max(1) };
+                let counted = used.connect(&tenant.profile(), most);
                 (used, counted)
             }
             None => {
                 let used = services.rpc_metrics.used(NO_TENANT);
-                let counted = used.connect(&Profile::default(), GUESTS_MAX.min(connections_max() / 4));
+                let counted = used.connect(&Profile::default(), GUESTS_MAX.min(connections_max() / 4).max(1));
                 (used, counted)
             }
         };
