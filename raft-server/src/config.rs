@@ -95,8 +95,8 @@ pub struct Config {
     pub snapshots_on_raft_thread: bool,
     /// Whether a clean stop flushes the state, so that the next start replays nothing. Default true.
     pub flush_on_stop: bool,
-    /// What a command counts for in lanes, batches and `inflight_bytes_max`: at least about its length, more if it does far more than it
-    /// says. The same on all members, or the leader's counts. Default: its length.
+    /// What a command counts for in a lane's turn, in batches and in `inflight_bytes_max`: at least its length, more if it does far more than it
+    /// says. Queues count lengths. The same on all members, or the leader's counts. Default: its length.
     pub cost_bytes: fn(&Bytes) -> usize,
     /// Where replies are given. On the runtime of those who wait, one wake-up from the apply thread serves all replies of a
     /// round; without, each is its own.

@@ -46,7 +46,7 @@ pub(crate) enum Waiter<R> {
 pub(crate) struct Proposal<R> {
     pub(crate) lane: u32,
     pub(crate) command: Bytes,
-    /// What it counts for wherever commands are counted in bytes: its length, or more if it does more than it says.
+    /// What it counts for in batches and on its way: its length, or more if it does more than it says.
     pub(crate) cost_bytes: usize,
     pub(crate) waiter: Waiter<R>,
     /// If set, it is proposed by this member as the leader of this term, or not at all.
