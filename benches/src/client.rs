@@ -4,7 +4,7 @@
 //! share their [`Keyspace`] and a pool of random bytes that values are cut from, so that a value costs no copy here and no
 //! store can compress it away.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::rc::Rc;
 
@@ -77,14 +77,17 @@ impl Workload {
             | Workload::List
             | Workload::ListPaged
             | Workload::Stream
-            | Workload::Mixed => true,
-            Workload::Put
             | Workload::KubeTxn
-            | Workload::Watch
-            | Workload::LeaseGrant
-            | Workload::LeaseKeepAlive
-            | Workload::Fill => false,
+            | Workload::Mixed => true,
+            Workload::Put | Workload::Watch | Workload::LeaseGrant | Workload::LeaseKeepAlive | Workload::Fill => false,
         }
+    }
+}
+
+impl Workload {
+    /// Whether clients update keys, each its own, of which they must know the revisions.
+    pub fn updates(self) -> bool {
+        matches!(self, Workload::KubeTxn | Workload::Mixed)
     }
 }
 
@@ -116,6 +119,10 @@ pub struct Keyspace {
     weights: Option<Zipf<f64>>,
     pool: Bytes,
     filled: Cell<u64>,
+    /// The tenants whose keys' revisions were asked for.
+    learnt: Cell<usize>,
+    /// Mod revisions of the keys that clients update, by tenant and key.
+    revisions: RefCell<HashMap<(usize, u64), i64>>,
 }
 
 /// Random bytes that values are cut from.
@@ -131,7 +138,24 @@ impl Keyspace {
         SmallRng::seed_from_u64(7).fill(&mut pool[..]);
         let weights = (tenants > 1).then(|| Zipf::new(tenants as f64, zipf).ok()).flatten();
         let (prefix, pool, filled) = (prefix.to_string(), Bytes::from(pool), Cell::new(0));
-        Keyspace { prefix, keys, value_bytes, page_keys, tenants, weights, pool, filled }
+        let (learnt, revisions) = (Cell::new(0), RefCell::default());
+        Keyspace { prefix, keys, value_bytes, page_keys, tenants, weights, pool, filled, learnt, revisions }
+    }
+
+    /// A tenant whose keys' revisions nobody has asked for.
+    fn next_unlearnt(&self) -> Option<usize> {
+        let next = self.learnt.get();
+        (next < self.tenants).then(|| {
+            self.learnt.set(next + 1);
+            next
+        })
+    }
+
+    /// The newest that is known stays: answers may cross.
+    fn learn(&self, tenant: usize, key: u64, mod_revision: i64) {
+        let mut revisions = self.revisions.borrow_mut();
+        let known = revisions.entry((tenant, key)).or_default();
+        *known = mod_revision.max(*known);
     }
 
     /// A tenant, the first ones more often.
@@ -181,8 +205,6 @@ pub struct Client {
     clients: u64,
     space: Rc<Keyspace>,
     random: SmallRng,
-    /// Mod revisions of the keys this client alone writes, by tenant and key.
-    revisions: HashMap<(usize, u64), i64>,
     current: Current,
     lease: i64,
     /// The tenant of a client that holds a lease.
@@ -197,8 +219,19 @@ pub struct Client {
 enum Current {
     Other,
     Get,
-    Txn { tenant: usize, key: u64 },
-    Keys { tenant: usize, expected: Option<u64> },
+    Txn {
+        tenant: usize,
+        key: u64,
+        succeeded: bool,
+    },
+    /// Of all keys of the tenant: their revisions.
+    Revisions {
+        tenant: usize,
+    },
+    Keys {
+        tenant: usize,
+        expected: Option<u64>,
+    },
     Grant,
 }
 
@@ -224,7 +257,6 @@ impl Client {
             clients,
             space,
             random: SmallRng::seed_from_u64(number),
-            revisions: HashMap::new(),
             current: Current::Other,
             lease: 0,
             home: None,
@@ -238,6 +270,14 @@ impl Client {
     pub fn next_request(&mut self) -> Option<Next> {
         self.keys = 0;
         self.current = Current::Other;
+        // While the server warms up: what is measured are updates that succeed.
+        if self.workload.updates()
+            && let Some(tenant) = self.space.next_unlearnt()
+        {
+            self.current = Current::Revisions { tenant };
+            let request = Request::Range(RangeRequest { keys_only: true, ..self.space.range(tenant) });
+            return Some(Next { tenant, request });
+        }
         let drawn = self.space.tenant(&mut self.random);
         // Leases belong to one tenant, so who holds one stays there.
         let holds_lease = matches!(self.workload, Workload::LeaseKeepAlive | Workload::Mixed);
@@ -277,13 +317,13 @@ impl Client {
         Request::Put(PutRequest { key: self.space.key(tenant, number), value: value.into(), ..PutRequest::default() })
     }
 
-    /// The update of kube-apiserver (contract 5.2). A key that is not known yet is created, or its revision learnt.
+    /// The update of kube-apiserver (contract 5.2). The client is the key's only writer, so the compare holds.
     fn kube_txn(&mut self, tenant: usize, value_bytes: usize, lease: i64) -> Request {
         let number = self.own_key();
         let key = self.space.key(tenant, number);
         let value = self.space.value(&mut self.random, value_bytes);
-        self.current = Current::Txn { tenant, key: number };
-        let mod_revision = self.revisions.get(&(tenant, number)).copied().unwrap_or(0);
+        self.current = Current::Txn { tenant, key: number, succeeded: false };
+        let mod_revision = self.space.revisions.borrow().get(&(tenant, number)).copied().unwrap_or(0);
         let op = |request| RequestOp { request: Some(request) };
         Request::Txn(TxnRequest {
             compare: vec![Compare {
@@ -382,21 +422,33 @@ impl Client {
 
     /// Takes one message of the answer.
     pub fn message(&mut self, message: &[u8]) {
-        match self.current {
+        match &mut self.current {
             Current::Other => {}
             Current::Get => self.keys += submessages(message, 2).count() as u64,
-            Current::Txn { tenant, key } => {
+            Current::Revisions { tenant } => {
+                for kv in submessages(message, 2) {
+                    let key = submessages(kv, 1).next().unwrap_or_default();
+                    if let Some(number) = number_of(key) {
+                        self.space.learn(*tenant, number, integer(kv, 3).cast_signed());
+                    }
+                }
+            }
+            Current::Txn { tenant, key, succeeded } => {
                 let header = submessages(message, 1).next().unwrap_or_default();
-                let known = if integer(message, 2) == 1 {
+                *succeeded = integer(message, 2) == 1;
+                let known = if *succeeded {
                     integer(header, 3)
                 } else {
                     // The range's answer: the key as somebody left it.
                     let range = submessages(message, 3).flat_map(|op| submessages(op, 1)).next().unwrap_or_default();
                     submessages(range, 2).next().map_or(0, |kv| integer(kv, 3))
                 };
-                self.revisions.insert((tenant, key), known.cast_signed());
+                self.space.learn(*tenant, *key, known.cast_signed());
             }
-            Current::Keys { tenant, .. } => self.on_keys(tenant, message),
+            Current::Keys { tenant, .. } => {
+                let tenant = *tenant;
+                self.on_keys(tenant, message);
+            }
             Current::Grant => self.lease = integer(message, 2).cast_signed(),
         }
     }
@@ -440,15 +492,22 @@ impl Client {
             }
             Current::Get => Done { units: 1, wrong: self.keys != 1 },
             Current::Other if self.workload == Workload::Fill => Done { units: self.keys, wrong: false },
-            Current::Other | Current::Txn { .. } | Current::Grant => Done { units: 1, wrong: false },
+            Current::Txn { succeeded, .. } => Done { units: 1, wrong: !succeeded },
+            Current::Other | Current::Revisions { .. } | Current::Grant => Done { units: 1, wrong: false },
         }
     }
+}
+
+/// What [`Keyspace::key`] ends with.
+fn number_of(key: &[u8]) -> Option<u64> {
+    let digits = key.rsplit(|byte| *byte == b'/').next()?;
+    std::str::from_utf8(digits).ok()?.parse().ok()
 }
 
 #[cfg(test)]
 mod tests {
     use prost::Message as _;
-    use tenure_etcd_shim::proto::etcdserverpb::ResponseHeader;
+    use tenure_etcd_shim::proto::etcdserverpb::{ResponseHeader, TxnResponse};
     use tenure_etcd_shim::wire::{KvRope, RangeResponse};
     use tenure_storage::key_value::KeyValue;
 
@@ -480,6 +539,23 @@ mod tests {
             assert_eq!((second.revision, &second.key[..]), (9, &[&key(1)[..], &[0]].concat()[..]));
             client.message(&page(&[key(2), key(3)], second_count));
             assert_eq!(client.done().wrong, wrong);
+        }
+    }
+    /// Updates whose compares fail write nothing: a run of those would say nothing about writes.
+    #[test]
+    fn updates_know_the_revision_they_compare_with_and_one_that_fails_is_wrong() {
+        let space = Rc::new(Keyspace::new("/", 2, 10, 2, 1, 1.0));
+        let mut client = Client::new(Workload::KubeTxn, 0, 2, Rc::clone(&space), Rc::new(|| 0));
+        let Some(Next { request: Request::Range(learn), .. }) = client.next_request() else { panic!("a range") };
+        assert!(learn.keys_only);
+        client.message(&page(&[space.key(0, 0), space.key(0, 1)], 2));
+        assert_eq!(client.done(), Done { units: 1, wrong: false });
+        for (expected, succeeded) in [(2, true), (7, false)] {
+            let Some(Next { request: Request::Txn(update), .. }) = client.next_request() else { panic!("a txn") };
+            assert_eq!(update.compare[0].target_union, Some(TargetUnion::ModRevision(expected)));
+            let header = Some(ResponseHeader { revision: 7, ..ResponseHeader::default() });
+            client.message(&TxnResponse { header, succeeded, ..TxnResponse::default() }.encode_to_vec());
+            assert_eq!(client.done(), Done { units: 1, wrong: !succeeded });
         }
     }
 }

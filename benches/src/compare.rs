@@ -31,6 +31,9 @@ const TAIL_LISTS_RATE: f64 = 1.0;
 /// Keys listed meanwhile: the pods of a large cluster.
 const TAIL_LISTED_KEYS: u64 = 150_000;
 
+/// Runs without a disturbance, of which the one in the middle counts.
+pub(crate) const QUIET_RUNS: usize = 3;
+
 /// What to compare, and for how long.
 pub struct Plan {
     pub rounds: usize,
@@ -258,9 +261,10 @@ impl Comparison<'_> {
                 continue;
             }
             let mut servers: BTreeMap<String, Runs> = BTreeMap::new();
-            for _ in 0..self.plan.rounds {
+            for round in 0..self.plan.rounds {
                 for contestant in contestants.iter().filter(|c| c.cases.is_empty() || c.cases.contains(&case.name)) {
-                    let measured = self.run(&contestant.target, &case.load)?;
+                    // Its keys stay from round to round.
+                    let measured = self.run(&contestant.target, &case.load, round > 0)?;
                     let run = report::json(case.load.workload, &contestant.target.name, &measured);
                     servers.entry(contestant.target.name.clone()).or_default().push(run);
                 }
@@ -319,8 +323,8 @@ impl Comparison<'_> {
             let load = Load { keys: writes, clients: 16, connections: 16, ..base(self.plan, Workload::Fill) };
             let caught = cluster::catch_up(&mut contestant.servers, &contestant.target, &load, &told)?;
             let mut without = leaderless.remove(&name).unwrap_or_default();
-            without.sort_by(f64::total_cmp);
-            let (median, longest) = (without[without.len() / 2], without[without.len() - 1]);
+            let median = median_of(&mut without).context("a round")?;
+            let longest = without[without.len() - 1];
             self.audience.line(&format!(
                 "{name:<8} no leader after kill -9: {median:.2} s median, {longest:.2} s longest of {}; \
                  {writes} keys missed: written by the others in {:.1} s, caught up {:.2} s after its start",
@@ -339,9 +343,14 @@ impl Comparison<'_> {
         Ok(figures)
     }
 
-    fn run(&self, target: &Target, load: &Load) -> anyhow::Result<Measured> {
+    fn run(&self, target: &Target, load: &Load, is_filled: bool) -> anyhow::Result<Measured> {
         let what = format!("{} {}", target.name, load.workload.name());
-        load::block_on(load::run(target, load, &|stage, part| self.audience.progress(&what, stage, part)))
+        let told = |stage: Stage, part: f64| self.audience.progress(&what, stage, part);
+        if is_filled {
+            load::block_on(load::run_filled(target, load, &told))
+        } else {
+            load::block_on(load::run(target, load, &told))
+        }
     }
 
     fn contestants(&self, section: &str, tenants: usize, with_tls: bool) -> anyhow::Result<Vec<Contestant>> {
@@ -441,6 +450,7 @@ impl Comparison<'_> {
             };
             let gets = load::block_on(load::run_filled(&target(&server), &get, &told))?;
             let rss_read = process::rss_bytes(server.pid());
+            let peak_rss = process::peak_rss_bytes(server.pid());
             let restart = server.restart()?;
             let page_us = pages.server_cpu.map_or(0.0, |cpu| cpu.as_secs_f64() * 1e6 / pages.operations.max(1) as f64);
             let disk_bytes = disk_bytes(&data_dir)?;
@@ -450,7 +460,7 @@ impl Comparison<'_> {
                 "fill_seconds": fill_seconds,
                 "rss_bytes_filled": rss_filled,
                 "rss_bytes_after_reads": rss_read,
-                "peak_rss_bytes": process::peak_rss_bytes(server.pid()).max(rss_read),
+                "peak_rss_bytes": peak_rss,
                 "page_cpu_us": page_us,
                 "page_p50_us": pages.latency_us.value_at_quantile(0.5),
                 "page_errors": pages.errors,
@@ -511,14 +521,22 @@ impl Comparison<'_> {
             }
             let txn =
                 Load { rate: Some(TAIL_RATE), duration: 4 * self.plan.duration, ..base(self.plan, Workload::KubeTxn) };
-            let quiet = load::block_on(load::run(&target, &txn, &told))?;
+            load::block_on(load::fill(&target, &txn, &told))?;
+            // The first one alone would be of a server that still writes what it was filled with.
+            process::settle(server.pid());
+            let mut quiet_runs = Vec::new();
+            for _ in 0..QUIET_RUNS {
+                quiet_runs.push(load::block_on(load::run_filled(&target, &txn, &told))?);
+            }
+            quiet_runs.sort_by_key(|run| run.latency_us.value_at_quantile(0.999));
+            let quiet = quiet_runs.swap_remove(QUIET_RUNS / 2);
             let mut lists = Noise::begin(&self.plan.bench, &target.addresses[0], &list)?;
             lists.stand()?;
             let maintained = std::thread::spawn({
                 let target = target.clone();
                 move || load::block_on(maintain(&target))
             });
-            let disturbed = load::block_on(load::run(&target, &txn, &told))?;
+            let disturbed = load::block_on(load::run_filled(&target, &txn, &told))?;
             maintained.join().map_err(|_| anyhow::anyhow!("the compaction panicked"))??;
             let lists = lists.end().and_then(|lists| lists["operations"].as_u64()).context("the lists failed")?;
             let p999 = |measured: &Measured| measured.latency_us.value_at_quantile(0.999);
@@ -601,9 +619,7 @@ fn ratios(medians: &BTreeMap<&String, Value>) -> Value {
 /// The median of each figure over the runs.
 fn median(runs: &[Value]) -> Value {
     let of = |pointer: &str| {
-        let mut values: Vec<f64> = runs.iter().filter_map(|run| run.pointer(pointer)?.as_f64()).collect();
-        values.sort_by(f64::total_cmp);
-        values.get(values.len() / 2).copied()
+        median_of(&mut runs.iter().filter_map(|run| run.pointer(pointer)?.as_f64()).collect::<Vec<_>>())
     };
     json!({
         "operations_per_second": of("/operations_per_second"),
@@ -623,6 +639,13 @@ fn median(runs: &[Value]) -> Value {
         "errors": of("/errors"),
         "unit": runs.first().and_then(|run| run.get("unit")),
     })
+}
+
+/// The middle one, or the mean of the two in the middle. Sorts them.
+pub(crate) fn median_of(values: &mut [f64]) -> Option<f64> {
+    values.sort_by(f64::total_cmp);
+    let (low, high) = (values.get(values.len().checked_sub(1)? / 2)?, values.get(values.len() / 2)?);
+    Some(low.midpoint(*high))
 }
 
 /// Bytes of all files below a directory. One that goes away meanwhile counts nothing.
@@ -655,6 +678,17 @@ fn fdatasync_us(dir: &Path) -> anyhow::Result<f64> {
         rustix::fs::fdatasync(file.as_fd())?;
         took.push(from.elapsed().as_secs_f64() * 1e6);
     }
-    took.sort_by(f64::total_cmp);
-    Ok(took[took.len() / 2])
+    median_of(&mut took).context("a sync")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_median_of_two_is_between_them() {
+        assert_eq!(median_of(&mut []), None);
+        assert_eq!(median_of(&mut [3.0, 1.0]), Some(2.0));
+        assert_eq!(median_of(&mut [9.0, 1.0, 4.0]), Some(4.0));
+    }
 }

@@ -8,7 +8,8 @@
 //! times whatever the server does, and latency is counted from when a request was due, so that a server that stalls is seen
 //! to keep everybody waiting, not just those it was answering.
 //!
-//! A run prepares (keys, watches), warms up, measures. Only what ends within the measured time counts.
+//! A run prepares (keys, watches), warms up, measures. What ends within the measured time counts; of an open loop, the latency of what fell
+//! due in it counts however late its answer is. Then what is still on its way is waited for, so that the next run finds the keys at rest.
 
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
@@ -148,6 +149,8 @@ fn histogram() -> Histogram<u64> {
 
 struct Recorder {
     measuring: bool,
+    /// The measured time is over, and what fell due in it is still waited for.
+    ended: Option<Instant>,
     operations: u64,
     units: u64,
     errors: u64,
@@ -161,6 +164,7 @@ impl Recorder {
     fn new() -> Self {
         Recorder {
             measuring: false,
+            ended: None,
             operations: 0,
             units: 0,
             errors: 0,
@@ -182,8 +186,8 @@ impl Recorder {
 /// A client with what is on its way for it.
 struct Slot {
     client: Client,
-    /// When its request was due.
-    since: Instant,
+    /// When its request was due, while that is on its way.
+    due: Option<Instant>,
     /// Its keep-alive stream, which is on the connection that all its requests take.
     stream: Option<CallId>,
 }
@@ -237,6 +241,9 @@ struct Run {
 
 const SCRATCH_BYTES: usize = 256 << 10;
 
+/// How long a run waits for what is on its way at its end.
+const REST_MAX: Duration = Duration::from_secs(10);
+
 /// How long a load that can be cut waits for its watches to open.
 const NOISE_PATIENCE: Duration = Duration::from_secs(15);
 
@@ -267,7 +274,9 @@ pub async fn run_filled(target: &Target, load: &Load, progress: Progress<'_>) ->
 /// # Errors
 /// As [`run`]; and if not all keys could be written.
 pub async fn fill(target: &Target, load: &Load, progress: Progress<'_>) -> anyhow::Result<()> {
-    let filling = Load { clients: load.clients.clamp(1, 16), rate: None, watchers: 0, ..load.clone() };
+    // Each client has a key of its own to update.
+    let keys = if load.workload.updates() { load.keys.max(load.clients) } else { load.keys };
+    let filling = Load { clients: load.clients.clamp(1, 16), keys, rate: None, watchers: 0, ..load.clone() };
     let session = Session::open(target, &filling, Workload::Fill).await?;
     let filled = session.drain(progress).await;
     session.close().await;
@@ -304,7 +313,7 @@ impl Session {
         let now_ns: Rc<dyn Fn() -> u64> = Rc::new(move || nanos_since(started));
         let slots = (0..load.clients).map(|number| Slot {
             client: Client::new(workload, number, load.clients, Rc::clone(&space), Rc::clone(&now_ns)),
-            since: started,
+            due: None,
             stream: None,
         });
         let slots: Vec<Slot> = slots.collect();
@@ -392,11 +401,18 @@ impl Session {
         let seconds = from.elapsed().as_secs_f64();
         let client_cpu = process::thread_cpu() - client_before;
         let server_after = target.usage()?;
-        let recorder = run.recorder.replace(Recorder::new());
+        let is_paced = pace.is_some();
         if let Some(pace) = pace {
             pace.abort();
         }
         run.stopping.set(true);
+        run.recorder.borrow_mut().ended = is_paced.then(Instant::now);
+        self.rest().await?;
+        let mut recorder = run.recorder.replace(Recorder::new());
+        // Those that nobody was free to ask for have waited for so long at least.
+        for due in run.overdue.borrow_mut().drain(..) {
+            recorder.latency_us.saturating_record(micros(due.elapsed()));
+        }
         let used = server_before.zip(server_after);
         Ok(Measured {
             seconds,
@@ -412,6 +428,23 @@ impl Session {
             peak_rss_bytes: target.peak_rss_bytes(),
             written_bytes: used.map(|(before, after)| after.written_bytes.saturating_sub(before.written_bytes)),
         })
+    }
+
+    /// Waits until nothing is on its way any more, within bounds.
+    async fn rest(&self) -> anyhow::Result<()> {
+        let from = Instant::now();
+        while from.elapsed() < REST_MAX && self.run.slots.borrow().iter().any(|slot| slot.due.is_some()) {
+            self.check()?;
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        let mut recorder = self.run.recorder.borrow_mut();
+        let ended = recorder.ended;
+        for due in self.run.slots.borrow().iter().filter_map(|slot| slot.due) {
+            if ended.is_some_and(|ended| due <= ended) {
+                recorder.latency_us.saturating_record(micros(due.elapsed()));
+            }
+        }
+        Ok(())
     }
 
     async fn wait(&self, stage: Stage, duration: Duration, progress: Progress<'_>) -> anyhow::Result<()> {
@@ -527,6 +560,7 @@ impl Run {
                 Incoming::End { tag, status } => {
                     let slot = &mut slots[tag as usize];
                     if slot.stream.take().is_some() || status.code != 0 {
+                        slot.due = None;
                         recorder.error(|| format!("code {}: {}", status.code, status.message));
                     } else {
                         self.finish(slot, &mut recorder);
@@ -543,7 +577,11 @@ impl Run {
 
     fn finish(&self, slot: &mut Slot, recorder: &mut Recorder) {
         let done = slot.client.done();
-        if !recorder.measuring {
+        let Some(due) = slot.due.take().filter(|_| recorder.measuring) else { return };
+        if let Some(ended) = recorder.ended {
+            if due <= ended {
+                recorder.latency_us.saturating_record(micros(due.elapsed()));
+            }
             return;
         }
         recorder.operations += 1;
@@ -551,7 +589,7 @@ impl Run {
         if self.load.workload != Workload::Watch {
             recorder.units += done.units;
         }
-        recorder.latency_us.saturating_record(micros(slot.since.elapsed()));
+        recorder.latency_us.saturating_record(micros(due.elapsed()));
         if done.wrong {
             recorder.error(|| "an answer without what it must hold".to_string());
         }
@@ -574,7 +612,7 @@ impl Run {
         tags.into_iter().for_each(|tag| self.start(tag, Instant::now()));
     }
 
-    fn start(&self, tag: u32, since: Instant) {
+    fn start(&self, tag: u32, due: Instant) {
         if self.stopping.get() {
             return;
         }
@@ -584,7 +622,7 @@ impl Run {
             self.finished.set(self.finished.get() + 1);
             return;
         };
-        slot.since = since;
+        slot.due = Some(due);
         let number = tenant * self.load.connections + tag as usize % self.load.connections;
         let connection = &self.connections[number];
         let mut http2 = connection.http2.borrow_mut();

@@ -15,9 +15,9 @@ use crate::client::Workload;
 use crate::compare::{Audience, Plan, base};
 use crate::load::{self, Load, Measured, Stage, Target};
 use crate::noise::Noise;
-use crate::report;
 use crate::scale::admin;
 use crate::server::{Kind, Server, Setup};
+use crate::{process, report};
 
 /// Tenants that behave, and their kube txns a second, all together.
 const QUIET_TENANTS: usize = 50;
@@ -128,9 +128,15 @@ fn of_server(
         load::block_on(limit(data_dir))?;
     }
     let p99 = |measured: &Measured| measured.latency_us.value_at_quantile(0.99);
-    let alone = load::block_on(load::run(&quiet_target, &quiet, &told))?;
-    let mut lines = vec![format!("alone {} µs", p99(&alone))];
-    let (mut under, mut noise_made) = (Vec::new(), Vec::new());
+    load::block_on(load::fill(&quiet_target, &quiet, &told))?;
+    let calm = || {
+        process::settle(server.pid());
+        load::block_on(load::run_filled(&quiet_target, &quiet, &told))
+    };
+    // Before, between and behind the noises: a single one may be disturbed by the machine, and all ratios are of it.
+    let mut calm_runs = vec![calm()?];
+    let (mut measured_under, mut noise_made) = (Vec::new(), Vec::new());
+    let each_count = noises.len();
     let together: Vec<&Load> = noises.iter().map(|(_, noise)| noise).collect();
     let each = noises.iter().map(|(kind, noise)| (*kind, vec![noise]));
     for (kind, loads) in each.chain([("together", together)]) {
@@ -141,16 +147,27 @@ fn of_server(
             noise.push(begun);
         }
         std::thread::sleep(NOISE_BEFORE);
-        let measured = load::block_on(load::run(&quiet_target, &quiet, &told))?;
+        let measured = load::block_on(load::run_filled(&quiet_target, &quiet, &told))?;
         let made: Vec<Value> = noise.into_iter().map(|noise| noise.end().unwrap_or_default()).collect();
-        let ratio = p99(&measured) as f64 / p99(&alone).max(1) as f64;
-        lines.push(format!("{kind} {} µs (× {ratio:.1})", p99(&measured)));
         if let [made] = &made[..] {
             noise_made.push(match made["units_per_second"].as_f64() {
                 Some(units) => format!("{kind} {units:.0} {}", made["unit"].as_str().unwrap_or("units")),
                 None => format!("{kind} cut off"),
             });
         }
+        measured_under.push((kind, measured, made));
+        if measured_under.len() == each_count / 2 {
+            calm_runs.push(calm()?);
+        }
+    }
+    calm_runs.push(calm()?);
+    calm_runs.sort_by_key(p99);
+    let alone = calm_runs.swap_remove(calm_runs.len() / 2);
+    let mut lines = vec![format!("alone {} µs", p99(&alone))];
+    let mut under = Vec::new();
+    for (kind, measured, made) in measured_under {
+        let ratio = p99(&measured) as f64 / p99(&alone).max(1) as f64;
+        lines.push(format!("{kind} {} µs (× {ratio:.1})", p99(&measured)));
         under.push(json!({
             "noise": kind,
             "p99_ratio": ratio,

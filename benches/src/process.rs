@@ -1,7 +1,7 @@
 //! What the operating system says of a process: CPU time, memory, bytes written. From `/proc`, so on Linux only.
 
 use std::fs;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// CPU time and bytes written of a process since it started.
 #[derive(Clone, Copy, Debug, Default)]
@@ -39,6 +39,25 @@ pub fn rss_bytes(pid: u32) -> u64 {
 /// process's whole life.
 pub fn reset_peak(pid: u32) {
     let _ = fs::write(format!("/proc/{pid}/clear_refs"), "5");
+}
+
+/// How long [`settle`] waits at most.
+const SETTLE_MAX: Duration = Duration::from_secs(20);
+
+/// Waits until the process has done next to nothing for a second: what it has put off, it has done. Within bounds.
+pub fn settle(pid: u32) {
+    let began = Instant::now();
+    while let Ok(before) = usage(pid)
+        && began.elapsed() < SETTLE_MAX
+    {
+        std::thread::sleep(Duration::from_secs(1));
+        let busy = usage(pid).is_ok_and(|after| {
+            after.cpu - before.cpu > Duration::from_millis(50) || after.written_bytes - before.written_bytes > 1 << 20
+        });
+        if !busy {
+            return;
+        }
+    }
 }
 
 /// CPU time of the calling thread, which is the whole load generator's while it generates.
