@@ -5,18 +5,13 @@
 
 use std::sync::Arc;
 
+pub use tenure_admin_api::{ADMIN_URI, TENANT_URI_PREFIX};
 use tenure_storage::TenantId;
 
 use crate::cell::{Cell, DEFAULT_TENANT, Tenant};
 
-/// What stands before the name in a client certificate's URI SAN.
-pub const TENANT_URI_PREFIX: &str = "tenure://tenant/";
-
 /// What every URI of ours begins with.
 const OUR_URIS: &str = "tenure:";
-
-/// The URI SAN of whoever operates the cell.
-pub const ADMIN_URI: &str = "tenure://admin";
 
 /// Who is on the other end of a connection.
 #[derive(Clone, Debug)]

@@ -10,6 +10,7 @@ use rcgen::{
     BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose,
     SanType,
 };
+use tenure_admin_api::ADMIN_URI;
 use time::{Duration, OffsetDateTime};
 
 use crate::files::{self, Mode};
@@ -107,7 +108,7 @@ pub fn init(dir: &Path, domain: Option<&str>, members: &[Member], start: Start) 
         write(&ca_key, &key.serialize_pem(), Mode::Private)?;
         write(&ca_cert, &certificate.pem(), Mode::Public)?;
         let issuer = Issuer::new(params, key);
-        let admin = vec![SanType::URI("tenure://admin".try_into()?)];
+        let admin = vec![SanType::URI(ADMIN_URI.try_into()?)];
         sign(&issuer, dir, "admin", "admin", admin, &[ExtendedKeyUsagePurpose::ClientAuth])?;
         issuer
     };

@@ -9,7 +9,7 @@ use rcgen::{CertificateParams, KeyPair};
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject as _;
 use serde_json::{Value, json};
-use tenure_admin_api::v1 as api;
+use tenure_admin_api::{TENANT_URI_PREFIX, v1 as api};
 use x509_parser::extensions::GeneralName;
 
 use crate::cells::{CellsError, Reached};
@@ -20,9 +20,6 @@ pub const CA_CERT: &str = "ca.crt";
 pub const CLIENT_CERT: &str = "client.crt";
 pub const CLIENT_KEY: &str = "client.key";
 pub const FLAGS: &str = "apiserver-flags";
-
-/// What a tenant's certificates have for a URI SAN, in front of its name.
-const TENANT_URI_PREFIX: &str = "tenure://tenant/";
 
 /// Where a pod mounts them.
 const MOUNT_PATH: &str = "/etc/kubernetes/pki/tenure";
