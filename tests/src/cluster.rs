@@ -65,7 +65,7 @@ impl Cluster {
             }
         });
         let mut cluster = Cluster { members: members.collect() };
-        let initial = cluster.initial();
+        let initial = cluster.initial_cluster(count);
         for member in &mut cluster.members {
             member.set_up(&initial, flags);
         }
@@ -78,10 +78,10 @@ impl Cluster {
         self.members.iter_mut().for_each(Member::wait_until_ready);
     }
 
-    /// `--initial-cluster` of all of them.
-    fn initial(&self) -> String {
-        let pairs = self.members.iter().enumerate().map(|(at, member)| format!("m{at}={}", member.peer_url));
-        pairs.collect::<Vec<_>>().join(",")
+    /// `--initial-cluster` of the first so many of them.
+    pub fn initial_cluster(&self, count: usize) -> String {
+        let pairs = self.members[..count].iter().enumerate().map(|(at, member)| format!("m{at}={}", member.peer_url));
+        format!("--initial-cluster={}", pairs.collect::<Vec<_>>().join(","))
     }
 }
 
@@ -125,7 +125,7 @@ impl Member {
             format!("--advertise-client-urls=http://{}", self.client),
             format!("--listen-peer-urls={}", self.peer_url),
             format!("--initial-advertise-peer-urls={}", self.peer_url),
-            format!("--initial-cluster={initial_cluster}"),
+            initial_cluster.to_string(),
         ]);
         self.arguments.extend(flags.iter().map(ToString::to_string));
     }

@@ -125,20 +125,16 @@ async fn members_that_crash_early_start_without_the_flags_they_began_with() {
     const BEGIN: &[&str] = &["initial-advertise-peer-urls", "initial-cluster"];
     let dir = tempfile::tempdir().unwrap();
     let mut cluster = Cluster::new("http", 4, dir.path(), &[]);
-    let urls: Vec<String> = cluster.members.iter().map(|member| member.peer_url.clone()).collect();
-    let initial = |count: usize| {
-        let pairs = urls[..count].iter().enumerate().map(|(at, url)| format!("m{at}={url}"));
-        format!("--initial-cluster={}", pairs.collect::<Vec<_>>().join(","))
-    };
+    let (three, four) = (cluster.initial_cluster(3), cluster.initial_cluster(4));
     let (joining, founders) = cluster.members.split_last_mut().unwrap();
-    founders.iter_mut().for_each(|member| member.spawn_with(&[&initial(3)]));
+    founders.iter_mut().for_each(|member| member.spawn_with(&[&three]));
     founders.iter_mut().for_each(Member::wait_until_ready);
     put(&founders[0], "k", "v").await;
     let add = pb::MemberAddRequest { peer_ur_ls: vec![joining.peer_url.clone()], is_learner: false };
     let _: pb::MemberAddResponse = ask(&founders[0], "/etcdserverpb.Cluster/MemberAdd", &add).await;
     // Its id says nothing of its URLs.
     for _ in 0..2 {
-        joining.start_with(&[&initial(4), "--initial-cluster-state=existing"]);
+        joining.start_with(&[&four, "--initial-cluster-state=existing"]);
         assert_eq!(get(joining, "k").await.as_deref(), Some("v"));
         joining.kill();
     }
@@ -151,8 +147,9 @@ async fn members_that_crash_early_start_without_the_flags_they_began_with() {
     // Whoever is moved says where it is now.
     let everybody = pb::MemberListRequest { linearizable: true };
     let list: pb::MemberListResponse = ask(&cluster.members[0], "/etcdserverpb.Cluster/MemberList", &everybody).await;
-    let id = list.members.iter().find(|member| member.peer_ur_ls == urls[..1]).unwrap().id;
-    let elsewhere = urls[0].replace("127.0.0.1", "127.0.0.3");
+    let url = cluster.members[0].peer_url.clone();
+    let id = list.members.iter().find(|member| member.peer_ur_ls == [url.as_str()]).unwrap().id;
+    let elsewhere = url.replace("127.0.0.1", "127.0.0.3");
     let update = pb::MemberUpdateRequest { id, peer_ur_ls: vec![elsewhere.clone()] };
     let _: pb::MemberUpdateResponse = ask(&cluster.members[0], "/etcdserverpb.Cluster/MemberUpdate", &update).await;
     let member = &mut cluster.members[0];

@@ -225,12 +225,8 @@ async fn leases_outlive_the_loss_of_a_quorum() {
 async fn a_cell_grows_to_five_members_and_shrinks_to_one_under_load() {
     let dir = tempfile::tempdir().unwrap();
     let mut cluster = Cluster::new("http", 5, dir.path(), &[]);
-    let urls: Vec<String> = cluster.members.iter().map(|member| member.peer_url.clone()).collect();
-    let initial = |count: usize| {
-        let pairs = urls[..count].iter().enumerate().map(|(at, url)| format!("m{at}={url}"));
-        format!("--initial-cluster={}", pairs.collect::<Vec<_>>().join(","))
-    };
-    cluster.members[0].start_with(&[&initial(1)]);
+    let alone = cluster.initial_cluster(1);
+    cluster.members[0].start_with(&[&alone]);
     let mut load = Load::start(&cluster);
     load.progress(10).await;
     let mut client = Client::new(cluster.members[0].client);
@@ -243,7 +239,8 @@ async fn a_cell_grows_to_five_members_and_shrinks_to_one_under_load() {
         let url = vec![cluster.members[at].peer_url.clone()];
         let add = pb::MemberAddRequest { peer_ur_ls: url.clone(), is_learner: true };
         let _: Option<pb::MemberAddResponse> = reconfigure(&mut client, "MemberAdd", &add).await;
-        cluster.members[at].start_with(&[&initial(at + 1), "--initial-cluster-state=existing"]);
+        let initial = cluster.initial_cluster(at + 1);
+        cluster.members[at].start_with(&[&initial, "--initial-cluster-state=existing"]);
         let id = members(&mut client).await.iter().find(|member| member.peer_ur_ls == url).unwrap().id;
         let promote = pb::MemberPromoteRequest { id };
         let _: Option<pb::MemberPromoteResponse> = reconfigure(&mut client, "MemberPromote", &promote).await;
