@@ -28,7 +28,7 @@ use super::codec::RawCodec;
 use super::link::Link;
 use super::{Inner, SnapshotStats};
 use crate::log::Position;
-use crate::snapshot::{OutgoingSnapshot, SnapshotOffer};
+use crate::snapshot::{OutgoingSnapshot, SnapshotOffer, bytes_in};
 use crate::transport::Local;
 
 /// Bytes of a file in one chunk.
@@ -60,10 +60,42 @@ fn chunk(bytes: &[u8]) -> Bytes {
     chunk.freeze()
 }
 
-fn unchunk(mut chunk: Bytes) -> Result<Bytes, CallError> {
+/// Why an attempt brought no snapshot.
+#[derive(Debug, thiserror::Error)]
+enum AttemptError {
+    #[error("the member has no such snapshot any more")]
+    Gone,
+    #[error(
+        "the disk has no room: {missing_bytes} bytes are missing, {free_bytes} free, of which {LEFT_BYTES} are kept"
+    )]
+    NoRoom { missing_bytes: u64, free_bytes: u64 },
+    /// Another attempt goes on where this one ended.
+    #[error("{0}")]
+    CutOff(String),
+}
+
+impl AttemptError {
+    fn write(error: std::io::Error) -> Self {
+        AttemptError::CutOff(format!("write a snapshot: {error}"))
+    }
+}
+
+impl From<CallError> for AttemptError {
+    fn from(error: CallError) -> Self {
+        AttemptError::CutOff(error.to_string())
+    }
+}
+
+impl From<Status> for AttemptError {
+    fn from(status: Status) -> Self {
+        if status.code() == Code::NotFound { AttemptError::Gone } else { AttemptError::CutOff(status.to_string()) }
+    }
+}
+
+fn unchunk(mut chunk: Bytes) -> Result<Bytes, AttemptError> {
     match chunk.try_get_u32_le() {
         Ok(check) if crc32fast::hash(&chunk) == check => Ok(chunk),
-        Ok(_) | Err(_) => Err(CallError::Unreachable("a chunk of a snapshot is damaged".to_owned())),
+        Ok(_) | Err(_) => Err(AttemptError::CutOff("a chunk of a snapshot is damaged".to_owned())),
     }
 }
 
@@ -150,21 +182,21 @@ pub(super) async fn run(inner: Weak<Inner>, offer: SnapshotOffer, urls: Vec<Stri
         let url = urls.get(attempts as usize % urls.len().max(1)).cloned().unwrap_or_default();
         match attempt(&inner, &offer, &url).await {
             Ok(()) => break true,
-            Err(CallError::Refused(status)) if status.code() == Code::NotFound => break false,
-            Err(CallError::Refused(status)) if status.code() == Code::ResourceExhausted => {
-                tracing::warn!(from, error = status.message(), "fetch a snapshot");
+            Err(AttemptError::Gone) => break false,
+            Err(error @ AttemptError::NoRoom { .. }) => {
+                tracing::warn!(from, %error, "fetch a snapshot");
                 // Whatever there is of it is needed more.
                 if let Err(error) = tokio::fs::remove_dir_all(&offer.path).await {
                     tracing::warn!(path = %offer.path.display(), %error, "remove a part of a snapshot");
                 }
                 break false;
             }
-            Err(error) => {
+            Err(error @ AttemptError::CutOff(_)) => {
                 tracing::debug!(from, %error, "fetch a snapshot");
                 if attempts + 1 == ATTEMPTS_MAX {
                     tracing::warn!(from, %error, "fetch a snapshot");
                 }
-                let has_bytes = bytes_in(&offer.path).await;
+                let has_bytes = bytes_in(&offer.path);
                 attempts = if has_bytes > had_bytes { 0 } else { attempts + 1 };
                 had_bytes = has_bytes;
             }
@@ -190,13 +222,8 @@ pub(super) async fn run(inner: Weak<Inner>, offer: SnapshotOffer, urls: Vec<Stri
     }
 }
 
-async fn bytes_in(dir: &Path) -> u64 {
-    let Ok(list) = list(dir).await else { return 0 };
-    parse_list(list).unwrap_or_default().iter().map(|(_, length)| length).sum()
-}
-
-fn parse_list(mut list: Bytes) -> Result<Vec<(String, u64)>, CallError> {
-    let damaged = || CallError::Unreachable("the list of a snapshot's files is damaged".to_owned());
+fn parse_list(mut list: Bytes) -> Result<Vec<(String, u64)>, AttemptError> {
+    let damaged = || AttemptError::CutOff("the list of a snapshot's files is damaged".to_owned());
     let mut files = Vec::new();
     while list.has_remaining() {
         let length = list.try_get_u64_le().map_err(|_| damaged())?;
@@ -214,18 +241,18 @@ fn parse_list(mut list: Bytes) -> Result<Vec<(String, u64)>, CallError> {
 }
 
 /// Says how it ended.
-async fn tell(inner: &Inner, offer: &SnapshotOffer, url: &str, complete: bool) -> Result<(), CallError> {
+async fn tell(inner: &Inner, offer: &SnapshotOffer, url: &str, complete: bool) -> Result<(), AttemptError> {
     let mut source = Source { grpc: ready(connect(&inner.config, url).await?).await?, inner, offer };
     source.ask(if complete { COMPLETE } else { GIVEN_UP }, "").await.map(drop)
 }
 
-async fn attempt(inner: &Inner, offer: &SnapshotOffer, url: &str) -> Result<(), CallError> {
-    let own = |error: std::io::Error| CallError::Unreachable(format!("write a snapshot: {error}"));
+async fn attempt(inner: &Inner, offer: &SnapshotOffer, url: &str) -> Result<(), AttemptError> {
+    let own = AttemptError::write;
     let mut source = Source { grpc: ready(connect(&inner.config, url).await?).await?, inner, offer };
     tokio::fs::create_dir_all(&offer.path).await.map_err(own)?;
     let mut chunks = source.ask(LIST, "").await?;
     let files = parse_list(next_chunk(&mut chunks).await?)?;
-    check_room(&offer.path, files.iter().map(|(_, length)| length).sum()).await?;
+    check_room(&offer.path, files.iter().map(|(_, length)| length).sum())?;
     for (name, length) in &files {
         let mut file = OpenOptions::new().create(true).append(true).open(offer.path.join(name)).await.map_err(own)?;
         let mut have = file.metadata().await.map_err(own)?.len();
@@ -239,7 +266,7 @@ async fn attempt(inner: &Inner, offer: &SnapshotOffer, url: &str) -> Result<(), 
         if !is_whole {
             // Of another snapshot: it is fetched anew.
             tokio::fs::remove_file(offer.path.join(name)).await.map_err(own)?;
-            return Err(CallError::Unreachable("a file is longer than it is offered".to_owned()));
+            return Err(AttemptError::CutOff("a file is longer than it is offered".to_owned()));
         }
         file.sync_all().await.map_err(own)?;
     }
@@ -254,12 +281,11 @@ async fn copy_rest(
     file: &mut File,
     have: &mut u64,
     length: u64,
-) -> Result<(), CallError> {
+) -> Result<(), AttemptError> {
     let mut chunks = source.ask(*have, name).await?;
     while *have < length {
         let bytes = next_chunk(&mut chunks).await?;
-        let written = file.write_all(&bytes).await;
-        written.map_err(|error| CallError::Unreachable(format!("write a snapshot: {error}")))?;
+        file.write_all(&bytes).await.map_err(AttemptError::write)?;
         *have += bytes.len() as u64;
     }
     Ok(())
@@ -268,23 +294,21 @@ async fn copy_rest(
 /// Whether the disk has room for a directory of so many bytes, and for what it is for besides.
 ///
 /// # Errors
-/// [`CallError::Refused`].
-async fn check_room(dir: &Path, bytes: u64) -> Result<(), CallError> {
-    let missing = bytes.saturating_sub(bytes_in(dir).await);
+/// [`AttemptError::NoRoom`].
+fn check_room(dir: &Path, bytes: u64) -> Result<(), AttemptError> {
+    let missing_bytes = bytes.saturating_sub(bytes_in(dir));
     let Ok(disk) = rustix::fs::statvfs(dir) else { return Ok(()) };
-    let free = disk.f_bavail.saturating_mul(disk.f_frsize);
-    if missing == 0 || missing.saturating_add(LEFT_BYTES) <= free {
+    let free_bytes = disk.f_bavail.saturating_mul(disk.f_frsize);
+    if missing_bytes == 0 || missing_bytes.saturating_add(LEFT_BYTES) <= free_bytes {
         return Ok(());
     }
-    let text =
-        format!("the disk has no room: {missing} bytes are missing, {free} free, of which {LEFT_BYTES} are kept");
-    Err(CallError::Refused(Status::resource_exhausted(text)))
+    Err(AttemptError::NoRoom { missing_bytes, free_bytes })
 }
 
-async fn next_chunk(chunks: &mut tonic::Streaming<Bytes>) -> Result<Bytes, CallError> {
-    let unreachable = |text: &str| CallError::Unreachable(text.to_owned());
-    let next = tokio::time::timeout(CHUNK_WITHIN, chunks.next()).await.map_err(|_| unreachable("nothing comes"))?;
-    unchunk(next.ok_or_else(|| unreachable("it ended early"))?.map_err(|status| unreachable(&status.to_string()))?)
+async fn next_chunk(chunks: &mut tonic::Streaming<Bytes>) -> Result<Bytes, AttemptError> {
+    let cut_off = |text: &str| AttemptError::CutOff(text.to_owned());
+    let next = tokio::time::timeout(CHUNK_WITHIN, chunks.next()).await.map_err(|_| cut_off("nothing comes"))?;
+    unchunk(next.ok_or_else(|| cut_off("it ended early"))??)
 }
 
 struct Source<'a> {
@@ -294,22 +318,16 @@ struct Source<'a> {
 }
 
 impl Source<'_> {
-    async fn ask(&mut self, offset: u64, name: &str) -> Result<tonic::Streaming<Bytes>, CallError> {
+    async fn ask(&mut self, offset: u64, name: &str) -> Result<tonic::Streaming<Bytes>, AttemptError> {
         let mut request = BytesMut::new();
         for number in [self.offer.at.term, self.offer.at.index, offset] {
             request.put_u64_le(number);
         }
         request.put_slice(name.as_bytes());
         let request = named(self.inner.config.identity, self.offer.from, request.freeze());
-        self.grpc.ready().await.map_err(|error| CallError::Unreachable(error.message().to_owned()))?;
-        let answer = self.grpc.server_streaming(request, PathAndQuery::from_static(FETCH), RawCodec).await;
-        answer.map(tonic::Response::into_inner).map_err(|status| {
-            if status.code() == Code::NotFound {
-                CallError::Refused(status)
-            } else {
-                CallError::Unreachable(status.to_string())
-            }
-        })
+        self.grpc.ready().await.map_err(|error| AttemptError::CutOff(error.to_string()))?;
+        let answer = self.grpc.server_streaming(request, PathAndQuery::from_static(FETCH), RawCodec).await?;
+        Ok(answer.into_inner())
     }
 }
 
