@@ -140,14 +140,14 @@ impl<R: Send + 'static> Handle<R> {
         let bytes = command.len();
         let ring = {
             let mut queue = self.shared.queue.lock();
-            let before = queue.lanes.bytes();
+            let before = queue.lanes.cost_bytes();
             let proposal = Proposal { lane, command, cost_bytes, waiter: Waiter::Local(reply), only_in };
             if let Err((error, _)) = queue.lanes.push(lane, bytes, cost_bytes, proposal) {
                 drop(queue);
                 return refused(error.into());
             }
             self.shared.metrics.proposals_pending.fetch_add(1, Ordering::Relaxed);
-            let batch_full = (before..queue.lanes.bytes()).contains(&self.limits.batch_bytes_max);
+            let batch_full = (before..queue.lanes.cost_bytes()).contains(&self.limits.batch_bytes_max);
             !std::mem::replace(&mut queue.rung, true) || batch_full
         };
         if ring {

@@ -28,6 +28,7 @@ pub(crate) struct Lanes<T> {
     /// The lanes that hold something, each once, in the order of their turns.
     turns: VecDeque<u32>,
     bytes: usize,
+    cost_bytes: usize,
     items: usize,
     lane_bytes_max: usize,
     total_bytes_max: usize,
@@ -69,12 +70,23 @@ impl From<PushError> for ProposeError {
 impl<T> Lanes<T> {
     pub(crate) fn new(lane_bytes_max: usize, total_bytes_max: usize) -> Self {
         let (lanes, turns) = (HashMap::new(), VecDeque::new());
-        Lanes { lanes, turns, bytes: 0, items: 0, lane_bytes_max, total_bytes_max, closed: false }
+        Lanes { lanes, turns, bytes: 0, cost_bytes: 0, items: 0, lane_bytes_max, total_bytes_max, closed: false }
     }
 
     /// Bytes waiting in all lanes, overheads included.
+    #[cfg(test)]
     pub(crate) fn bytes(&self) -> usize {
         self.bytes
+    }
+
+    /// What those that wait cost, overheads included.
+    pub(crate) fn cost_bytes(&self) -> usize {
+        self.cost_bytes
+    }
+
+    /// Whether [`Lanes::take_batch`] would give as much as it may.
+    pub(crate) fn has_full_batch(&self, cost_bytes_max: usize, items_max: usize) -> bool {
+        self.cost_bytes >= cost_bytes_max || self.items >= items_max
     }
 
     /// Commands waiting in all lanes.
@@ -108,16 +120,17 @@ impl<T> Lanes<T> {
         entry.queue.push_back(Queued { bytes, cost_bytes, item });
         entry.bytes += bytes;
         self.bytes += bytes;
+        self.cost_bytes += cost_bytes;
         self.items += 1;
         Ok(())
     }
 
-    /// The next batch: at most `items_max`, and of a cost of at most `bytes_max` unless its only item has more. Empty only if
+    /// The next batch: at most `items_max`, and of a cost of at most `cost_bytes_max` unless its only item has more. Empty only if
     /// nothing waits.
-    pub(crate) fn take_batch(&mut self, bytes_max: usize, items_max: usize) -> Vec<T> {
+    pub(crate) fn take_batch(&mut self, cost_bytes_max: usize, items_max: usize) -> Vec<T> {
         assert!(items_max > 0, "a batch has room for one");
         let mut batch = Vec::with_capacity(self.items.min(items_max));
-        let mut batch_bytes = 0;
+        let mut batch_cost_bytes = 0;
         while let Some(&id) = self.turns.front() {
             let lane = self.lanes.get_mut(&id).expect("a lane with a turn exists");
             if !lane.in_turn {
@@ -128,15 +141,16 @@ impl<T> Lanes<T> {
                 if cost_bytes > lane.deficit {
                     break;
                 }
-                if batch.len() == items_max || (!batch.is_empty() && batch_bytes + cost_bytes > bytes_max) {
+                if batch.len() == items_max || (!batch.is_empty() && batch_cost_bytes + cost_bytes > cost_bytes_max) {
                     return batch;
                 }
                 let Queued { bytes, item, .. } = lane.queue.pop_front().expect("the front was there");
                 lane.deficit -= cost_bytes;
                 lane.bytes -= bytes;
                 self.bytes -= bytes;
+                self.cost_bytes -= cost_bytes;
                 self.items -= 1;
-                batch_bytes += cost_bytes;
+                batch_cost_bytes += cost_bytes;
                 batch.push(item);
             }
             self.turns.pop_front();
@@ -162,18 +176,19 @@ impl<T> Lanes<T> {
         let lanes = turns.into_iter().filter_map(|id| self.lanes.remove(&id));
         let drained = lanes.flat_map(|lane| lane.queue).map(|queued| queued.item).collect();
         assert!(self.lanes.is_empty(), "a lane that holds something has a turn");
-        (self.bytes, self.items) = (0, 0);
+        (self.bytes, self.cost_bytes, self.items) = (0, 0, 0);
         drained
     }
 
     /// Drops the items that `keep` does not want.
     pub(crate) fn retain(&mut self, mut keep: impl FnMut(&T) -> bool) {
         for lane in self.lanes.values_mut() {
-            lane.queue.retain(|Queued { bytes, item, .. }| {
+            lane.queue.retain(|Queued { bytes, cost_bytes, item }| {
                 let kept = keep(item);
                 if !kept {
                     lane.bytes -= bytes;
                     self.bytes -= bytes;
+                    self.cost_bytes -= cost_bytes;
                     self.items -= 1;
                 }
                 kept
@@ -267,9 +282,11 @@ mod tests {
         for dear in ["a", "b", "c"] {
             lanes.push(1, 10, MIB, dear).unwrap();
         }
+        assert!(lanes.has_full_batch(MIB, 100) && !lanes.has_full_batch(4 * MIB, 4), "as batches are taken");
         lanes.push(2, 10, 0, "cheap").unwrap();
         let batches: Vec<_> = (0..4).map(|_| lanes.take_batch(MIB, 100)).collect();
         assert_eq!(batches, [vec!["cheap"], vec!["a"], vec!["b"], vec!["c"]]);
+        assert_eq!((lanes.bytes(), lanes.cost_bytes()), (0, 0));
     }
 
     #[test]
@@ -280,6 +297,7 @@ mod tests {
         }
         lanes.retain(|number| number % 3 == 1 && *number > 1);
         assert_eq!((lanes.items(), lanes.bytes()), (2, 2 * (100 + COMMAND_OVERHEAD_BYTES)));
+        assert_eq!(lanes.cost_bytes(), lanes.bytes());
         assert_eq!(lanes.take_batch(MIB, 100), [4, 7]);
         assert_eq!((lanes.lanes.len(), lanes.turns.len(), lanes.bytes()), (0, 0, 0));
     }

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use parking_lot::{Mutex, RwLock};
 use tokio::sync::watch;
 
+use crate::config::Config;
 use crate::error::{ProposeError, ReadError};
 use crate::events::EventSender;
 use crate::lanes::Lanes;
@@ -60,6 +61,22 @@ pub(crate) struct ProposalQueue<R> {
     /// Raft's thread will look at the lanes without being told again: it was told, or waits for the disk first. So one
     /// notice serves many proposals.
     pub(crate) rung: bool,
+}
+
+impl<R> ProposalQueue<R> {
+    /// The next batch, if there is room for one, and either nothing is under way or it is full. If it gives none for want of either,
+    /// raft's thread looks again without anybody's notice, when the disk, the state machine or the leader is done with what is before it.
+    pub(crate) fn next_batch(
+        &mut self,
+        has_room: bool,
+        is_underway: bool,
+        config: &Config,
+    ) -> Option<Vec<Proposal<R>>> {
+        let (cost_bytes_max, items_max) = (config.batch_bytes_max, config.batch_commands_max);
+        self.rung = is_underway || !has_room;
+        let is_due = !is_underway || self.lanes.has_full_batch(cost_bytes_max, items_max);
+        (has_room && is_due && self.lanes.items() > 0).then(|| self.lanes.take_batch(cost_bytes_max, items_max))
+    }
 }
 
 pub(crate) struct Shared<R> {
