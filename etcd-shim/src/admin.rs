@@ -372,7 +372,7 @@ impl Inner {
                 }
             })
             .await?;
-        let (prefixes, other) = prefixes.map_err(CellError::from)?;
+        let (prefixes, other) = tenant.answered(prefixes)?;
         let row = |prefix: &[u8], (keys, bytes)| get_usage_response::Prefix {
             prefix: String::from_utf8_lossy(prefix).into_owned(),
             keys,

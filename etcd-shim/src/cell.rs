@@ -18,6 +18,7 @@
 
 mod bootstrap;
 mod members;
+mod rules;
 mod tenant;
 mod tenants;
 
@@ -450,6 +451,7 @@ impl Cell {
         let mut tasks = self.0.tasks.lock();
         tasks.spawn(follow_leadership(Arc::downgrade(&self.0), self.0.leadership.clone()));
         tasks.spawn(revoke_expired(Arc::downgrade(&self.0)));
+        tasks.spawn(rules::raise(Arc::downgrade(&self.0)));
         tasks.spawn(watch_disk(Arc::downgrade(&self.0)));
         tasks.spawn(tenants::clear(Arc::downgrade(&self.0), Arc::clone(&self.0.changes)));
         let (cell, of_cell) = (Arc::downgrade(&self.0), Arc::clone(background));
@@ -765,7 +767,7 @@ impl Inner {
     ) -> Result<(Cell, Arc<Background>, Vec<(u64, Vec<String>)>), OpenError> {
         let voters = beginning.voters();
         let Beginning { identity, first } = beginning;
-        let data_dir = DataDir::open(&config.data_dir, identity, &config.cluster_token, &first)?;
+        let mut data_dir = DataDir::open(&config.data_dir, identity, &config.cluster_token, &first)?;
         let First { members, .. } = first;
         let disk = Disk::new(data_dir.path(), config.disk_reserve_bytes).map_err(OpenError::Disk)?;
         let engine = Arc::new(RocksEngine::open(&data_dir.state(), &config.engine)?);
@@ -798,6 +800,7 @@ impl Inner {
         let open_requests = OpenRequests::default();
         let undelivered = InFlight::new(Budget::default(), open_requests.clone());
         let applier = Applier { state_machine: state, undelivered };
+        data_dir.adopt_layout()?;
         let (raft, server) = raft::start(raft_config, applier, peers.transport())?;
         peers.attach(&raft);
         let turns = Arc::<Turns>::default();
@@ -851,9 +854,11 @@ impl Inner {
     /// With a term: by this member as its leader, or not at all.
     async fn propose_in(&self, term: Option<u64>, tenant: TenantId, command: Command) -> Result<Outcome, CellError> {
         let lane = match &command {
-            Command::Tenant(_) | Command::Configure { .. } | Command::SetDefaults { .. } | Command::Members(_) => {
-                CELL_LANE
-            }
+            Command::Tenant(_)
+            | Command::Configure { .. }
+            | Command::SetDefaults { .. }
+            | Command::RaiseRules { .. }
+            | Command::Members(_) => CELL_LANE,
             Command::Put(_)
             | Command::DeleteRange(_)
             | Command::Txn(_)
@@ -1047,12 +1052,16 @@ async fn compact_old(cell: Weak<Inner>, kept: AutoCompaction) {
             if !cell.raft.status().is_leader {
                 break;
             }
+            // What a suspended tenant is due it gets at the first look after it is resumed.
+            if cell.store.reader(tenant).is_none_or(|reader| reader.profile().phase == TenantPhase::Suspended) {
+                continue;
+            }
             match cell.propose(tenant, Command::Compact { revision }).await {
                 Ok(Outcome { result: Ok(_), .. }) => {
                     compactor.compacted(tenant);
                     tenants += 1;
                 }
-                // It compacted itself, was deleted or is suspended.
+                // It compacted itself, or was deleted or suspended meanwhile.
                 Ok(Outcome { result: Err(refusal), .. }) => tracing::debug!(%tenant, %refusal, "auto compaction"),
                 Err(error) => tracing::warn!(%tenant, revision, %error, "failed auto compaction"),
             }
@@ -1101,6 +1110,10 @@ async fn revoke_expired(cell: Weak<Inner>) {
         let cell = &cell;
         futures::stream::iter(cell.lessor.take_expired())
             .for_each_concurrent(REVOKES_IN_FLIGHT_MAX, |(tenant, id)| async move {
+                // Those before it may have taken long: it may have been revoked, and granted anew, meanwhile.
+                if !cell.lessor.is_expired(tenant, id) {
+                    return;
+                }
                 match cell.propose_in(Some(term), tenant, Command::LeaseRevoke { id }).await {
                     // A client may have revoked it first.
                     Ok(Outcome { result: Ok(_) | Err(Refusal::LeaseNotFound(_)), .. }) => {}

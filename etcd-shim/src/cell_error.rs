@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use tenure_raft_server::ProposeError;
-use tenure_storage::{Fault, ReadError, Refusal};
+use tenure_storage::{Fault, Refusal};
 
 /// Why the cell did not do what it was asked. `status.rs` gives each its code and text.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -85,14 +85,5 @@ impl From<ProposeError> for CellError {
 impl From<Fault> for CellError {
     fn from(fault: Fault) -> Self {
         CellError::Fault(Arc::new(fault))
-    }
-}
-
-impl From<ReadError> for CellError {
-    fn from(error: ReadError) -> Self {
-        match error {
-            ReadError::Refused(refusal) => CellError::Refused(refusal),
-            ReadError::Fault(fault) => fault.into(),
-        }
     }
 }

@@ -227,7 +227,7 @@ impl Client {
             })?;
             Ok::<_, tenure_storage::ReadError>((summary, stored))
         };
-        let (summary, stored) = self.tenant.read(read).await?.map_err(CellError::from)?;
+        let (summary, stored) = self.tenant.answered(self.tenant.read(read).await?)?;
         let kvs = decode_all(&stored)?;
         Ok(RangeResult { revision: summary.revision, kvs, more: summary.more, count: summary.count })
     }
@@ -293,8 +293,7 @@ impl Client {
     /// # Errors
     /// [`ClientError`].
     pub async fn revoke_lease(&self, id: LeaseId) -> Result<(), ClientError> {
-        let outcome = self.tenant.propose(Command::LeaseRevoke { id }).await?;
-        outcome.result.map(|_| ()).map_err(|refusal| CellError::from(refusal).into())
+        Ok(self.tenant.revoke_lease(id).await.map(drop)?)
     }
 
     /// What is left of a lease; `None` if there is no such lease.

@@ -101,6 +101,8 @@ pub struct First {
 pub struct DataDir {
     path: PathBuf,
     identity: Identity,
+    /// What is written of an earlier layout.
+    earlier: Option<Written>,
     /// Closing it releases the lock.
     _lock: File,
 }
@@ -117,31 +119,34 @@ impl DataDir {
             check_unused(path)?;
         }
         let lock = take_lock(path)?;
-        let identity = match read_identity(path)? {
-            Some(found) => {
-                if found.version < LAYOUT_VERSION {
-                    write_identity(path, &Written { version: LAYOUT_VERSION, ..found.clone() })?;
-                    tracing::info!(
-                        from = found.version,
-                        to = LAYOUT_VERSION,
-                        "the data directory has another layout from now on"
-                    );
-                }
-                found.identity
-            }
+        let (identity, earlier) = match read_identity(path)? {
+            Some(found) => (found.identity, Some(found).filter(|found| found.version < LAYOUT_VERSION)),
             None => {
                 check_unused(path)?;
                 write_whole(path, MEMBERS, MEMBERS_NEW, &first.encode())?;
                 let token = Some(written(token));
                 write_identity(path, &Written { version: LAYOUT_VERSION, identity, token })?;
-                identity
+                (identity, None)
             }
         };
-        let this = DataDir { path: path.to_path_buf(), identity, _lock: lock };
+        let this = DataDir { path: path.to_path_buf(), identity, earlier, _lock: lock };
         for part in [this.log(), this.state()] {
             fs::create_dir_all(&part).map_err(io("create", &part))?;
         }
         Ok(this)
+    }
+
+    /// Makes this release's layout the directory's, which an earlier release then refuses. Call it when nothing is in the way of going on with
+    /// what is there, and before anything is written.
+    ///
+    /// # Errors
+    /// [`DataDirError::Io`].
+    pub fn adopt_layout(&mut self) -> Result<(), DataDirError> {
+        let Some(earlier) = self.earlier.take() else { return Ok(()) };
+        let (from, to) = (earlier.version, LAYOUT_VERSION);
+        write_identity(&self.path, &Written { version: LAYOUT_VERSION, ..earlier })?;
+        tracing::info!(from, to, "the data directory has another layout from now on");
+        Ok(())
     }
 
     /// Who the directory belongs to already; `None` if it has to be decided first, and may be: it is empty, or not there.

@@ -146,15 +146,14 @@ impl Lessor {
         *self.leading.borrow()
     }
 
-    /// Waits until this member decides about leases.
-    pub async fn promoted(&self) {
-        // The sender lives as long as `self`, so this does not fail.
-        let _ = self.leading.subscribe().wait_for(Option::is_some).await;
-    }
-
     /// Expired leases, each to be revoked. They are handed out again if they still exist some time later.
     pub fn take_expired(&self) -> Vec<(TenantId, LeaseId)> {
         self.table.lock().take_expired(self.now())
+    }
+
+    /// Whether a lease that was handed out still is to be revoked.
+    pub fn is_expired(&self, tenant: TenantId, id: LeaseId) -> bool {
+        self.table.lock().is_expired(tenant, id, self.now())
     }
 
     /// Moves a lease's deadline. Waits while the lease is expired and not yet revoked: bound it with a timeout. May be
@@ -255,6 +254,11 @@ impl LeaseTable {
             let after = of_tenant.due();
             self.move_due(tenant, before, after);
         }
+    }
+
+    fn is_expired(&self, tenant: TenantId, id: LeaseId, now: Moment) -> bool {
+        let lease = self.tenants.get(&tenant).and_then(|of| of.leases.get(&id));
+        self.leading && !self.suspended.contains(&tenant) && lease.is_some_and(|lease| lease.deadline <= now)
     }
 
     fn revoked(&mut self, tenant: TenantId, id: LeaseId) {

@@ -45,6 +45,9 @@ fn refusal(refusal: &Refusal) -> (Code, &'static str) {
         Refusal::ReadOnly => (Code::PermissionDenied, "etcdserver: tenant is read-only"),
         Refusal::Suspended => (Code::PermissionDenied, "etcdserver: tenant is suspended"),
         Refusal::TooManyLeases => (Code::ResourceExhausted, "etcdserver: too many requests"),
+        // etcd attaches as many as anybody puts.
+        Refusal::TooManyLeaseKeys => (Code::ResourceExhausted, "etcdserver: too many keys of one lease"),
+        Refusal::MembersChanged => (Code::FailedPrecondition, "etcdserver: the members have changed"),
         Refusal::TooManyLabels => (Code::InvalidArgument, "a tenant has at most 64 labels"),
         Refusal::TooManyRevoked => (
             Code::ResourceExhausted,

@@ -138,8 +138,19 @@ pub(crate) struct Node<R> {
     pub(crate) leads_term: Option<u64>,
     /// What the other members were told is committed, if this one leads; see [`Node::tell_commit`].
     pub(crate) told_committed: u64,
+    pub(crate) disk: DiskWatch,
     pub(crate) snapshots: Snapshots,
 }
+
+/// For how many ticks the log's disk has taken nothing.
+#[derive(Default)]
+pub(crate) struct DiskWatch {
+    persisted_index: u64,
+    ticks: usize,
+}
+
+/// For so many election timeouts a leader's disk may take nothing before it hands over.
+const DISK_PATIENCE_TIMEOUTS: usize = 5;
 
 /// Snapshots that come and go.
 pub(crate) struct Snapshots {
@@ -213,7 +224,7 @@ impl<R: Send + 'static> Node<R> {
         match event {
             Event::Tick => self.on_tick(),
             Event::Message(message) => match *message {
-                PeerMessage::Raft(message) => self.on_message(message),
+                PeerMessage::Raft(message) => self.on_message(message)?,
                 PeerMessage::Forward(message) => self.on_forward(message),
                 PeerMessage::Forwarded(message) => self.on_forwarded(&message),
             },
@@ -256,11 +267,45 @@ impl<R: Send + 'static> Node<R> {
         if self.sending.on_tick() {
             self.send_again();
         }
+        self.watch_disk();
         self.offer_snapshots();
         self.publish_progress();
     }
 
-    fn on_message(&mut self, mut message: Box<Message>) {
+    /// A leader whose disk hangs goes on sending heartbeats, so nobody stands for election; but it may apply only what is on its disk, and
+    /// what waits for its answer, or its lease, waits for ever. It hands over, and cannot come back: its vote waits for the disk too.
+    fn watch_disk(&mut self) {
+        let log = &self.raw.raft.raft_log;
+        let persisted_index = log.persisted;
+        if persisted_index == log.last_index() || persisted_index != self.disk.persisted_index {
+            self.disk = DiskWatch { persisted_index, ticks: 0 };
+            return;
+        }
+        self.disk.ticks += 1;
+        let patience = DISK_PATIENCE_TIMEOUTS * self.config.election_timeout_ticks;
+        if self.disk.ticks.is_multiple_of(patience) && self.is_leader() && !self.is_alone() {
+            let stood_still_ms = self.disk.ticks as u64 * self.config.tick_ms;
+            tracing::warn!(stood_still_ms, "the log's disk takes nothing: hand leadership over");
+            self.transfer(0);
+        }
+    }
+
+    /// # Errors
+    /// [`Fault::Outdated`].
+    fn on_message(&mut self, message: Box<Message>) -> Result<(), Fault> {
+        let last_index = self.raw.raft.raft_log.last_index();
+        if message.get_msg_type() == MessageType::MsgHeartbeat
+            && message.term >= self.raw.raft.term
+            && message.commit > last_index
+        {
+            // A leader says no more than what this member has acknowledged to it.
+            return Err(Fault::Outdated { last_index, acknowledged_index: message.commit });
+        }
+        self.on_raft_message(message);
+        Ok(())
+    }
+
+    fn on_raft_message(&mut self, mut message: Box<Message>) {
         match message.get_msg_type() {
             // Commands come as `Forward`.
             MessageType::MsgPropose => return,
@@ -422,21 +467,11 @@ impl<R: Send + 'static> Node<R> {
 
     /// What to propose now; see the module's essay.
     fn next_batch(&mut self) -> Option<Vec<Proposal<R>>> {
-        let applying_bytes = self.shared.waiting.bytes();
-        let mut queue = self.shared.queue.lock();
-        let (bytes_max, items_max) = (self.config.batch_bytes_max, self.config.batch_commands_max);
-        let full = queue.lanes.bytes() >= bytes_max || queue.lanes.items() >= items_max;
-        let underway = self.underway.len();
-        let room = underway < self.config.inflight_batches_max
-            && applying_bytes < self.config.inflight_bytes_max as u64
+        let has_room = self.underway.len() < self.config.inflight_batches_max
+            && self.shared.waiting.bytes() < self.config.inflight_bytes_max as u64
             // Handing over: raft would drop it.
             && self.raw.raft.lead_transferee.is_none();
-        // When the disk or the state machine is done, this is called again without anybody's notice.
-        queue.rung = underway > 0 || !room;
-        if !room || queue.lanes.items() == 0 || (underway > 0 && !full) {
-            return None;
-        }
-        Some(queue.lanes.take_batch(bytes_max, items_max))
+        self.shared.queue.lock().next_batch(has_room, !self.underway.is_empty(), &self.config)
     }
 
     /// Gives whether raft takes proposals.
@@ -493,19 +528,10 @@ impl<R: Send + 'static> Node<R> {
             self.sending = Sending::to(term, leader);
         }
         loop {
-            let room = self.shared.waiting.bytes() < self.config.inflight_bytes_max as u64;
-            let mut proposals = {
-                let mut queue = self.shared.queue.lock();
-                let (bytes_max, items_max) = (self.config.batch_bytes_max, self.config.batch_commands_max);
-                let full = queue.lanes.bytes() >= bytes_max || queue.lanes.items() >= items_max;
-                let underway = self.sending.acknowledged < self.sending.next;
-                // A new leader, the leader's answer, and what is applied, bring us here again without anybody's notice.
-                queue.rung = leader == 0 || !room || underway;
-                if leader == 0 || !room || queue.lanes.items() == 0 || (underway && !full) {
-                    return;
-                }
-                queue.lanes.take_batch(bytes_max, items_max)
-            };
+            let has_room = leader != 0 && self.shared.waiting.bytes() < self.config.inflight_bytes_max as u64;
+            let is_underway = self.sending.acknowledged < self.sending.next;
+            let batch = self.shared.queue.lock().next_batch(has_room, is_underway, &self.config);
+            let Some(mut proposals) = batch else { return };
             let abandoned: Vec<_> = proposals.extract_if(.., |proposal| proposal.is_abandoned()).collect();
             self.shared.refuse(abandoned, ProposeError::Dropped);
             let own: Vec<_> = proposals.extract_if(.., |proposal| proposal.only_in.is_some()).collect();

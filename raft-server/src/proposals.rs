@@ -6,8 +6,8 @@
 //!
 //! Either way a command belongs to one term: it is proposed by that term's leader in that term or never. Entries are applied in
 //! order of their terms, so once an entry of a later term is applied, a command that has not been seen never will be, and may
-//! be proposed again: [`Waiting::take_dead`]. So a change of leaders loses no command, applies none twice, and nobody
-//! has to be told that the outcome is unknown.
+//! be proposed again: [`Waiting::take_dead`]. So a change of leaders loses no command and applies none twice. The outcome is unknown only where
+//! a snapshot takes the place of commands on their way, or the member stops.
 //!
 //! Bound: `inflight_bytes_max` stops new batches, so what waits here is bounded by it plus one batch.
 

@@ -23,7 +23,7 @@ use crate::handle::{Handle, Limits};
 use crate::lanes::Lanes;
 use crate::log::{BOOTSTRAP_INDEX, Conf, EngineLog, Log, LogStore, LogWrite, Position, RaftStorage, Recovered};
 use crate::logger;
-use crate::node::{Event, Node, Snapshots};
+use crate::node::{DiskWatch, Event, Node, Snapshots};
 use crate::proposals::Waiting;
 use crate::read_index::ReadRounds;
 use crate::shared::{Leadership, ProposalQueue, Shared, StatusCells};
@@ -181,6 +181,7 @@ pub(crate) fn assemble<S: StateMachine>(
         intakes: Intakes::default(),
         leads_term: None,
         told_committed: 0,
+        disk: DiskWatch::default(),
         snapshots: Snapshots {
             snapshotter: state_machine.snapshotter(),
             making: false,

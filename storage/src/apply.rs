@@ -12,7 +12,6 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use bytes::Bytes;
 
@@ -28,13 +27,14 @@ use crate::mvcc::write::{Step, Writer, accept};
 use crate::mvcc::{compact, txn};
 use crate::profile::{Limit, Profile, TenantLimits, TenantPhase};
 use crate::reply::{Outcome, Reply};
+use crate::rules::Rules;
 use crate::store::{Shared, Store, Tenant, db_size_bytes};
 use crate::types::{Alarm, AlarmKind, LeaseId, Membership, TenantId};
 use crate::watch::Changes;
 
 impl Default for CellRow {
     fn default() -> Self {
-        CellRow { applied_index: 0, next_tenant: 1, quota_bytes: QUOTA_BYTES_DEFAULT }
+        CellRow { applied_index: 0, next_tenant: 1, quota_bytes: QUOTA_BYTES_DEFAULT, rules: Rules::FIRST }
     }
 }
 
@@ -242,7 +242,7 @@ impl<E: Engine> StateMachine<E> {
     /// [`Fault`] if the engine cannot be read or holds what this version did not write.
     pub fn open(engine: Arc<E>, observer: Arc<dyn Observer>) -> Result<Self, Fault> {
         let registry = Registry::load(&engine.view())?;
-        let shared = Arc::new(Shared::new(registry.cell.quota_bytes));
+        let shared = Arc::new(Shared::new(&registry.cell));
         let machine = StateMachine { store: Store { engine, shared }, observer, registry };
         machine.show_registry();
         Ok(machine)
@@ -251,7 +251,7 @@ impl<E: Engine> StateMachine<E> {
     /// Makes the whole registry known to readers and to the observer.
     fn show_registry(&self) {
         let shared = &self.store.shared;
-        shared.quota_bytes.store(self.registry.cell.quota_bytes, Ordering::Relaxed);
+        shared.show_cell(&self.registry.cell);
         shared.retain(|id| self.registry.tenants.contains_key(&id));
         for (id, Registered { row, profile }) in &self.registry.tenants {
             match shared.tenant(*id) {
@@ -419,7 +419,7 @@ impl<E: Engine> StateMachine<E> {
     /// lease gone whose end it is.
     fn publish(&self, dirty: &BTreeSet<TenantId>, mut notices: Vec<Notice>) {
         let shared = &self.store.shared;
-        shared.quota_bytes.store(self.registry.cell.quota_bytes, Ordering::Relaxed);
+        shared.show_cell(&self.registry.cell);
         for tenant in dirty {
             match shared.tenant(*tenant) {
                 Some(known) => known.publish(&self.registry.tenants[tenant].row),
@@ -517,6 +517,10 @@ impl<E: Engine> StateMachine<E> {
                 }
                 Ok(Outcome { revision: 0, result: Ok(Reply::Configure) })
             }
+            Command::RaiseRules { number, members } => {
+                let result = self.raise_rules(number, &members)?;
+                Ok(Outcome { revision: 0, result: result.map(|()| Reply::Configure) })
+            }
             Command::Members(command) => Ok(self.change_members(pending, command)),
             Command::Put(_)
             | Command::DeleteRange(_)
@@ -534,11 +538,26 @@ impl<E: Engine> StateMachine<E> {
                 let of = |limit| profile.limits.get(limit).or_else(|| self.registry.defaults.get(limit));
                 let limit_bytes = quota_bytes(of(Limit::StoredBytes), self.registry.cell.quota_bytes);
                 let (quota, leases_max) = (Quota { limit_bytes, member_id }, of(Limit::Leases));
-                let mut turn = Turn { pending, tenant, row, profile, quota, leases_max, capture_prev };
+                let rules = self.registry.cell.rules;
+                let mut turn = Turn { pending, tenant, row, profile, quota, rules, leases_max, capture_prev };
                 let result = turn.run(command)?;
                 Ok(Outcome { revision: turn.row.revision, result })
             }
         }
+    }
+
+    /// A member that was added after the others were asked may not know these rules.
+    fn raise_rules(&mut self, number: u32, members: &[u64]) -> Step<()> {
+        if number <= self.registry.cell.rules.number() {
+            return Ok(Ok(()));
+        }
+        if !self.registry.membership.members.iter().map(|member| member.id).eq(members.iter().copied()) {
+            return Ok(Err(Refusal::MembersChanged));
+        }
+        let rules = Rules::of_number(number).ok_or(Fault::Rules { number })?;
+        tracing::info!(rules = number, "the cell decides by newer rules");
+        self.registry.cell.rules = rules;
+        Ok(Ok(()))
     }
 
     fn change_members<R: Reader>(&mut self, pending: &mut Pending<R>, command: MembersCommand) -> Outcome {
@@ -741,7 +760,8 @@ struct Turn<'a, R> {
     row: &'a mut TenantRow,
     profile: &'a Profile,
     quota: Quota,
-    /// `None` and 0: no limit.
+    rules: Rules,
+    /// `None` and 0: the rules' own.
     leases_max: Option<u64>,
     capture_prev: bool,
 }
@@ -787,9 +807,11 @@ impl<R: Reader> Turn<'_, R> {
                 }
                 Ok(Ok(self.alarm(activate, alarm)))
             }
-            Command::Tenant(_) | Command::Configure { .. } | Command::SetDefaults { .. } | Command::Members(_) => {
-                unreachable!("commands of the cell")
-            }
+            Command::Tenant(_)
+            | Command::Configure { .. }
+            | Command::SetDefaults { .. }
+            | Command::RaiseRules { .. }
+            | Command::Members(_) => unreachable!("commands of the cell"),
         }
     }
 
@@ -801,17 +823,18 @@ impl<R: Reader> Turn<'_, R> {
             TenantPhase::Suspended if !matches!(command, Command::Reclaim { .. }) => return Err(Refusal::Suspended),
             TenantPhase::ReadOnly | TenantPhase::Suspended => {}
         }
-        match (command, self.leases_max) {
-            (Command::LeaseGrant { .. }, Some(leases)) if leases > 0 && self.row.usage.leases >= leases => {
-                Err(Refusal::TooManyLeases)
+        if matches!(command, Command::LeaseGrant { .. }) {
+            let leases_max = self.leases_max.filter(|max| *max > 0).unwrap_or_else(|| self.rules.leases_max());
+            if self.row.usage.leases >= leases_max {
+                return Err(Refusal::TooManyLeases);
             }
-            _ => Ok(()),
         }
+        Ok(())
     }
 
     /// Runs what may change keys, and announces the revision it took.
     fn change<T>(&mut self, run: impl FnOnce(&mut Writer<'_, R>) -> Step<T>) -> Step<T> {
-        let mut writer = Writer::new(&mut self.pending.overlay, self.tenant, self.row, self.capture_prev);
+        let mut writer = Writer::new(&mut self.pending.overlay, self.tenant, self.row, self.rules, self.capture_prev);
         let reply = accept!(run(&mut writer));
         let changes = writer.finish();
         if !changes.events.is_empty() {
@@ -834,6 +857,7 @@ impl<R: Reader> Turn<'_, R> {
             | Command::Tenant(_)
             | Command::Configure { .. }
             | Command::SetDefaults { .. }
+            | Command::RaiseRules { .. }
             | Command::Members(_) => false,
         };
         let cost_bytes = command.quota_cost_bytes();
@@ -860,6 +884,10 @@ impl<R: Reader> Turn<'_, R> {
         }
         if revision > self.row.revision {
             return Err(Refusal::FutureRevision);
+        }
+        if self.rules.compactions_look_again() && self.row.reclaim_cursor.main == self.row.compact_revision {
+            // Tombstones at the old compact revision were kept, and are not any more: its rows are looked at again.
+            self.row.reclaim_cursor.sub = 0;
         }
         self.row.compact_revision = revision;
         self.pending.notices.push(Notice::ReclaimPending(self.tenant));
@@ -895,6 +923,7 @@ impl Command {
             | Command::Tenant(_)
             | Command::Configure { .. }
             | Command::SetDefaults { .. }
+            | Command::RaiseRules { .. }
             | Command::Members(_) => 0,
         }
     }

@@ -132,6 +132,10 @@ impl Reader {
         std::mem::take(&mut self.rest)
     }
 
+    pub(crate) fn is_empty(&self) -> bool {
+        self.rest.is_empty()
+    }
+
     pub(crate) fn end(&self) -> Result<(), Fault> {
         if self.rest.is_empty() { Ok(()) } else { Err(self.corrupt("trailing bytes")) }
     }

@@ -21,6 +21,9 @@ const COMMAND_VERSION: u8 = 1;
 /// What a command counts for besides its length if it reads rows without end, or writes a value that it does not carry.
 const UNSEEN_WORK_BYTES: usize = 1 << 20;
 
+/// The same of the revoke of a lease, which deletes a bounded number of keys, mostly few.
+const REVOKE_WORK_BYTES: usize = 64 << 10;
+
 /// What an encoded envelope counts for where commands are batched: its length, and an estimate of what it does beyond that. So few commands that
 /// do much get into one entry, which is applied as a whole, and few are on their way at a time.
 pub fn cost_bytes(encoded: &Bytes) -> usize {
@@ -52,6 +55,13 @@ pub enum Command {
     /// Changes the limits of tenants of which nothing else is said; `None` takes one back. The envelope's tenant is ignored.
     SetDefaults {
         limits: Vec<(Limit, Option<u64>)>,
+    },
+    /// Raises the rules that the cell decides by to this number, if they are lower: all these members know them. The envelope's tenant is
+    /// ignored.
+    RaiseRules {
+        number: u32,
+        /// Sorted.
+        members: Vec<u64>,
     },
     /// Changes who is known as a member of the cell. The envelope's tenant is ignored.
     Members(MembersCommand),
@@ -85,7 +95,11 @@ pub enum Command {
 impl Command {
     /// What [`cost_bytes`] adds to the length of an envelope with this command.
     pub fn unseen_bytes(&self) -> usize {
-        if self.has_unseen_work() { UNSEEN_WORK_BYTES } else { 0 }
+        match (self, self.has_unseen_work()) {
+            (Command::LeaseRevoke { .. }, _) => REVOKE_WORK_BYTES,
+            (_, true) => UNSEEN_WORK_BYTES,
+            (_, false) => 0,
+        }
     }
 
     fn has_unseen_work(&self) -> bool {
@@ -96,6 +110,7 @@ impl Command {
             Command::Tenant(_)
             | Command::Configure { .. }
             | Command::SetDefaults { .. }
+            | Command::RaiseRules { .. }
             | Command::Members(_)
             | Command::Compact { .. }
             | Command::Reclaim { .. }
@@ -246,6 +261,12 @@ fn encode_command(w: &mut Writer, command: &Command) {
             w.u8(13);
             encode_limit_changes(w, limits);
         }
+        Command::RaiseRules { number, members } => {
+            w.u8(14);
+            w.varint(u64::from(*number));
+            w.varint(members.len() as u64);
+            members.iter().for_each(|id| w.varint(*id));
+        }
         Command::Put(put) => {
             w.u8(3);
             encode_put(w, put);
@@ -308,6 +329,7 @@ fn decode_command(r: &mut Reader) -> Result<Command, Fault> {
         11 => Command::Members(decode_members(r)?),
         12 => Command::Tenant(decode_tenant(r)?),
         13 => Command::SetDefaults { limits: decode_limit_changes(r)? },
+        14 => Command::RaiseRules { number: r.varint_u32()?, members: r.list(Reader::varint)? },
         _ => return Err(r.corrupt("command kind, or one of a later release")),
     })
 }

@@ -27,7 +27,8 @@ use parking_lot::Mutex;
 use crate::error::Fault;
 use crate::key_value::KeyValue;
 use crate::limits::{
-    COUNTED_ROWS_MIN, COUNTER_CHANGES_MAX, COUNTERS_MAX, COUNTERS_PER_TENANT_MAX, COUNTING_RANGES_MAX, PAGE_COUNTS_MAX,
+    COUNTED_ROWS_MIN, COUNTER_CHANGES_MAX, COUNTER_MATCHES_MAX, COUNTERS_MAX, COUNTERS_PER_TENANT_MAX,
+    COUNTING_RANGES_MAX, PAGE_COUNTS_MAX, REMEMBERED_RANGE_BYTES_MAX,
 };
 use crate::types::{KeyRange, TenantId};
 use crate::watch::{Event, EventKind, RangeIndex};
@@ -39,37 +40,57 @@ pub(crate) struct Counts {
     live: Mutex<Live>,
 }
 
-/// A counter that was armed; settle it with what was counted.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Armed {
+/// A counter that was armed; settle it with what was counted. Dropped before, it is taken back, and its range may be armed again.
+pub(crate) struct Armed<'a> {
+    counts: &'a Counts,
+    place: Place,
+}
+
+/// Of a counter.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Place {
     slot: usize,
     id: u64,
+}
+
+impl Drop for Armed<'_> {
+    fn drop(&mut self) {
+        self.counts.live.lock().disarm(self.place);
+    }
 }
 
 impl Counts {
     /// The count of a range at a revision, if it is known. `at` must be the revision of a view, or one before it.
     pub(crate) fn get(&self, tenant: TenantId, at: i64, range: &KeyRange) -> Option<u64> {
+        if is_too_long(range) {
+            return None;
+        }
         let page = self.pages.lock().get(tenant, at, range);
         page.or_else(|| self.live.lock().get(tenant, at, range))
     }
 
     /// Keeps what is left behind a page.
     pub(crate) fn remember_page(&self, tenant: TenantId, at: i64, rest: &KeyRange, left: u64) {
+        if is_too_long(rest) {
+            return;
+        }
         self.pages.lock().insert(PageKey { tenant, at, range: rest.detached() }, left);
     }
 
     /// Call it before a view is taken in which this range may have to be counted. Gives a counter if it was counted before and
     /// has none.
-    pub(crate) fn arm(&self, tenant: TenantId, range: &KeyRange) -> Option<Armed> {
-        self.live.lock().arm(tenant, range)
+    pub(crate) fn arm(&self, tenant: TenantId, range: &KeyRange) -> Option<Armed<'_>> {
+        if is_too_long(range) {
+            return None;
+        }
+        self.live.lock().arm(tenant, range).map(|place| Armed { counts: self, place })
     }
 
     /// This range had to be counted, at a revision that was the newest of the view it was counted in.
-    pub(crate) fn settle(&self, armed: Option<Armed>, tenant: TenantId, at: i64, range: &KeyRange, count: u64) {
-        let mut live = self.live.lock();
+    pub(crate) fn settle(&self, armed: Option<Armed<'_>>, tenant: TenantId, at: i64, range: &KeyRange, count: u64) {
         match armed {
-            Some(armed) => live.settle(armed, at, count),
-            None if count >= COUNTED_ROWS_MIN => live.note_counted(tenant, range),
+            Some(armed) => self.live.lock().settle(armed.place, at, count),
+            None if count >= COUNTED_ROWS_MIN && !is_too_long(range) => self.live.lock().note_counted(tenant, range),
             None => {}
         }
     }
@@ -100,6 +121,15 @@ impl Counts {
         let mut live = self.live.lock();
         *live = Live { writing: true, ids: live.ids, ..Live::default() };
     }
+}
+
+/// Whether a range takes more memory than it is worth.
+fn is_too_long(range: &KeyRange) -> bool {
+    let bytes = match range {
+        KeyRange::Single(key) | KeyRange::From(key) => key.len(),
+        KeyRange::HalfOpen { start, end } => start.len() + end.len(),
+    };
+    bytes > REMEMBERED_RANGE_BYTES_MAX
 }
 
 /// A page of a chain: the same range read at the same revision has the same count, for ever.
@@ -187,7 +217,7 @@ impl Live {
         self.counted.push_back((tenant, range.detached()));
     }
 
-    fn arm(&mut self, tenant: TenantId, range: &KeyRange) -> Option<Armed> {
+    fn arm(&mut self, tenant: TenantId, range: &KeyRange) -> Option<Place> {
         if self.writing {
             return None;
         }
@@ -216,14 +246,25 @@ impl Live {
             let slots = &self.slots;
             self.clock.retain(|(slot, id)| slots[*slot].as_ref().is_some_and(|counter| counter.id == *id));
         }
-        Some(Armed { slot, id })
+        Some(Place { slot, id })
     }
 
-    fn settle(&mut self, armed: Armed, at: i64, count: u64) {
-        let Some(counter) = self.slots.get_mut(armed.slot).and_then(Option::as_mut) else { return };
-        if counter.id != armed.id {
-            return;
-        }
+    /// The counter that was armed there, if it has not been dropped meanwhile.
+    fn at(&mut self, place: Place) -> Option<&mut Counter> {
+        let counter = self.slots.get_mut(place.slot).and_then(Option::as_mut);
+        counter.filter(|counter| counter.id == place.id)
+    }
+
+    /// Takes a counter back that nobody has settled; its range was counted, and may be counted again.
+    fn disarm(&mut self, place: Place) {
+        let Some(counter) = self.at(place).filter(|counter| counter.counts.is_empty()) else { return };
+        let (tenant, range) = (counter.tenant, counter.range.clone());
+        self.remove(place.slot, place.id);
+        self.note_counted(tenant, &range);
+    }
+
+    fn settle(&mut self, armed: Place, at: i64, count: u64) {
+        let Some(counter) = self.at(armed) else { return };
         counter.counts.push_back((at, count));
         for (revision, change) in std::mem::take(&mut counter.told) {
             if revision > at {
@@ -235,7 +276,12 @@ impl Live {
     fn announce(&mut self, tenant: TenantId, revision: i64, events: &[Event]) -> Result<(), Fault> {
         let Some(of) = self.tenants.get(&tenant) else { return Ok(()) };
         let mut lost = Vec::new();
+        let mut matches = 0;
         for event in events {
+            if matches > COUNTER_MATCHES_MAX {
+                self.forget(tenant);
+                return Ok(());
+            }
             let change = match event.kind {
                 EventKind::Delete => -1,
                 EventKind::Put => {
@@ -249,6 +295,7 @@ impl Live {
             of.index.covering(&event.key, |slot| {
                 let counter = self.slots[slot].as_mut().expect("a counter in the index is there");
                 counter.change(revision, change);
+                matches += 1;
                 // Whoever armed it has not come back.
                 if counter.told.len() > COUNTER_CHANGES_MAX {
                     lost.push((slot, counter.id));
@@ -259,6 +306,16 @@ impl Live {
             self.remove(slot, id);
         }
         Ok(())
+    }
+
+    /// Drops all counters of a tenant.
+    fn forget(&mut self, tenant: TenantId) {
+        let slots: Vec<usize> =
+            self.tenants.get(&tenant).map(|of| of.slots.values().copied().collect()).unwrap_or_default();
+        for slot in slots {
+            let id = self.slots[slot].as_ref().expect("a counter in the index is there").id;
+            self.remove(slot, id);
+        }
     }
 
     /// Makes room for a further counter of a tenant that has as many as it may.
@@ -357,6 +414,47 @@ mod tests {
         let events = [created("00001/a", revision)];
         counts.announce([(TENANT, revision, &events[..])].into_iter()).unwrap();
         counts.written();
+    }
+
+    /// A read that is cut short, for lack of room for its answer, tries again: it must not have spoilt the counter for good.
+    #[test]
+    fn a_counter_that_nobody_settled_can_be_armed_again() {
+        let (counts, range) = (Counts::default(), range(1));
+        counts.settle(None, TENANT, 10, &range, COUNTED_ROWS_MIN);
+        for _ in 0..3 {
+            assert!(counts.arm(TENANT, &range).is_some());
+        }
+        let armed = counts.arm(TENANT, &range);
+        counts.settle(armed, TENANT, 10, &range, 50);
+        assert_eq!(counts.get(TENANT, 10, &range), Some(50));
+        assert_eq!(counts.live.lock().slots.len(), 1);
+    }
+
+    /// The ends of a range are a client's bytes, megabytes if it likes.
+    #[test]
+    fn ranges_with_very_long_ends_are_not_remembered() {
+        let counts = Counts::default();
+        let end = Bytes::from(vec![b'z'; REMEMBERED_RANGE_BYTES_MAX + 1]);
+        let range = KeyRange::HalfOpen { start: Bytes::from_static(b"a"), end };
+        count_twice(&counts, TENANT, &range, 1, 50);
+        counts.remember_page(TENANT, 1, &range, 50);
+        assert_eq!(counts.get(TENANT, 1, &range), None);
+        assert!(counts.live.lock().counted.is_empty() && counts.pages.lock().age.is_empty());
+    }
+
+    /// A tenant may have hundreds of counters of ranges that hold all its keys, and delete all these in one revision.
+    #[test]
+    fn very_many_changes_drop_counters_instead_of_moving_them() {
+        let counts = Counts::default();
+        let ranges: Vec<_> = (0..100)
+            .map(|n| KeyRange::HalfOpen { start: Bytes::from_static(b"0"), end: Bytes::from(format!("1{n}")) })
+            .collect();
+        ranges.iter().for_each(|range| count_twice(&counts, TENANT, range, 1, 50));
+        let events = vec![created("00001/a", 2); COUNTER_MATCHES_MAX / ranges.len() + 2];
+        counts.announce([(TENANT, 2, &events[..])].into_iter()).unwrap();
+        counts.written();
+        assert!(ranges.iter().all(|range| counts.get(TENANT, 2, range).is_none()));
+        assert!(counts.live.lock().tenants.is_empty());
     }
 
     #[test]

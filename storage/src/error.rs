@@ -4,6 +4,7 @@
 //! the command counts as applied. A [`Fault`] is this member's own trouble (disk, corruption): a member that carried on
 //! after one would diverge from its peers, so whoever drives `apply` stops the process.
 
+use crate::rules::Rules;
 use crate::types::LeaseId;
 
 /// Why a command was refused, or a read could not be answered. Nothing was changed.
@@ -30,9 +31,10 @@ pub enum Refusal {
     /// The tenant's CORRUPT alarm is active: no writes until an operator has looked.
     #[error("corrupt cluster")]
     Corrupt,
-    /// A txn, or a delete that tells what it deleted, would answer more than [`crate::limits::TXN_REPLY_BYTES_MAX`], or a txn has visited
-    /// more than [`crate::limits::TXN_ROWS_MAX`] rows; smaller ones, or plain reads, get the same data.
-    #[error("txn reads too much")]
+    /// A txn, or a delete that tells what it deleted, would answer more than [`crate::limits::TXN_REPLY_BYTES_MAX`], a txn has visited
+    /// more than [`crate::limits::TXN_ROWS_MAX`] rows or kept values of more than [`crate::limits::TXN_STORED_BYTES_MAX`], or more than
+    /// [`crate::limits::DELETED_KEYS_MAX`] keys would go. Smaller ones do the same in pieces.
+    #[error("txn reads or changes too much")]
     TxnTooLarge,
     /// The tenant has [`crate::limits::ALARMS_MAX`] alarms.
     #[error("too many alarms")]
@@ -67,6 +69,12 @@ pub enum Refusal {
     /// Another member has one of these peer URLs.
     #[error("peer URLs already exist")]
     PeerUrlExists,
+    /// The lease has [`crate::limits::LEASE_KEYS_MAX`] keys.
+    #[error("too many keys of the lease")]
+    TooManyLeaseKeys,
+    /// The members of the cell are not those that were asked which rules they know.
+    #[error("the members have changed")]
+    MembersChanged,
     /// What is to be promoted is no learner.
     #[error("the member is not a learner")]
     MemberNotLearner,
@@ -81,6 +89,18 @@ pub enum Fault {
     /// The storage engine failed; its own words.
     #[error("storage engine: {0}")]
     Engine(String),
+    /// The cell decides by rules of a later release; see [`Rules`](crate::Rules).
+    #[error(
+        "the cell decides by rules {number}, this release knows {} to {}: start the release that the other members run",
+        Rules::FIRST.number(), Rules::NEWEST.number()
+    )]
+    Rules { number: u32 },
+    /// The data is older than what this member has told others that it has: some of that may be lost if it votes.
+    #[error(
+        "the log ends at {last_index}, and others were told that it has entries up to {acknowledged_index}: the data is an older copy; \
+         remove this member from the cell, and add it anew with an empty data directory"
+    )]
+    Outdated { last_index: u64, acknowledged_index: u64 },
     /// Bytes read back are not what was written.
     #[error("corrupt {what} at {key:02x?}")]
     Corrupt { what: &'static str, key: Vec<u8> },

@@ -29,6 +29,7 @@ mod members;
 mod mvcc;
 pub mod profile;
 pub mod reply;
+pub mod rules;
 mod store;
 #[cfg(all(test, feature = "rocksdb"))]
 mod testscripts;
@@ -48,6 +49,7 @@ pub use crate::mvcc::read::Sink;
 pub use crate::mvcc::txn::{is_read_only, put_cost, quota_cost};
 pub use crate::profile::{Labels, Limit, Profile, TenantLimits, TenantPhase};
 pub use crate::reply::{Outcome, Reply};
+pub use crate::rules::Rules;
 pub use crate::store::{HashKv, RangeSummary, Store, TenantReader, TenantState};
 pub use crate::types::*;
 pub use crate::watch::{CreateRefusal, Event, EventBatch, EventKind, WatchMessage, WatchSpec, WatchStream};

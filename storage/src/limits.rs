@@ -18,6 +18,21 @@ pub const TXN_ROWS_MAX: u64 = 2_000_000;
 /// So many bytes of a row are as much work as another row: a few thousand large values may be all that a tenant has.
 pub const ROW_WORK_BYTES: u64 = 1_024;
 
+/// Keys that one command may delete: each is a kibibyte of memory while the revision is written. A delete of more is refused and deletes
+/// nothing; alone it could be all the keys that a tenant's quota has room for, gigabytes on every member and again at every replay.
+pub const DELETED_KEYS_MAX: usize = 250_000;
+
+/// Keys attached to one lease. They go in one revision when it ends, and nobody is there to be refused then: so a further one is refused
+/// when it is put. A kube-apiserver attaches a thousand.
+pub const LEASE_KEYS_MAX: u64 = 20_000;
+
+/// Bytes that the puts of one txn may store. What they carry is bounded by the request's size; what they keep of the old value
+/// (`ignore_value`) could be all the bytes that a tenant has.
+pub const TXN_STORED_BYTES_MAX: usize = 64 << 20;
+
+/// Leases of a tenant whose limit says nothing else: each is kept in the memory of every member.
+pub const LEASES_MAX: u64 = 1_000_000;
+
 /// Alarms of one tenant that clients may set; they choose member ids and kinds as they like. What trips the quota sets its
 /// own all the same.
 pub const ALARMS_MAX: usize = 1_000;
@@ -106,6 +121,14 @@ pub const COUNTERS_PER_TENANT_MAX: usize = 512;
 
 /// Counters of all tenants; the same consequence.
 pub const COUNTERS_MAX: usize = 16_384;
+
+/// Pairs of a changed key and a counter that `apply` moves in one revision. Where there are more, the tenant's counters are dropped,
+/// and made anew when their ranges are counted again.
+pub const COUNTER_MATCHES_MAX: usize = 65_536;
+
+/// Longest range that is remembered, in the bytes of both its ends: those of clients' requests may have megabytes. Longer ones are
+/// counted by reading.
+pub const REMEMBERED_RANGE_BYTES_MAX: usize = 4 << 10;
 
 /// Newest changes that a counter keeps, for reads whose view is a little older. A view that is older counts by reading.
 pub const COUNTER_CHANGES_MAX: usize = 64;

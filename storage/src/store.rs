@@ -6,7 +6,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU32, Ordering};
 
 use bytes::Bytes;
 use parking_lot::{Mutex, RwLock};
@@ -15,12 +15,14 @@ use crate::apply::quota_bytes;
 use crate::counts::Counts;
 use crate::engine::{Cursor, Engine, Family, Reader};
 use crate::error::{Fault, ReadError, Refusal};
-use crate::key::meta::TenantRow;
+use crate::key::lease::Grant;
+use crate::key::meta::{CellRow, TenantRow};
 use crate::key::{self, lease, meta};
 use crate::limits::{EMPTY_TENANT_BYTES, WATCHERS_PER_TENANT_MAX};
 use crate::mvcc::read::{Count, Found, Sink};
 use crate::mvcc::{hash, read, txn, write};
 use crate::profile::{Limit, Profile, TenantLimits};
+use crate::rules::Rules;
 use crate::types::{Alarm, KeyRange, LeaseId, Membership, RangeRequest, TenantId, TxnReply, TxnRequest, Usage};
 use crate::watch::{Hub, WatchStream};
 
@@ -112,6 +114,8 @@ impl Tenant {
 pub(crate) struct Shared {
     tenants: RwLock<Tenants>,
     pub(crate) quota_bytes: AtomicI64,
+    /// The number of the rules in force.
+    pub(crate) rules: AtomicU32,
     pub(crate) membership: RwLock<Arc<Membership>>,
     pub(crate) defaults: RwLock<Arc<TenantLimits>>,
     pub(crate) counts: Counts,
@@ -137,16 +141,22 @@ struct Tenants {
 }
 
 impl Shared {
-    pub(crate) fn new(quota_bytes: i64) -> Self {
+    pub(crate) fn new(cell: &CellRow) -> Self {
         Shared {
             tenants: RwLock::default(),
-            quota_bytes: AtomicI64::new(quota_bytes),
+            quota_bytes: AtomicI64::new(cell.quota_bytes),
+            rules: AtomicU32::new(cell.rules.number()),
             membership: RwLock::default(),
             defaults: RwLock::default(),
             counts: Counts::default(),
             deleted: RwLock::default(),
             is_replacing: AtomicBool::new(false),
         }
+    }
+
+    pub(crate) fn show_cell(&self, cell: &CellRow) {
+        self.quota_bytes.store(cell.quota_bytes, Ordering::Relaxed);
+        self.rules.store(cell.rules.number(), Ordering::Release);
     }
 
     pub(crate) fn replacing(&self) -> Replacing<'_> {
@@ -208,6 +218,12 @@ impl<E: Engine> Store<E> {
     /// All tenants, in the order they were created.
     pub fn tenants(&self) -> Vec<(TenantId, String)> {
         self.shared.tenants.read().by_id.values().map(|tenant| (tenant.id, tenant.name.clone())).collect()
+    }
+
+    /// The rules that the cell decides by, after the last published batch.
+    pub fn rules(&self) -> Rules {
+        let number = self.shared.rules.load(Ordering::Acquire);
+        Rules::of_number(number).expect("only rules that are known get here")
     }
 
     /// Counters of all tenants after the last published batch, in the order they were made. In memory.
@@ -340,13 +356,15 @@ impl<E: Engine> TenantReader<E> {
 
     /// The tenant's row in this view.
     fn row(&self, view: &E::View<'_>) -> Result<TenantRow, ReadError> {
-        match tenant_row(view, self.tenant.id)? {
-            Some(row) => Ok(row),
-            None if self.is_deleted() || self.store.shared.is_replacing.load(Ordering::Acquire) => {
-                Err(Refusal::TenantNotFound.into())
-            }
-            None => Err(missing_row(self.tenant.id).into()),
+        if let Some(row) = tenant_row(view, self.tenant.id)? {
+            return Ok(row);
         }
+        // In this order: a replacement that is over has marked those that it deleted.
+        let is_replacing = self.store.shared.is_replacing.load(Ordering::Acquire);
+        if is_replacing || self.is_deleted() {
+            return Err(Refusal::TenantNotFound.into());
+        }
+        Err(missing_row(self.tenant.id).into())
     }
 
     /// Counters after the last published batch. In memory.
@@ -394,6 +412,7 @@ impl<E: Engine> TenantReader<E> {
         let (counts, tenant) = (&self.store.shared.counts, self.tenant.id);
         // Only then there may be keys that are counted and not handed out.
         let count_wanted = count_wanted && (request.limit > 0 || request.count_only);
+        // If it is not settled below it is taken back.
         let armed = (count_wanted && request.revision.is_none()).then(|| counts.arm(tenant, &request.range)).flatten();
         let view = self.store.engine.view();
         let row = self.row(&view)?;
@@ -459,7 +478,7 @@ impl<E: Engine> TenantReader<E> {
         let mut cursor = view.cursor(Family::Lease, &bounds.lower, &bounds.upper)?;
         let mut leases = Vec::new();
         while let Some((key, value)) = cursor.entry() {
-            leases.push((lease::decode_grant_key(key)?, lease::decode_ttl(Bytes::copy_from_slice(value))?));
+            leases.push((lease::decode_grant_key(key)?, Grant::decode(Bytes::copy_from_slice(value))?.ttl_seconds));
             cursor.advance()?;
         }
         Ok(leases)
@@ -471,7 +490,7 @@ impl<E: Engine> TenantReader<E> {
     /// As [`TenantReader::leases`].
     pub fn lease(&self, id: LeaseId) -> Result<Option<i64>, Fault> {
         let stored = self.store.engine.view().get(Family::Lease, &lease::grant_key(self.tenant.id, id))?;
-        stored.map(lease::decode_ttl).transpose()
+        Ok(stored.map(Grant::decode).transpose()?.map(|grant| grant.ttl_seconds))
     }
 
     /// The keys attached to a lease, ascending.

@@ -295,6 +295,11 @@ impl goldenscript::Runner for Script {
                 let revision = args.next_pos().ok_or("a revision")?.parse()?;
                 self.write(tenant, Command::Compact { revision })?
             }
+            "rules" => {
+                let number = args.next_pos().ok_or("a number")?.parse()?;
+                self.apply(TenantId(0), Command::RaiseRules { number, members: Vec::new() })?;
+                format!("rules {}\n", self.machine.store().rules().number())
+            }
             "reclaim" => {
                 let rows_max = args.next_pos().map_or(Ok(1000), str::parse)?;
                 self.write(tenant, Command::Reclaim { rows_max })?

@@ -17,8 +17,8 @@ use tenure_storage::engine::mirror::Mirror;
 use tenure_storage::key_value::KeyValue;
 use tenure_storage::{
     Command, Compare, CompareResult, CompareTarget, DeleteRangeRequest, Envelope, KeyRange, LeaseId, MemoryEngine,
-    NoObserver, Outcome, PutRequest, RangeRequest, ReadError, Refusal, Reply, RocksEngine, RocksOptions, StateMachine,
-    TenantCommand, TenantId, TxnOp, TxnRequest,
+    NoObserver, Outcome, PutRequest, RangeRequest, ReadError, Refusal, Reply, RocksEngine, RocksOptions, Rules,
+    StateMachine, TenantCommand, TenantId, TxnOp, TxnRequest,
 };
 
 type Engine = Mirror<RocksEngine, MemoryEngine>;
@@ -102,6 +102,8 @@ enum Step {
         tenant: usize,
         rows: u32,
     },
+    /// From here on the cell decides by the newest rules, which must make no difference that a client sees.
+    RaiseRules,
     /// Stop and start on what is on disk.
     Restart,
     /// Lose what was not flushed in memory's model of a disk, and replay it.
@@ -132,6 +134,7 @@ fn step() -> impl Strategy<Value = Step> {
         1 => (tenant.clone(), 1..3i64).prop_map(|(tenant, lease)| Step::Revoke { tenant, lease }),
         2 => (tenant.clone(), 0..6i64).prop_map(|(tenant, back)| Step::Compact { tenant, back }),
         3 => (tenant, 1..5u32).prop_map(|(tenant, rows)| Step::Reclaim { tenant, rows }),
+        1 => Just(Step::RaiseRules),
         1 => Just(Step::Restart),
         1 => Just(Step::Flush),
     ]
@@ -220,6 +223,10 @@ impl Run {
             Step::Reclaim { tenant, rows } => {
                 let reply = self.apply(tenant, Command::Reclaim { rows_max: rows });
                 assert!(matches!(reply.result, Ok(Reply::Reclaim { .. })));
+            }
+            Step::RaiseRules => {
+                let raise = Command::RaiseRules { number: Rules::NEWEST.number(), members: Vec::new() };
+                assert_eq!(self.apply(0, raise).result, Ok(Reply::Configure));
             }
             Step::Restart => {
                 self.machine = StateMachine::open(Arc::clone(&self.engine), Arc::new(NoObserver)).unwrap();

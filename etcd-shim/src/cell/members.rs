@@ -19,7 +19,7 @@ use tenure_storage::{Command, Envelope, LeaseId, Member, MembersCommand, Members
 use tokio::time::{sleep, timeout};
 use tonic::Status;
 
-use super::{Cell, Inner, TenantParts};
+use super::{Cell, Inner, TenantParts, rules};
 use crate::cell::Tenant;
 use crate::cell_error::{CellError, MembershipError};
 use crate::ids;
@@ -433,8 +433,9 @@ impl Calls for Answers {
             let call = PeerCall::decode(request).map_err(|error| Status::invalid_argument(error.to_string()))?.call;
             let answer = match call {
                 Some(Call::LeaseRenew(lease)) => renew(&cell, lease).await?,
-                Some(Call::LeaseRemaining(lease)) => remaining(&cell, lease),
+                Some(Call::LeaseRemaining(lease)) => remaining(&cell, lease).await,
                 Some(Call::MemberChange(change)) => change_for(&cell, change).await,
+                Some(Call::Rules(_)) => rules::answer(),
                 None => return Err(Status::unimplemented("a question of a newer release")),
             };
             Ok(answer.encode_to_vec().into())
@@ -462,9 +463,28 @@ fn tenant_of(cell: &Arc<Inner>, lease: Lease) -> Option<Tenant> {
     Some(Tenant { cell: Arc::clone(cell), parts: Arc::new(parts) })
 }
 
+/// The lease's tenant, for the leader. `None`: there is none. Who asks may have applied more than is applied here, and so may this member
+/// have done before it was started again.
+///
+/// # Errors
+/// The answer of a member that does not lead, or not any more.
+async fn tenant_at_leader(cell: &Arc<Inner>, lease: Lease) -> Result<Option<Tenant>, PeerAnswer> {
+    let not_leader = || PeerAnswer { not_leader: true, ..PeerAnswer::default() };
+    let term = cell.lessor.led_term().ok_or_else(not_leader)?;
+    if let Some(tenant) = tenant_of(cell, lease) {
+        return Ok(Some(tenant));
+    }
+    match cell.leads_still(term).await {
+        Ok(true) => Ok(tenant_of(cell, lease)),
+        Ok(false) | Err(_) => Err(not_leader()),
+    }
+}
+
 async fn renew(cell: &Arc<Inner>, lease: Lease) -> Result<PeerAnswer, Status> {
-    let Some(tenant) = tenant_of(cell, lease) else {
-        return Ok(PeerAnswer { missing: true, ..PeerAnswer::default() });
+    let tenant = match tenant_at_leader(cell, lease).await {
+        Ok(Some(tenant)) => tenant,
+        Ok(None) => return Ok(PeerAnswer { missing: true, ..PeerAnswer::default() }),
+        Err(answer) => return Ok(answer),
     };
     let ttl_seconds = timeout(cell.request_timeout, tenant.renew_lease_as_leader(LeaseId(lease.id))).await;
     Ok(match ttl_seconds {
@@ -474,9 +494,12 @@ async fn renew(cell: &Arc<Inner>, lease: Lease) -> Result<PeerAnswer, Status> {
     })
 }
 
-fn remaining(cell: &Arc<Inner>, lease: Lease) -> PeerAnswer {
-    if !cell.lessor.leads() {
-        return PeerAnswer { not_leader: true, ..PeerAnswer::default() };
+async fn remaining(cell: &Arc<Inner>, lease: Lease) -> PeerAnswer {
+    let not_leader = PeerAnswer { not_leader: true, ..PeerAnswer::default() };
+    let Some(term) = cell.lessor.led_term() else { return not_leader };
+    // Whoever asks knows of no lease that is not applied anywhere, but of some that are not applied here.
+    if !cell.leads_still(term).await.unwrap_or(false) || cell.lessor.led_term() != Some(term) {
+        return not_leader;
     }
     match tenant_of(cell, lease).and_then(|tenant| tenant.lease_remaining_here(LeaseId(lease.id))) {
         Some(Remaining { seconds, granted_seconds }) => {

@@ -5,7 +5,9 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use rand::Rng;
-use tenure_storage::{Command, Fault, LeaseId, Outcome, Profile, Refusal, RocksEngine, TenantId, TenantReader};
+use tenure_storage::{
+    Command, Fault, LeaseId, Outcome, Profile, ReadError, Refusal, RocksEngine, TenantId, TenantReader,
+};
 
 use super::{Inner, TenantParts};
 use crate::cell_error::CellError;
@@ -164,6 +166,23 @@ impl Tenant {
         self.cell.report(fault)
     }
 
+    /// What a read of this member's state answers: a fault is reported, as by [`Tenant::report`].
+    pub fn answered<T>(&self, read: Result<T, ReadError>) -> Result<T, CellError> {
+        read.map_err(|error| match error {
+            ReadError::Refused(refusal) => refusal.into(),
+            ReadError::Fault(fault) => self.report(fault),
+        })
+    }
+
+    /// Ends a lease and deletes its keys, in one revision. Gives the tenant's revision then.
+    ///
+    /// # Errors
+    /// [`Refusal::LeaseNotFound`].
+    pub async fn revoke_lease(&self, id: LeaseId) -> Result<i64, CellError> {
+        let Outcome { revision, result } = self.propose(Command::LeaseRevoke { id }).await?;
+        result.map(|_| revision).map_err(CellError::from)
+    }
+
     /// Grants a lease; with [`LeaseId::NONE`] the server picks an id. The TTL is raised to
     /// [`Tenant::lease_ttl_seconds_min`].
     ///
@@ -209,8 +228,20 @@ impl Tenant {
         loop {
             let Some(term) = self.cell.lessor.led_term() else { return Ok(None) };
             match self.cell.lessor.renew(self.id(), id).await {
-                // Before the client may rely on it.
-                Renewed::For { ttl_seconds } => return Ok(self.cell.leads_still(term).await?.then_some(ttl_seconds)),
+                Renewed::For { .. } => {
+                    // Before the client may rely on it.
+                    if !self.cell.leads_still(term).await? {
+                        return Ok(None);
+                    }
+                    // That may have taken longer than the lease had left, and it may be gone since.
+                    match self.cell.lessor.renew(self.id(), id).await {
+                        Renewed::For { ttl_seconds } if self.cell.lessor.led_term() == Some(term) => {
+                            return Ok(Some(ttl_seconds));
+                        }
+                        Renewed::For { .. } | Renewed::Missing => {}
+                        Renewed::NotLeader => return Ok(None),
+                    }
+                }
                 Renewed::NotLeader => return Ok(None),
                 // It may have been granted by an earlier leader and not be applied here yet.
                 Renewed::Missing => {

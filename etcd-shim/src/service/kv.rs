@@ -15,7 +15,6 @@ use tonic::{Request, Response, Status};
 use self::read::{Counting, read_range};
 pub use self::stream::ChunkStream;
 use crate::cell::Tenant;
-use crate::cell_error::CellError;
 use crate::check::{self, TxnPath};
 use crate::convert::{from_proto, to_proto};
 use crate::inflight::Reservation;
@@ -43,8 +42,7 @@ impl KvService {
     async fn txn_read_only(&self, tenant: &Tenant, request: TxnRequest) -> Result<Response<TxnResponse>, Status> {
         let request = from_proto::txn(request)?;
         let reservation = self.reserve_for_txn(tenant, &request).await?;
-        let (revision, reply) =
-            tenant.read(move |reader| reader.txn_read_only(&request)).await?.map_err(CellError::from)?;
+        let (revision, reply) = tenant.answered(tenant.read(move |reader| reader.txn_read_only(&request)).await?)?;
         Ok(answer(to_proto::txn(Some(header(tenant, revision)), reply), reservation)?)
     }
 

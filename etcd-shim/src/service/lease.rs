@@ -7,7 +7,7 @@ use std::task::Poll;
 
 use bytes::Bytes;
 use futures::StreamExt;
-use tenure_storage::{Command, LeaseId, Reply};
+use tenure_storage::LeaseId;
 use tokio_stream::Stream;
 use tonic::{Request, Response, Status, Streaming};
 
@@ -22,8 +22,8 @@ use crate::proto::etcdserverpb::{
     LeaseLeasesResponse, LeaseRevokeRequest, LeaseRevokeResponse, LeaseStatus, LeaseTimeToLiveRequest,
     LeaseTimeToLiveResponse,
 };
-use crate::service::{Context, answer, header, wants_leader, write};
-use crate::status::{in_etcds_words, mismatched_reply};
+use crate::service::{Context, answer, header, wants_leader};
+use crate::status::in_etcds_words;
 
 /// What a lease takes in a list of them, encoded and not.
 const LISTED_LEASE_BYTES: usize = 32;
@@ -104,9 +104,8 @@ impl Lease for LeaseService {
     ) -> Result<Response<LeaseRevokeResponse>, Status> {
         let tenant = self.context.tenant_of(&request)?;
         let id = LeaseId(request.into_inner().id);
-        let (header, reply) = write(&tenant, Command::LeaseRevoke { id }).await?;
-        let Reply::LeaseRevoke = reply else { return Err(mismatched_reply("LeaseRevoke")) };
-        Ok(Response::new(LeaseRevokeResponse { header: Some(header) }))
+        let revision = tenant.revoke_lease(id).await?;
+        Ok(Response::new(LeaseRevokeResponse { header: Some(header(&tenant, revision)) }))
     }
 
     type LeaseKeepAliveStream = Pin<Box<dyn Stream<Item = Result<LeaseKeepAliveResponse, Status>> + Send>>;

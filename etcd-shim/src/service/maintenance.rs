@@ -140,7 +140,7 @@ impl Maintenance for MaintenanceService {
     async fn hash_kv(&self, request: Request<HashKvRequest>) -> Result<Response<HashKvResponse>, Status> {
         let tenant = self.context.tenant_of(&request)?;
         let HashKvRequest { revision } = request.into_inner();
-        let hash = tenant.read(move |reader| reader.hash_kv(revision)).await?.map_err(CellError::from)?;
+        let hash = tenant.answered(tenant.read(move |reader| reader.hash_kv(revision)).await?)?;
         Ok(Response::new(HashKvResponse {
             header: Some(header(&tenant, hash.revision)),
             hash: hash.hash,

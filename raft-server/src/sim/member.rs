@@ -6,7 +6,6 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
-use bytes::Bytes;
 use parking_lot::Mutex;
 use tenure_storage::{Fault, MemoryEngine, NoObserver, Outcome, StateMachine as Storage, Store, TenantId};
 
@@ -43,7 +42,7 @@ pub(super) struct SimMachine {
     storage: Storage<MemoryEngine>,
     tenant: TenantId,
     bug: Bug,
-    applied: u64,
+    rounds: u64,
     /// The tenant's revision as of an applied index.
     revisions: Revisions,
 }
@@ -64,23 +63,30 @@ impl StateMachine for SimMachine {
         self.storage.applied_index()
     }
 
-    fn apply(&mut self, entries: Vec<CommittedEntry>) -> Result<Vec<Vec<Option<Outcome>>>, Fault> {
-        let mut entries: Vec<(u64, Vec<Bytes>)> =
-            entries.into_iter().map(|entry| (entry.index, entry.commands)).collect();
+    /// Every third round has room for the first half alone, and replies that nobody waits for are dropped, as a server does.
+    fn apply(&mut self, mut entries: Vec<CommittedEntry>) -> Result<Vec<Vec<Option<Outcome>>>, Fault> {
+        self.rounds += 1;
+        if self.rounds.is_multiple_of(3) {
+            entries.truncate(entries.len().div_ceil(2));
+        }
         if self.bug == Bug::ApplyOutOfOrder {
-            for (index, commands) in &mut entries {
-                if (self.applied + *index).is_multiple_of(7) {
-                    commands.reverse();
+            for entry in &mut entries {
+                if (self.rounds + entry.index).is_multiple_of(7) {
+                    entry.commands.reverse();
                 }
             }
         }
-        self.applied += 1;
-        if self.bug == Bug::DroppedEvent && self.applied.is_multiple_of(20) {
+        if self.bug == Bug::DroppedEvent && self.rounds.is_multiple_of(20) {
             self.storage.store().lose_next_revision(self.tenant);
         }
+        let (entries, wanted): (Vec<_>, Vec<_>) =
+            entries.into_iter().map(|entry| ((entry.index, entry.commands), entry.wanted)).unzip();
         let outcomes = self.storage.apply(entries)?;
         self.note_revision();
-        Ok(outcomes.into_iter().map(|of_entry| of_entry.into_iter().map(Some).collect()).collect())
+        let replies = outcomes.into_iter().zip(wanted).map(|(of_entry, wanted)| {
+            of_entry.into_iter().zip(wanted).map(|(outcome, is_wanted)| is_wanted.then_some(outcome)).collect()
+        });
+        Ok(replies.collect())
     }
 
     fn durable_index(&self) -> Result<u64, Fault> {
@@ -119,6 +125,8 @@ pub(super) struct Life {
     sent: Arc<Mutex<Sent>>,
     /// What the log thread has in hand.
     writing: Option<Queued>,
+    /// Whether the log thread does not come back from the disk.
+    pub(super) disk_hangs: bool,
     pub(super) store: Store<MemoryEngine>,
     revisions: Revisions,
 }
@@ -130,14 +138,14 @@ impl Life {
         let storage = Storage::open(Arc::clone(&disk.engine), Arc::new(NoObserver)).expect("memory opens");
         let store = storage.store();
         let revisions = Revisions::default();
-        let machine = SimMachine { storage, tenant, bug, applied: 0, revisions: Arc::clone(&revisions) };
+        let machine = SimMachine { storage, tenant, bug, rounds: 0, revisions: Arc::clone(&revisions) };
         machine.note_revision();
         let transport = SimTransport(Arc::clone(&sent));
         let log = Arc::clone(&disk.log) as Arc<dyn LogStore>;
         let config = Config { snapshot_dir: disk.snapshots.clone(), snapshots_on_raft_thread: true, ..config };
         let mut assembled = assemble(config, machine, log, transport).expect("a member starts on its own disk");
         assembled.node.begin().expect("the power is back");
-        Life { assembled, sent, writing: None, store, revisions }
+        Life { assembled, sent, writing: None, disk_hangs: false, store, revisions }
     }
 
     pub(super) fn handle(&self) -> &Handle<Outcome> {
@@ -204,6 +212,9 @@ impl Life {
 
     /// What the log thread has in hand is written.
     pub(super) fn finish_write(&mut self) -> Result<(), Fault> {
+        if self.disk_hangs {
+            return Ok(());
+        }
         let Some(work) = self.writing.take() else { return Ok(()) };
         let node = &self.assembled.node;
         let (events, apply) = (&node.shared.events, &node.apply);
@@ -232,7 +243,7 @@ impl Life {
 
     /// All threads work until nothing is left to do before a clock ticks or a message comes.
     pub(super) fn work_off(&mut self) -> Result<(), Fault> {
-        while self.has_events() || self.has_writes() || self.has_entries() {
+        while self.has_events() || (self.has_writes() && !self.disk_hangs) || self.has_entries() {
             self.turn(usize::MAX)?;
             self.begin_write();
             self.finish_write()?;

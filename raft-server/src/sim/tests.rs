@@ -149,6 +149,22 @@ fn a_leader_and_a_reader_that_are_too_few_confirm_nothing() {
     rounds(&mut world, &[1, 2, 3, 4, 5], &|world| world.reading.is_empty());
 }
 
+/// A leader whose disk does not come back: the others follow it, for it goes on saying that it leads, and commit what it sends; but it applies
+/// nothing, so that who asks it for a write, a read or a lease waits for ever.
+#[test]
+fn a_leader_whose_disk_hangs_hands_over() {
+    let dir = tempfile::tempdir().expect("a directory for snapshots");
+    let (mut world, old) = led(3, dir.path());
+    let everybody = [1, 2, 3];
+    let others: Vec<u64> = everybody.into_iter().filter(|id| *id != old).collect();
+    world.lives.get_mut(&old).expect("it lives").disk_hangs = true;
+    world.write(old);
+    rounds(&mut world, &everybody, &|world| leader(world, &others).is_some());
+    write(&mut world, others[0], &everybody);
+    world.lives.get_mut(&old).expect("it lives").disk_hangs = false;
+    write(&mut world, old, &everybody);
+}
+
 /// Of three members the leader and who asks are a quorum: the read needs nobody's answer but the leader's.
 #[test]
 fn a_leader_and_a_reader_that_are_a_quorum_ask_nobody_else() {

@@ -8,7 +8,7 @@ use bytes::Bytes;
 use raft::eraftpb::ConfState;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
-use tenure_storage::{Command, Envelope, Fault, LeaseId, Outcome, PutRequest, TenantCommand, TenantId};
+use tenure_storage::{Command, Envelope, Fault, LeaseId, Outcome, PutRequest, Rules, TenantCommand, TenantId};
 use tokio::sync::oneshot;
 
 use super::check::{Survivor, Violation, Write, check};
@@ -412,6 +412,12 @@ impl World {
             let create = Command::Tenant(TenantCommand::create("t"));
             let create = Envelope { tenant: TenantId(0), member_id: id, command: create }.encode();
             self.unheard.extend(self.lives[&id].handle().enqueue(TENANT.0, create, None));
+        }
+        if number % 64 == 32 {
+            // Somewhere in the history; further ones change nothing.
+            let raise = Command::RaiseRules { number: Rules::NEWEST.number(), members: Vec::new() };
+            let raise = Envelope { tenant: TenantId(0), member_id: id, command: raise }.encode();
+            self.unheard.extend(self.lives[&id].handle().enqueue(TENANT.0, raise, None));
         }
         if let Ok(answer) = self.lives[&id].handle().enqueue(TENANT.0, command.clone(), None) {
             self.writes.push(Write { value, acknowledged_before: self.acknowledged, revision: None });

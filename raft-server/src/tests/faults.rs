@@ -2,9 +2,10 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use raft::eraftpb::Entry;
+use raft::eraftpb::{Entry, Message, MessageType};
 
 use super::*;
+use crate::transport::PeerMessage;
 use crate::{Appended, Conf, LogStore, LogWrite, MemoryLog, Position, ProposeError, Recovered, start_on};
 
 /// A log whose disk fails when told to.
@@ -112,4 +113,30 @@ async fn a_failing_disk_stops_the_member() {
         ("raft", true),
         "a sole voter writes there"
     );
+}
+
+// A copy of the data directory that is put back may lack what this member has acknowledged since: with its vote that could be lost. Whoever
+// leads knows how far it was.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_member_with_older_data_than_it_has_acknowledged_stops_and_says_so() {
+    let faults = Shared::<Vec<MemberFault>>::default();
+    let collected = Arc::clone(&faults);
+    let handler = move |fault: &MemberFault| collected.lock().push(fault.clone());
+    let dir = tempfile::tempdir().unwrap();
+    let config =
+        Config { initial_voters: vec![1, 2, 3], fault_handler: Some(Arc::new(handler)), ..config(1, dir.path()) };
+    let log = Arc::new(FailingLog::default());
+    let (handle, guard) = start_on(config, Probe::default().boot(), log, NoPeers).unwrap();
+    let heartbeat = Message {
+        msg_type: MessageType::MsgHeartbeat,
+        from: 2,
+        to: 1,
+        term: 1_000_000,
+        commit: 7_000,
+        ..Message::default()
+    };
+    handle.deliver(PeerMessage::Raft(Box::new(heartbeat)));
+    guard.wait();
+    let cause = faults.lock()[0].cause.clone();
+    assert!(cause.contains("entries up to 7000: the data is an older copy; remove this member"), "{cause}");
 }

@@ -27,17 +27,31 @@ pub(crate) fn decode_grant_key(key: &[u8]) -> Result<LeaseId, Fault> {
     id.map(|id| LeaseId(i64::from_be_bytes(id))).ok_or_else(|| Fault::Corrupt { what: "lease key", key: key.to_vec() })
 }
 
-pub(crate) fn encode_ttl(ttl_seconds: i64) -> Bytes {
-    let mut w = Writer::with_capacity(10);
-    w.i64(ttl_seconds);
-    w.finish()
+/// What is kept of a granted lease.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Grant {
+    pub(crate) ttl_seconds: i64,
+    /// How many keys are attached; `None`: nobody has counted them. Kept where [`Rules::lease_keys_max`](crate::Rules) bounds them.
+    pub(crate) keys: Option<u64>,
 }
 
-pub(crate) fn decode_ttl(stored: Bytes) -> Result<i64, Fault> {
-    let mut r = Reader::new(stored, "lease");
-    let ttl_seconds = r.i64()?;
-    r.end()?;
-    Ok(ttl_seconds)
+impl Grant {
+    pub(crate) fn encode(self) -> Bytes {
+        let mut w = Writer::with_capacity(13);
+        w.i64(self.ttl_seconds);
+        if let Some(keys) = self.keys {
+            w.varint(keys);
+        }
+        w.finish()
+    }
+
+    pub(crate) fn decode(stored: Bytes) -> Result<Grant, Fault> {
+        let mut r = Reader::new(stored, "lease");
+        let ttl_seconds = r.i64()?;
+        let keys = if r.is_empty() { None } else { Some(r.varint()?) };
+        r.end()?;
+        Ok(Grant { ttl_seconds, keys })
+    }
 }
 
 pub(crate) fn attached_key(tenant: TenantId, id: LeaseId, user_key: &[u8]) -> Vec<u8> {

@@ -6,6 +6,7 @@ use super::{Bounds, CELL, PREFIX_LEN, prefix};
 use crate::codec::{Reader, Writer};
 use crate::error::Fault;
 use crate::profile::TenantLimits;
+use crate::rules::Rules;
 use crate::types::{Alarm, AlarmKind, Member, Revision, TenantId, Usage};
 
 const TAG_TENANT: u8 = 1;
@@ -253,7 +254,13 @@ pub(crate) struct CellRow {
     pub(crate) next_tenant: u32,
     /// Bytes a tenant may hold; negative = no quota.
     pub(crate) quota_bytes: i64,
+    /// By which the next command is decided.
+    pub(crate) rules: Rules,
 }
+
+/// Of the cell's row: without rules, which are the first then, and with them. As long as the first are in force a release that knows no
+/// others can read what is written.
+const CELL_VERSIONS: [u8; 2] = [1, 2];
 
 pub(crate) fn cell_key() -> Vec<u8> {
     prefix(CELL, TAG_CELL, 0)
@@ -261,21 +268,30 @@ pub(crate) fn cell_key() -> Vec<u8> {
 
 impl CellRow {
     pub(crate) fn encode(&self) -> Bytes {
-        let mut w = Writer::with_capacity(24);
-        w.u8(ROW_VERSION);
+        let has_rules = self.rules != Rules::FIRST;
+        let mut w = Writer::with_capacity(28);
+        w.u8(CELL_VERSIONS[usize::from(has_rules)]);
         w.varint(self.applied_index);
         w.varint(u64::from(self.next_tenant));
         w.i64(self.quota_bytes);
+        if has_rules {
+            w.varint(u64::from(self.rules.number()));
+        }
         w.finish()
     }
 
+    /// # Errors
+    /// [`Fault::Rules`] of a state that this release may not go on with.
     pub(crate) fn decode(stored: Bytes) -> Result<CellRow, Fault> {
         let mut r = Reader::new(stored, "cell row");
-        if r.u8()? != ROW_VERSION {
+        let version = r.u8()?;
+        if !CELL_VERSIONS.contains(&version) {
             return Err(r.corrupt("cell row version"));
         }
-        let row = CellRow { applied_index: r.varint()?, next_tenant: r.varint_u32()?, quota_bytes: r.i64()? };
+        let (applied_index, next_tenant, quota_bytes) = (r.varint()?, r.varint_u32()?, r.i64()?);
+        let number = if version == CELL_VERSIONS[1] { r.varint_u32()? } else { Rules::FIRST.number() };
+        let rules = Rules::of_number(number).ok_or(Fault::Rules { number })?;
         r.end()?;
-        Ok(row)
+        Ok(CellRow { applied_index, next_tenant, quota_bytes, rules })
     }
 }

@@ -21,6 +21,9 @@ pub(crate) fn hash<R: Reader>(
     hash_revision: i64,
     compact_revision: i64,
 ) -> Result<u32, Fault> {
+    if hash_revision < 0 {
+        return Ok(crc32c::crc32c(b"key"));
+    }
     let keeps_anything = exists_any(reader, tenant, hash_revision)?;
     let mut hash = crc32c::crc32c(b"key");
     let bounds = rev::bounds_from(tenant, Revision { main: 0, sub: 0 });

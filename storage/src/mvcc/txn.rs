@@ -190,6 +190,9 @@ fn run<R: Reader>(writer: &mut Writer<'_, R>, txn: &TxnRequest, plan: &Plan, bou
             }
             TxnOp::Put(put) => {
                 let prev_kv = accept!(writer.put(put));
+                if writer.stored_bytes > writer.rules.txn_stored_bytes_max() {
+                    return Ok(Err(Refusal::TxnTooLarge));
+                }
                 accept!(Ok::<_, Fault>(bounds.take(prev_kv.as_slice())));
                 TxnOpReply::Put { revision: writer.revision_so_far(), prev_kv }
             }
@@ -289,6 +292,7 @@ mod tests {
     use super::*;
     use crate::engine::{Engine, MemoryEngine};
     use crate::key::meta::TenantRow;
+    use crate::rules::Rules;
     use crate::types::{DeleteRangeRequest, KeyRange, LeaseId, PutRequest};
 
     const TENANT: TenantId = TenantId(1);
@@ -310,7 +314,7 @@ mod tests {
 
     /// A store of a hundred keys, not yet written to its engine.
     fn filled<R: Reader>(overlay: &mut Overlay<R>, row: &mut TenantRow, capture_prev: bool) {
-        let mut writer = Writer::new(overlay, TENANT, row, capture_prev);
+        let mut writer = Writer::new(overlay, TENANT, row, Rules::NEWEST, capture_prev);
         let success = (0..100).map(|n| put(format!("k{n:03}"))).collect();
         txn(&mut writer, &TxnRequest { success, ..TxnRequest::default() }).unwrap().unwrap();
         writer.finish();
@@ -323,7 +327,7 @@ mod tests {
             let engine = MemoryEngine::new();
             let (mut overlay, mut row) = (Overlay::new(engine.view()), TenantRow::new("t".to_string()));
             filled(&mut overlay, &mut row, capture_prev);
-            let mut writer = Writer::new(&mut overlay, TENANT, &mut row, capture_prev);
+            let mut writer = Writer::new(&mut overlay, TENANT, &mut row, Rules::NEWEST, capture_prev);
             let delete = DeleteRangeRequest { range: KeyRange::Single(Bytes::from_static(b"k001")), prev_kv: false };
             let success = vec![
                 put("k000".to_string()),
@@ -346,7 +350,7 @@ mod tests {
         filled(&mut overlay, &mut row, false);
         let before = row.clone();
         let rows_end = overlay.visited_rows() + 10;
-        let mut writer = Writer::new(&mut overlay, TENANT, &mut row, false);
+        let mut writer = Writer::new(&mut overlay, TENANT, &mut row, Rules::NEWEST, false);
         let compares =
             vec![Compare { range: everything(), result: CompareResult::Greater, target: CompareTarget::Version(0) }];
         let request = TxnRequest { compares, success: vec![put("new".to_string())], failure: Vec::new() };

@@ -9,11 +9,13 @@ use super::read;
 use crate::engine::{Cursor, Family, Reader};
 use crate::error::{Fault, Refusal};
 use crate::key::head::Head;
+use crate::key::lease::Grant;
 use crate::key::meta::TenantRow;
 use crate::key::{head, lease, rev, version};
 use crate::key_value::{self, KeyValue};
 use crate::limits::{EVENT_PREV_BYTES_MAX, TXN_REPLY_BYTES_MAX, VERSION_OVERHEAD_BYTES};
-use crate::types::{DeleteRangeRequest, KeyRange, LeaseId, PutRequest, Revision, TenantId};
+use crate::rules::Rules;
+use crate::types::{DeleteRangeRequest, LeaseId, PutRequest, Revision, TenantId};
 use crate::watch::{Changes, Event, EventKind};
 
 /// Either half may end a step: a refusal is the command's answer, a fault ends the member.
@@ -35,10 +37,13 @@ pub(crate) struct Writer<'a, R> {
     pub(crate) overlay: &'a mut Overlay<R>,
     pub(crate) tenant: TenantId,
     pub(crate) row: &'a mut TenantRow,
+    pub(crate) rules: Rules,
     /// Whether some watcher will want to see what events replaced. Turned off at a bound; then no event tells.
     capture_prev: bool,
     /// What the events tell of it.
     prev_bytes: usize,
+    /// What puts have stored so far.
+    pub(crate) stored_bytes: usize,
     /// Changes made so far, in sub-revision order.
     pub(crate) events: Vec<Event>,
     next_sub: u32,
@@ -49,9 +54,20 @@ impl<'a, R: Reader> Writer<'a, R> {
         overlay: &'a mut Overlay<R>,
         tenant: TenantId,
         row: &'a mut TenantRow,
+        rules: Rules,
         capture_prev: bool,
     ) -> Self {
-        Writer { overlay, tenant, row, capture_prev, prev_bytes: 0, events: Vec::new(), next_sub: 0 }
+        Writer {
+            overlay,
+            tenant,
+            row,
+            rules,
+            capture_prev,
+            prev_bytes: 0,
+            stored_bytes: 0,
+            events: Vec::new(),
+            next_sub: 0,
+        }
     }
 
     /// The revision this command's changes get.
@@ -115,6 +131,9 @@ impl<'a, R: Reader> Writer<'a, R> {
         }
         let wants_old = put.prev_kv || put.ignore_value || self.capture_prev;
         let old = match live {
+            Some(live) if put.ignore_value && self.rules.kept_values_are_work() => {
+                Some(read::stored(self.overlay, self.tenant, &put.key, live.at)?)
+            }
             Some(live) if wants_old => Some(self.replaced(&put.key, live.at)?),
             Some(_) | None => None,
         };
@@ -122,7 +141,9 @@ impl<'a, R: Reader> Writer<'a, R> {
             Some(old) if put.ignore_value => old.slice_ref(KeyValue::decode(old)?.value),
             Some(_) | None => put.value.clone(),
         };
-        let lease = if put.ignore_lease { live.map_or(LeaseId::NONE, |live| live.lease) } else { put.lease };
+        let (had, lease) = (live.map_or(LeaseId::NONE, |live| live.lease), put.lease);
+        let lease = if put.ignore_lease { had } else { lease };
+        accept!(self.move_lease(&put.key, had, lease));
 
         let at = self.take_sub();
         let kv = KeyValue {
@@ -134,6 +155,7 @@ impl<'a, R: Reader> Writer<'a, R> {
             lease: lease.0,
         };
         let stored = kv.encode();
+        self.stored_bytes += stored.len();
         let head = Head {
             at,
             tombstone: false,
@@ -143,7 +165,6 @@ impl<'a, R: Reader> Writer<'a, R> {
             size_bytes: (put.key.len() + stored.len()) as u64 + VERSION_OVERHEAD_BYTES,
         };
         self.write_version(&put.key, newest, head, stored.clone());
-        self.move_lease(&put.key, live.map_or(LeaseId::NONE, |live| live.lease), lease);
 
         let prev_kv = self.event_prev(&put.key, live, old.as_ref(), at)?;
         // Not the request's bytes: those are of a whole log entry, which an event that waits must not keep.
@@ -169,10 +190,19 @@ impl<'a, R: Reader> Writer<'a, R> {
     /// Deletes every key of the range; answers how many, and what they were if asked. Refused, nothing has changed.
     pub(crate) fn delete_range(&mut self, delete: &DeleteRangeRequest) -> Step<(u64, Vec<Bytes>)> {
         let mut doomed = Vec::new();
+        let left = self.rules.deleted_keys_max().saturating_sub(self.events.len());
+        let mut is_too_large = false;
         read::live_heads(self.overlay, self.tenant, &delete.range, &mut |key, newest| {
+            is_too_large = doomed.len() == left;
+            if is_too_large {
+                return Ok(ControlFlow::Break(()));
+            }
             doomed.push((Bytes::copy_from_slice(key), newest));
             Ok(ControlFlow::Continue(()))
         })?;
+        if is_too_large {
+            return Ok(Err(Refusal::TxnTooLarge));
+        }
         let stored_bytes = doomed.iter().map(|(_, newest)| newest.size_bytes).sum::<u64>();
         if delete.prev_kv && stored_bytes > TXN_REPLY_BYTES_MAX as u64 {
             return Ok(Err(Refusal::TxnTooLarge));
@@ -202,7 +232,9 @@ impl<'a, R: Reader> Writer<'a, R> {
             size_bytes: key.len() as u64 + VERSION_OVERHEAD_BYTES,
         };
         self.write_version(key, Some(live), head, Bytes::new());
-        self.move_lease(key, live.lease, LeaseId::NONE);
+        if let Err(refusal) = self.move_lease(key, live.lease, LeaseId::NONE)? {
+            unreachable!("a key may always be detached: {refusal}");
+        }
         let prev_kv = self.event_prev(key, Some(live), old.as_ref(), at)?;
         let kv = key_value::encode_tombstone_event(key, at.main);
         self.tell(Event { kind: EventKind::Delete, key: key.clone(), kv, prev_kv });
@@ -235,16 +267,40 @@ impl<'a, R: Reader> Writer<'a, R> {
         }
     }
 
-    fn move_lease(&mut self, key: &[u8], from: LeaseId, to: LeaseId) {
+    /// Refused, nothing has changed: the lease has as many keys as it may.
+    fn move_lease(&mut self, key: &[u8], from: LeaseId, to: LeaseId) -> Step<()> {
         if from == to {
-            return;
-        }
-        if from != LeaseId::NONE {
-            self.overlay.delete(Family::Lease, lease::attached_key(self.tenant, from, key));
+            return Ok(Ok(()));
         }
         if to != LeaseId::NONE {
+            accept!(self.count_key(to, 1));
             self.overlay.put(Family::Lease, lease::attached_key(self.tenant, to, key), Bytes::new());
         }
+        if from != LeaseId::NONE {
+            accept!(self.count_key(from, -1));
+            self.overlay.delete(Family::Lease, lease::attached_key(self.tenant, from, key));
+        }
+        Ok(Ok(()))
+    }
+
+    /// One key more or less of the lease, whose rows say nothing of that yet.
+    fn count_key(&mut self, id: LeaseId, change: i64) -> Step<()> {
+        let Some(keys_max) = self.rules.lease_keys_max() else { return Ok(Ok(())) };
+        let grant_key = lease::grant_key(self.tenant, id);
+        // A lease that is being revoked is gone before its keys.
+        let Some(stored) = self.overlay.get(Family::Lease, &grant_key)? else { return Ok(Ok(())) };
+        let grant = Grant::decode(stored)?;
+        let keys = match grant.keys {
+            Some(keys) => keys,
+            // Granted before anybody counted.
+            None => attached_keys(self.overlay, self.tenant, id)?.len() as u64,
+        };
+        if change > 0 && keys >= keys_max {
+            return Ok(Err(Refusal::TooManyLeaseKeys));
+        }
+        let keys = keys.checked_add_signed(change).expect("no more keys go than were attached");
+        self.overlay.put(Family::Lease, grant_key, Grant { keys: Some(keys), ..grant }.encode());
+        Ok(Ok(()))
     }
 
     /// What the event's `prev_kv` shows: the key as it was before this revision (contract 1.2, Events). Inside one
@@ -271,7 +327,8 @@ impl<'a, R: Reader> Writer<'a, R> {
         if self.lease_exists(id)? {
             return Ok(Err(Refusal::LeaseExists(id)));
         }
-        self.overlay.put(Family::Lease, lease::grant_key(self.tenant, id), lease::encode_ttl(ttl_seconds));
+        let grant = Grant { ttl_seconds, keys: self.rules.lease_keys_max().map(|_| 0) };
+        self.overlay.put(Family::Lease, lease::grant_key(self.tenant, id), grant.encode());
         self.row.usage.leases += 1;
         Ok(Ok(()))
     }
@@ -281,13 +338,12 @@ impl<'a, R: Reader> Writer<'a, R> {
         if !self.lease_exists(id)? {
             return Ok(Err(Refusal::LeaseNotFound(id)));
         }
-        for key in attached_keys(self.overlay, self.tenant, id)? {
-            let delete = DeleteRangeRequest { range: KeyRange::Single(key), prev_kv: false };
-            let (deleted, _) = accept!(self.delete_range(&delete));
-            assert_eq!(deleted, 1, "an attached key exists");
-        }
         self.overlay.delete(Family::Lease, lease::grant_key(self.tenant, id));
         self.row.usage.leases -= 1;
+        for key in attached_keys(self.overlay, self.tenant, id)? {
+            let live = self.live(&key)?.expect("an attached key exists");
+            self.delete(&key, live, false)?;
+        }
         Ok(Ok(()))
     }
 }

@@ -49,7 +49,7 @@ pub(super) async fn read_range(
 ) -> Result<Read, CellError> {
     let reservation = in_flight.of(tenant);
     let mut attempt = match &request.range {
-        KeyRange::Single(_) => try_read(tenant.reader(), &request, counting, reservation)?,
+        KeyRange::Single(_) => tenant.answered(try_read(tenant.reader(), &request, counting, reservation))?,
         KeyRange::HalfOpen { .. } | KeyRange::From(_) => {
             try_read_elsewhere(tenant, request.clone(), counting, reservation).await?
         }
@@ -71,7 +71,7 @@ async fn try_read_elsewhere(
     counting: Counting,
     reservation: Reservation,
 ) -> Result<Attempt, CellError> {
-    Ok(tenant.read(move |reader| try_read(reader, &request, counting, reservation)).await??)
+    tenant.answered(tenant.read(move |reader| try_read(reader, &request, counting, reservation)).await?)
 }
 
 fn try_read<E: Engine>(

@@ -1,5 +1,6 @@
 //! The Lease service over a cell, against what etcd 3.7 answered (contract 1.3).
 
+use tenure_storage::Command;
 use tonic::Code;
 
 use super::*;
