@@ -8,9 +8,10 @@
 //! whatever was acknowledged before, then [`Tenant::reader`] (small reads, on the caller's thread) or [`Tenant::read`] (on
 //! the reading threads) looks at one point in time.
 //!
-//! Four tasks run beside that. Three have something to do only on the leader: one follows leadership and tells the [`Lessor`], one
-//! proposes the revokes of expired leases, one the steps that give back compacted space ([`crate::reclaim`]). The fourth looks at
-//! the disk ([`crate::disk`]).
+//! Tasks run beside that. Some have something to do only on the leader: they follow leadership and tell the [`Lessor`], and propose the
+//! revokes of expired leases, the steps that give back compacted space ([`crate::reclaim`]), old revisions' compaction
+//! ([`crate::auto_compaction`]) and newer rules (`cell/rules.rs`). The others look at the disk ([`crate::disk`]), deliver events to very many
+//! watchers ([`crate::delivery`]) and give back the space of deleted tenants (`cell/tenants.rs`).
 //!
 //! What must hold: leases stored on disk are known to the lessor before the log goes on being applied, so that no grant or
 //! revoke passes it by; and a [`Fault`] ends the member: nothing is applied after it, [`Cell::failed`] tells the
@@ -32,6 +33,7 @@ use futures::StreamExt;
 use parking_lot::{Mutex, RwLock};
 use tenure_raft_server as raft;
 use tenure_raft_server::transport::peers::{PeerIdentity, PeerStats, PeerTls, Peers, PeersConfig};
+pub use tenure_storage::apply::QUOTA_BYTES_DEFAULT;
 use tenure_storage::limits::TENANT_NAME_BYTES_MAX;
 use tenure_storage::{
     Command, Copier, Envelope, Fault, Labels, LeaseId, MembersCommand, Membership, Observer, Outcome, Refusal,
@@ -61,9 +63,6 @@ pub use self::tenants::{TenantUpdate, may_be_deleted};
 
 /// The tenant of a client that says nothing.
 pub const DEFAULT_TENANT: &str = "default";
-
-/// Bytes a tenant may hold if the configuration says 0: etcd's default.
-pub const QUOTA_BYTES_DEFAULT: i64 = 2 << 30;
 
 /// What etcd adds to two election timeouts to get the time a request may take.
 const REQUEST_TIMEOUT_BASE: Duration = Duration::from_secs(5);
@@ -194,6 +193,9 @@ pub enum OpenError {
     Tenant(#[from] CreateTenantError),
     #[error("set up the cell: {0}")]
     SetUp(CellError),
+    /// A bug.
+    #[error("open the cell: {0}")]
+    Panicked(String),
     /// The log could not be applied.
     #[error("replay the log: {0}")]
     Failed(Arc<str>),
@@ -253,6 +255,8 @@ struct Inner {
     /// What of a tenant does not change, looked up by every request. Filled on first use.
     tenants: RwLock<HashMap<String, Arc<TenantParts>>>,
     defragment: Defragment,
+    /// Read-locked by whoever rewrites the state's files.
+    compacting: Arc<tokio::sync::RwLock<()>>,
     disk: Disk,
     failure: Failure,
     request_timeout: Duration,
@@ -439,7 +443,7 @@ impl Cell {
         let runtime = tokio::runtime::Handle::current();
         // Reads the disk.
         let opened = tokio::task::spawn_blocking(move || Inner::open(&for_open, beginning, &runtime)).await;
-        let (cell, background, bootstrap) = opened.map_err(|_| OpenError::SetUp(CellError::Stopped))??;
+        let (cell, background, bootstrap) = opened.map_err(|error| OpenError::Panicked(error.to_string()))??;
         cell.start_tasks(&background);
         if let Some(kept) = config.auto_compaction {
             cell.0.tasks.lock().spawn(compact_old(Arc::downgrade(&cell.0), kept));
@@ -688,6 +692,9 @@ impl Cell {
             }
         }
         self.0.peers.stop();
+        // They hold the state on threads of their own, and may have begun just now.
+        self.0.store.stop_compacting();
+        drop(self.0.compacting.write().await);
     }
 }
 
@@ -822,6 +829,7 @@ impl Inner {
             changes,
             tenants: RwLock::default(),
             defragment: Defragment::default(),
+            compacting: Arc::default(),
             disk,
             failure,
             request_timeout: request_timeout(config),
@@ -931,8 +939,14 @@ impl Inner {
             return Ok(());
         }
         self.defragment.begun.fetch_add(1, Ordering::AcqRel);
-        let store = self.store.clone();
-        match tokio::task::spawn_blocking(move || store.compact_engine()).await {
+        let (store, compacting) = (self.store.clone(), Arc::clone(&self.compacting).read_owned().await);
+        let compacted = tokio::task::spawn_blocking(move || {
+            let compacted = store.compact_engine();
+            drop(store);
+            drop(compacting);
+            compacted
+        });
+        match compacted.await {
             Ok(Ok(())) => Ok(()),
             Ok(Err(fault)) => Err(self.report(fault)),
             Err(_) => Err(CellError::Stopped),

@@ -24,12 +24,6 @@ use crate::proto::etcdserverpb::{
 /// Longest lease in seconds: etcd's own bound, about 285 years.
 pub const LEASE_TTL_SECONDS_MAX: i64 = 9_000_000_000;
 
-/// What etcd estimates a lease to take, in bytes.
-pub const LEASE_COST_BYTES: u64 = 64;
-
-/// What etcd estimates a put to take beside key and value, in bytes.
-const PUT_OVERHEAD_BYTES: u64 = 256;
-
 /// What etcd wraps around a request in its log, beside the request's own length field: a header with a 64-bit id (13
 /// bytes) and one tag. A request whose wrapped form exceeds `--max-request-bytes` is refused.
 const ENVELOPE_BYTES: usize = 14;
@@ -183,7 +177,7 @@ pub fn txn_path(request: &TxnRequest) -> TxnPath {
 
 /// What etcd estimates a put to add to the store, in bytes.
 pub fn put_cost(request: &PutRequest) -> u64 {
-    PUT_OVERHEAD_BYTES + (request.key.len() + request.value.len()) as u64
+    tenure_storage::put_cost(request.key.len(), request.value.len())
 }
 
 /// What etcd (3.7 and later) estimates a txn to add: the dearer branch, whichever runs, nested txns included. 0 passes any

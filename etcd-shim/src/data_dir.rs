@@ -424,9 +424,11 @@ mod tests {
             fs::write(&path, text).unwrap();
             assert_eq!(DataDir::identity_in(scratch.path(), TOKEN).unwrap(), Some(FIRST));
             assert_eq!(fs::read_to_string(&path).unwrap(), text, "only asked");
-            let opened =
+            let mut opened =
                 DataDir::open(scratch.path(), Identity { member_id: 1, cluster_id: 2 }, TOKEN, &first()).unwrap();
             assert_eq!(opened.identity(), FIRST);
+            assert_eq!(fs::read_to_string(&path).unwrap(), text, "something may still be in the way");
+            opened.adopt_layout().unwrap();
             assert_eq!(read_identity(scratch.path()).unwrap(), Some(Written { version: 3, identity: FIRST, token }));
         }
     }

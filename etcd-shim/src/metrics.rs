@@ -119,6 +119,7 @@ fn of_member(out: &mut String, cell: &Cell) {
     of_log(out, cell);
     of_replication(out, cell);
     of_promotions(out, cell);
+    of_rules(out, cell);
     of_disk(out, cell);
 }
 
@@ -227,6 +228,16 @@ fn of_promotions(out: &mut String, cell: &Cell) {
     for (reason, count) in cell.promotions_refused() {
         let _ = writeln!(out, "{FAILURES}{{Reason=\"{reason}\"}} {count}");
     }
+}
+
+fn of_rules(out: &mut String, cell: &Cell) {
+    metric(
+        out,
+        "tenure_cell_rules",
+        "gauge",
+        "Number of the rules that the cell decides by: the newest that all its members know",
+        cell.store().rules().number(),
+    );
 }
 
 fn of_disk(out: &mut String, cell: &Cell) {

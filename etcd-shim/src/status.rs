@@ -4,6 +4,7 @@
 //! here is exhaustive: a new failure does not compile until it has a code.
 
 use tenure_storage::Refusal;
+use tenure_storage::limits::LABELS_MAX;
 use tonic::{Code, Status};
 
 use crate::cell_error::{CellError, MembershipError};
@@ -48,7 +49,10 @@ fn refusal(refusal: &Refusal) -> (Code, &'static str) {
         // etcd attaches as many as anybody puts.
         Refusal::TooManyLeaseKeys => (Code::ResourceExhausted, "etcdserver: too many keys of one lease"),
         Refusal::MembersChanged => (Code::FailedPrecondition, "etcdserver: the members have changed"),
-        Refusal::TooManyLabels => (Code::InvalidArgument, "a tenant has at most 64 labels"),
+        Refusal::TooManyLabels => {
+            const _: () = assert!(LABELS_MAX == 64);
+            (Code::InvalidArgument, "a tenant has at most 64 labels")
+        }
         Refusal::TooManyRevoked => (
             Code::ResourceExhausted,
             "too many certificates of this tenant are revoked one by one: revoke all, and issue new ones",

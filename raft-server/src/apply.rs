@@ -159,6 +159,7 @@ impl ApplySignal {
         let mut level = self.state.lock();
         let is_idle = !level.replaced && level.install.is_none() && level.commit_index <= applied;
         if is_idle {
+            assert!(commit_index >= level.commit_index, "what is committed stays so");
             level.commit_index = commit_index;
         }
         is_idle
@@ -323,6 +324,8 @@ impl<S: StateMachine> Applier<S> {
 
     /// Applies, publishes, answers. Gives how many of the entries that was.
     fn apply(&mut self, entries: &[Entry]) -> Result<usize, Fault> {
+        let indexes = entries.iter().map(|entry| entry.index);
+        assert!(indexes.eq((self.applied() + 1..).take(entries.len())), "entries are applied in order, without a gap");
         let mut places = Vec::with_capacity(entries.len());
         let mut committed = Vec::with_capacity(entries.len());
         for entry in entries {

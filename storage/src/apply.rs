@@ -554,9 +554,7 @@ impl<E: Engine> StateMachine<E> {
         if !self.registry.membership.members.iter().map(|member| member.id).eq(members.iter().copied()) {
             return Ok(Err(Refusal::MembersChanged));
         }
-        let rules = Rules::of_number(number).ok_or(Fault::Rules { number })?;
-        tracing::info!(rules = number, "the cell decides by newer rules");
-        self.registry.cell.rules = rules;
+        self.registry.cell.rules = Rules::of_number(number).ok_or(Fault::Rules { number })?;
         Ok(Ok(()))
     }
 

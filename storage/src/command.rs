@@ -18,7 +18,7 @@ use crate::types::{
 /// First byte of every encoded envelope.
 const COMMAND_VERSION: u8 = 1;
 
-/// What a command counts for besides its length if it reads rows without end, or writes a value that it does not carry.
+/// What a command counts for besides its length if it may read any number of rows, or writes a value that it does not carry.
 const UNSEEN_WORK_BYTES: usize = 1 << 20;
 
 /// The same of the revoke of a lease, which deletes a bounded number of keys, mostly few.

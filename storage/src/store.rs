@@ -156,7 +156,10 @@ impl Shared {
 
     pub(crate) fn show_cell(&self, cell: &CellRow) {
         self.quota_bytes.store(cell.quota_bytes, Ordering::Relaxed);
-        self.rules.store(cell.rules.number(), Ordering::Release);
+        let rules = cell.rules.number();
+        if self.rules.swap(rules, Ordering::AcqRel) != rules {
+            tracing::info!(rules, "the cell decides by newer rules");
+        }
     }
 
     pub(crate) fn replacing(&self) -> Replacing<'_> {
@@ -231,6 +234,11 @@ impl<E: Engine> Store<E> {
         self.shared.tenants.read().by_id.values().map(|tenant| (tenant.id, tenant.published.lock().clone())).collect()
     }
 
+    /// Whether a tenant was deleted and its space is still being given back.
+    pub fn is_deleted(&self, tenant: TenantId) -> bool {
+        self.shared.deleted.read().contains_key(&tenant)
+    }
+
     /// Tenants that were deleted and whose space is still being given back, with the names they had.
     pub fn deleted_tenants(&self) -> BTreeMap<TenantId, String> {
         self.shared.deleted.read().clone()
@@ -286,6 +294,12 @@ impl<E: Engine> Store<E> {
     /// Any [`Fault`] ends this member.
     pub fn compact_engine(&self) -> Result<(), Fault> {
         self.engine.compact()
+    }
+
+    /// Ends what [`Store::compact_engine`] and [`Store::compact_tenant`] are doing, half done. For a state that is flushed and not written to
+    /// any more.
+    pub fn stop_compacting(&self) {
+        self.engine.stop_compacting();
     }
 
     /// Bytes of the state's files on disk, all tenants together.

@@ -13,9 +13,10 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use tenure_etcd_shim::proto::etcdserverpb as pb;
+use tenure_etcd_shim::storage::Rules;
 use tenure_etcd_shim::wire::RangeResponse;
 use tenure_tests::client::{Connection, framed};
-use tenure_tests::cluster::Cluster;
+use tenure_tests::cluster::{Cluster, Member};
 use tenure_tests::load::{Client, Load, PATIENCE, answer, check, leader_of, reconfigure};
 use tokio::task::JoinSet;
 
@@ -218,6 +219,34 @@ async fn leases_outlive_the_loss_of_a_quorum() {
         // It was there when the quorum was back, and did not end with the time that had been left to it.
         assert!(before.elapsed() >= ttl, "{key}: it lives its time again, not {:?}", before.elapsed());
     }
+}
+
+// A member that is down may be of a release that knows other rules: it would stop at what it does not know. Once raised, they stay.
+#[tokio::test(flavor = "multi_thread")]
+async fn newer_rules_wait_for_all_members() {
+    const FIRST: f64 = 1.0;
+    let dir = tempfile::tempdir().unwrap();
+    let mut cluster = Cluster::new("http", 3, dir.path(), &[]);
+    let (last, others) = cluster.members.split_last_mut().unwrap();
+    others.iter_mut().for_each(|member| member.spawn_with(&[]));
+    others.iter_mut().for_each(Member::wait_until_ready);
+    let rules =
+        |members: &[Member]| members.iter().map(|member| member.metric("tenure_cell_rules")).collect::<Vec<_>>();
+    let mut client = Client::new(others[0].client);
+    for key in ["a", "b"] {
+        let put = pb::PutRequest { key: Bytes::from(key), ..Default::default() };
+        let _: pb::PutResponse = answer(&mut client, "/etcdserverpb.KV/Put", &put).await;
+    }
+    assert_eq!(rules(others), [FIRST, FIRST]);
+    last.start();
+    for member in &cluster.members {
+        member.wait_for("the cell decides by newer rules");
+    }
+    let newest = f64::from(Rules::NEWEST.number());
+    assert_eq!(rules(&cluster.members), [newest; 3]);
+    cluster.members.iter_mut().for_each(|member| member.kill());
+    cluster.start_all();
+    assert_eq!(rules(&cluster.members), [newest; 3]);
 }
 
 // How cells grow and shrink in operation: one member at a time, as a learner first, while clients go on; those that leave may lead.

@@ -19,8 +19,7 @@ use tenure_storage::{Command, Envelope, LeaseId, Member, MembersCommand, Members
 use tokio::time::{sleep, timeout};
 use tonic::Status;
 
-use super::{Cell, Inner, TenantParts, rules};
-use crate::cell::Tenant;
+use super::{Cell, Inner, rules};
 use crate::cell_error::{CellError, MembershipError};
 use crate::ids;
 use crate::lessor::Remaining;
@@ -432,7 +431,7 @@ impl Calls for Answers {
             let cell = cell.ok_or_else(|| Status::unavailable("the member is stopping"))?;
             let call = PeerCall::decode(request).map_err(|error| Status::invalid_argument(error.to_string()))?.call;
             let answer = match call {
-                Some(Call::LeaseRenew(lease)) => renew(&cell, lease).await?,
+                Some(Call::LeaseRenew(lease)) => renew(&cell, lease).await,
                 Some(Call::LeaseRemaining(lease)) => remaining(&cell, lease).await,
                 Some(Call::MemberChange(change)) => change_for(&cell, change).await,
                 Some(Call::Rules(_)) => rules::answer(),
@@ -457,51 +456,46 @@ impl Calls for Answers {
     }
 }
 
-fn tenant_of(cell: &Arc<Inner>, lease: Lease) -> Option<Tenant> {
-    let reader = cell.store.reader(TenantId(lease.tenant))?;
-    let parts = TenantParts { name: String::new(), cluster_id: 0, reader, read_ns: AtomicU64::new(0) };
-    Some(Tenant { cell: Arc::clone(cell), parts: Arc::new(parts) })
-}
-
-/// The lease's tenant, for the leader. `None`: there is none. Who asks may have applied more than is applied here, and so may this member
-/// have done before it was started again.
+/// Whether the lease's tenant is there, for the leader. Who asks may have applied more than is applied here, and so may this member have done
+/// before it was started again.
 ///
 /// # Errors
 /// The answer of a member that does not lead, or not any more.
-async fn tenant_at_leader(cell: &Arc<Inner>, lease: Lease) -> Result<Option<Tenant>, PeerAnswer> {
+async fn has_tenant(cell: &Inner, tenant: TenantId) -> Result<bool, PeerAnswer> {
     let not_leader = || PeerAnswer { not_leader: true, ..PeerAnswer::default() };
     let term = cell.lessor.led_term().ok_or_else(not_leader)?;
-    if let Some(tenant) = tenant_of(cell, lease) {
-        return Ok(Some(tenant));
+    if cell.store.reader(tenant).is_some() {
+        return Ok(true);
     }
     match cell.leads_still(term).await {
-        Ok(true) => Ok(tenant_of(cell, lease)),
+        Ok(true) => Ok(cell.store.reader(tenant).is_some()),
         Ok(false) | Err(_) => Err(not_leader()),
     }
 }
 
-async fn renew(cell: &Arc<Inner>, lease: Lease) -> Result<PeerAnswer, Status> {
-    let tenant = match tenant_at_leader(cell, lease).await {
-        Ok(Some(tenant)) => tenant,
-        Ok(None) => return Ok(PeerAnswer { missing: true, ..PeerAnswer::default() }),
-        Err(answer) => return Ok(answer),
-    };
-    let ttl_seconds = timeout(cell.request_timeout, tenant.renew_lease_as_leader(LeaseId(lease.id))).await;
-    Ok(match ttl_seconds {
-        Ok(Ok(Some(0))) => PeerAnswer { missing: true, ..PeerAnswer::default() },
+async fn renew(cell: &Inner, Lease { tenant, id }: Lease) -> PeerAnswer {
+    let missing = PeerAnswer { missing: true, ..PeerAnswer::default() };
+    match has_tenant(cell, TenantId(tenant)).await {
+        Ok(true) => {}
+        Ok(false) => return missing,
+        Err(answer) => return answer,
+    }
+    let renewed = cell.renew_lease_as_leader(TenantId(tenant), LeaseId(id));
+    match timeout(cell.request_timeout, renewed).await {
+        Ok(Ok(Some(0))) => missing,
         Ok(Ok(Some(ttl_seconds))) => PeerAnswer { ttl_seconds, ..PeerAnswer::default() },
         Ok(Ok(None)) | Ok(Err(_)) | Err(_) => PeerAnswer { not_leader: true, ..PeerAnswer::default() },
-    })
+    }
 }
 
-async fn remaining(cell: &Arc<Inner>, lease: Lease) -> PeerAnswer {
+async fn remaining(cell: &Inner, Lease { tenant, id }: Lease) -> PeerAnswer {
     let not_leader = PeerAnswer { not_leader: true, ..PeerAnswer::default() };
     let Some(term) = cell.lessor.led_term() else { return not_leader };
     // Whoever asks knows of no lease that is not applied anywhere, but of some that are not applied here.
     if !cell.leads_still(term).await.unwrap_or(false) || cell.lessor.led_term() != Some(term) {
         return not_leader;
     }
-    match tenant_of(cell, lease).and_then(|tenant| tenant.lease_remaining_here(LeaseId(lease.id))) {
+    match cell.lessor.remaining(TenantId(tenant), LeaseId(id)) {
         Some(Remaining { seconds, granted_seconds }) => {
             PeerAnswer { ttl_seconds: seconds, granted_seconds, ..PeerAnswer::default() }
         }

@@ -211,7 +211,7 @@ impl Tenant {
     pub async fn renew_lease(&self, id: LeaseId) -> Result<i64, CellError> {
         let decided = async {
             loop {
-                if let Some(ttl_seconds) = self.renew_lease_as_leader(id).await? {
+                if let Some(ttl_seconds) = self.cell.renew_lease_as_leader(self.id(), id).await? {
                     return Ok(ttl_seconds);
                 }
                 let call = Call::LeaseRenew(self.lease_of(id));
@@ -223,37 +223,6 @@ impl Tenant {
         tokio::time::timeout(self.cell.request_timeout, decided).await.unwrap_or(Err(CellError::NoLeader))
     }
 
-    /// As [`Tenant::renew_lease`]; `None` if this member does not decide about leases.
-    pub(super) async fn renew_lease_as_leader(&self, id: LeaseId) -> Result<Option<i64>, CellError> {
-        loop {
-            let Some(term) = self.cell.lessor.led_term() else { return Ok(None) };
-            match self.cell.lessor.renew(self.id(), id).await {
-                Renewed::For { .. } => {
-                    // Before the client may rely on it.
-                    if !self.cell.leads_still(term).await? {
-                        return Ok(None);
-                    }
-                    // That may have taken longer than the lease had left, and it may be gone since.
-                    match self.cell.lessor.renew(self.id(), id).await {
-                        Renewed::For { ttl_seconds } if self.cell.lessor.led_term() == Some(term) => {
-                            return Ok(Some(ttl_seconds));
-                        }
-                        Renewed::For { .. } | Renewed::Missing => {}
-                        Renewed::NotLeader => return Ok(None),
-                    }
-                }
-                Renewed::NotLeader => return Ok(None),
-                // It may have been granted by an earlier leader and not be applied here yet.
-                Renewed::Missing => {
-                    self.cell.read_barrier().await?;
-                    if self.lease_remaining_here(id).is_none() {
-                        return Ok(Some(0));
-                    }
-                }
-            }
-        }
-    }
-
     /// What is left of a lease, as the leader knows; `None` if there is no such lease. Call it behind a read barrier.
     ///
     /// # Errors
@@ -262,7 +231,7 @@ impl Tenant {
         let told = async {
             loop {
                 if self.cell.lessor.leads() {
-                    return self.lease_remaining_here(id);
+                    return self.cell.lessor.remaining(self.id(), id);
                 }
                 if let Some(answer) = self.cell.ask_leader(Call::LeaseRemaining(self.lease_of(id))).await {
                     let PeerAnswer { ttl_seconds: seconds, granted_seconds, missing, .. } = answer;
@@ -271,11 +240,6 @@ impl Tenant {
             }
         };
         tokio::time::timeout(self.cell.request_timeout, told).await.map_err(|_| CellError::NoLeader)
-    }
-
-    /// As [`Tenant::lease_remaining`]; meaningful on the leader.
-    pub(super) fn lease_remaining_here(&self, id: LeaseId) -> Option<Remaining> {
-        self.cell.lessor.remaining(self.id(), id)
     }
 
     fn lease_of(&self, id: LeaseId) -> Lease {
@@ -290,5 +254,38 @@ impl Tenant {
     /// The leases of this tenant, those that end first in front.
     pub fn leases(&self) -> Vec<LeaseId> {
         self.cell.lessor.list(self.id())
+    }
+}
+
+impl Inner {
+    /// Renews a lease; `None` if this member does not decide about leases. Answers its TTL in seconds, 0 if there is no such lease.
+    pub(super) async fn renew_lease_as_leader(&self, tenant: TenantId, id: LeaseId) -> Result<Option<i64>, CellError> {
+        loop {
+            let Some(term) = self.lessor.led_term() else { return Ok(None) };
+            match self.lessor.renew(tenant, id).await {
+                Renewed::For { .. } => {
+                    // Before the client may rely on it.
+                    if !self.leads_still(term).await? {
+                        return Ok(None);
+                    }
+                    // That may have taken longer than the lease had left, and it may be gone since.
+                    match self.lessor.renew(tenant, id).await {
+                        Renewed::For { ttl_seconds } if self.lessor.led_term() == Some(term) => {
+                            return Ok(Some(ttl_seconds));
+                        }
+                        Renewed::For { .. } | Renewed::Missing => {}
+                        Renewed::NotLeader => return Ok(None),
+                    }
+                }
+                Renewed::NotLeader => return Ok(None),
+                // It may have been granted by an earlier leader and not be applied here yet.
+                Renewed::Missing => {
+                    self.read_barrier().await?;
+                    if self.lessor.remaining(tenant, id).is_none() {
+                        return Ok(Some(0));
+                    }
+                }
+            }
+        }
     }
 }

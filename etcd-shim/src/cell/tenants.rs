@@ -158,7 +158,7 @@ impl Cell {
         self.0.change_tenant(tenant.id(), TenantCommand::SetTrustedCa { certificates }).await.map(drop)
     }
 
-    /// Deletes a tenant: its data is gone and its name is free on return. `default` is not deleted, members expect it.
+    /// Deletes a tenant: its data is gone and its name is free on return. Ask [`may_be_deleted`] first: members expect `default`.
     ///
     /// # Errors
     /// [`Refusal::TenantNotFound`].
@@ -177,7 +177,7 @@ impl Cell {
         self.0.changes.made.subscribe()
     }
 
-    /// Names of all tenants and of those whose space is still being given back.
+    /// Deleted tenants whose space is still being given back, with the names they had.
     pub fn deleted_tenants(&self) -> BTreeMap<TenantId, String> {
         self.0.store.deleted_tenants()
     }
@@ -208,8 +208,12 @@ pub(super) async fn clear(cell: Weak<Inner>, changes: Arc<Changes>) {
         let tenant = changes.next_deleted().await;
         let Some(for_disk) = cell.upgrade() else { return };
         for_disk.tenants.write().retain(|_, parts| !parts.reader.is_deleted());
+        let compacting = Arc::clone(&for_disk.compacting).read_owned().await;
         let cleared = tokio::task::spawn_blocking(move || {
-            for_disk.store.compact_tenant(tenant).map_err(|fault| for_disk.report(fault)).is_ok()
+            let cleared = for_disk.store.compact_tenant(tenant).map_err(|fault| for_disk.report(fault)).is_ok();
+            drop(for_disk);
+            drop(compacting);
+            cleared
         });
         if !matches!(cleared.await, Ok(true)) {
             return;
@@ -223,7 +227,7 @@ async fn forget(cell: Weak<Inner>, tenant: TenantId) {
     loop {
         {
             let Some(cell) = cell.upgrade() else { return };
-            if !cell.store.deleted_tenants().contains_key(&tenant) {
+            if !cell.store.is_deleted(tenant) {
                 return;
             }
             if cell.raft.status().is_leader {

@@ -8,6 +8,7 @@ use std::task::Poll;
 use bytes::Bytes;
 use futures::StreamExt;
 use tenure_storage::LeaseId;
+use tenure_storage::apply::LEASE_COST_BYTES;
 use tokio_stream::Stream;
 use tonic::{Request, Response, Status, Streaming};
 
@@ -87,7 +88,7 @@ impl Lease for LeaseService {
     async fn lease_grant(&self, request: Request<LeaseGrantRequest>) -> Result<Response<LeaseGrantResponse>, Status> {
         let tenant = self.context.tenant_of(&request)?;
         let request = request.into_inner();
-        self.context.check_quota(&tenant, check::LEASE_COST_BYTES).await?;
+        self.context.check_quota(&tenant, LEASE_COST_BYTES).await?;
         check::lease_grant(&request)?;
         let granted = tenant.grant_lease(LeaseId(request.id), request.ttl).await?;
         Ok(Response::new(LeaseGrantResponse {

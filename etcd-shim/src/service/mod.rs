@@ -17,6 +17,7 @@ pub(crate) mod testing;
 mod tests;
 pub mod watch;
 
+use tenure_storage::apply::exceeds_quota;
 use tenure_storage::{AlarmKind, Command, Limit, Outcome, Refusal, Reply, TenantPhase};
 use tonic::metadata::MetadataMap;
 use tonic::{Request, Response, Status};
@@ -139,10 +140,7 @@ impl Context {
     /// # Errors
     /// [`Refusal::NoSpace`].
     pub async fn check_quota(&self, tenant: &Tenant, cost_bytes: u64) -> Result<(), CellError> {
-        let Ok(quota_bytes) = u64::try_from(tenant.quota_bytes()) else {
-            return Ok(());
-        };
-        if cost_bytes == 0 || tenant.reader().db_size_bytes().saturating_add(cost_bytes) < quota_bytes {
+        if !exceeds_quota(tenant.quota_bytes(), tenant.reader().db_size_bytes(), cost_bytes) {
             return Ok(());
         }
         if tenant.profile().phase != TenantPhase::Active {

@@ -85,6 +85,8 @@ impl Engine for MemoryEngine {
         Ok(())
     }
 
+    fn stop_compacting(&self) {}
+
     fn compact_range(&self, _: &[u8], _: &[u8]) -> Result<(), Fault> {
         Ok(())
     }

@@ -47,6 +47,11 @@ impl<A: Engine, B: Engine> Engine for Mirror<A, B> {
         self.1.compact_range(lower, upper)
     }
 
+    fn stop_compacting(&self) {
+        self.0.stop_compacting();
+        self.1.stop_compacting();
+    }
+
     fn disk_bytes(&self) -> u64 {
         self.0.disk_bytes()
     }

@@ -136,6 +136,10 @@ pub trait Engine: Send + Sync + 'static {
     /// As [`Engine::write`].
     fn compact_range(&self, lower: &[u8], upper: &[u8]) -> Result<(), Fault>;
 
+    /// Ends what [`Engine::compact`] and [`Engine::compact_range`] are doing: they return soon, with their work half done, which is as good as
+    /// not begun. For an engine that is flushed and not written to any more.
+    fn stop_compacting(&self);
+
     /// Bytes of all files on disk; 0 for an engine without any.
     fn disk_bytes(&self) -> u64;
 

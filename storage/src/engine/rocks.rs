@@ -294,6 +294,10 @@ impl Engine for RocksEngine {
         self.rewrite(Some((lower, upper)))
     }
 
+    fn stop_compacting(&self) {
+        self.current().db.cancel_all_background_work(false);
+    }
+
     fn disk_bytes(&self) -> u64 {
         let current = self.current();
         let size = |family| {
