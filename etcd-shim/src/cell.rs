@@ -17,46 +17,49 @@
 //! revoke passes it by; and a [`Fault`] ends the member: nothing is applied after it, [`Cell::failed`] tells the
 //! program, which stops. The layout of the data directory is described in [`crate::data_dir`].
 
+mod apply;
 mod bootstrap;
+mod config;
 mod members;
 mod rules;
+mod tasks;
 mod tenant;
 mod tenants;
 
-use std::collections::{BTreeMap, HashMap};
-use std::path::{Path, PathBuf};
+use std::collections::HashMap;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-use futures::StreamExt;
 use parking_lot::{Mutex, RwLock};
 use tenure_raft_server as raft;
-use tenure_raft_server::transport::peers::{PeerIdentity, PeerStats, PeerTls, Peers, PeersConfig};
+use tenure_raft_server::transport::peers::{PeerIdentity, PeerStats, Peers, PeersConfig};
 pub use tenure_storage::apply::QUOTA_BYTES_DEFAULT;
-use tenure_storage::limits::TENANT_NAME_BYTES_MAX;
 use tenure_storage::{
-    Command, Copier, Envelope, Fault, Labels, LeaseId, MembersCommand, Membership, Observer, Outcome, Refusal,
-    RocksEngine, RocksOptions, StateMachine, Store, TenantChange, TenantId, TenantLimits, TenantPhase, TenantReader,
+    Command, Envelope, Fault, Labels, MembersCommand, Observer, Outcome, Refusal, RocksEngine, StateMachine, Store,
+    TenantId, TenantLimits, TenantPhase, TenantReader,
 };
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, timeout_at};
 
-use crate::auto_compaction::{AutoCompaction, AutoCompactor, Seen};
 use crate::cell_error::CellError;
-use crate::data_dir::{DataDir, DataDirError, First, Identity};
+use crate::data_dir::{DataDir, First, Identity};
 use crate::delivery::Deliveries;
-use crate::disk::{self, Disk};
+use crate::disk::Disk;
 use crate::ids;
-use crate::inflight::{Budget, InFlight, OpenRequests, Reservation};
-use crate::lessor::{self, Lessor};
+use crate::inflight::{Budget, InFlight, OpenRequests};
+use crate::lessor::Lessor;
 use crate::read_pool::ReadPool;
 use crate::reclaim::Reclaimer;
 use crate::turns::Turns;
 
+use self::apply::{Answer, Applier, CellObserver};
 use self::bootstrap::Beginning;
 pub use self::bootstrap::{BootstrapError, ClusterState, InitialCluster};
+use self::config::START_TIMEOUT;
+pub use self::config::{CellConfig, CreateTenantError, InvalidTenantName, MemberNames, OpenError, check_tenant_name};
+use self::tasks::{compact_old, follow_leadership, revoke_expired, watch_disk};
 pub use self::tenant::{Granted, Tenant};
 pub(crate) use self::tenants::now_ms;
 pub use self::tenants::{TenantUpdate, may_be_deleted};
@@ -70,12 +73,6 @@ const REQUEST_TIMEOUT_BASE: Duration = Duration::from_secs(5);
 /// How much longer than its time a read waits for raft's thread to say that there is no leader.
 const READ_GRACE: Duration = Duration::from_secs(1);
 
-/// Longest time to replay the log and elect a leader at start.
-const START_TIMEOUT: Duration = Duration::from_secs(120);
-
-/// Revokes of expired leases proposed at the same time. The rest of a poll waits.
-const REVOKES_IN_FLIGHT_MAX: usize = 256;
-
 /// How fast a copy of the state is sent to a member, so that it takes no more than a part of disk and link.
 const SNAPSHOT_BYTES_PER_SECOND: u64 = 128 << 20;
 
@@ -84,151 +81,6 @@ const LOOK_AT_PEERS_PERIOD: Duration = Duration::from_millis(100);
 
 /// The lane of commands that belong to no tenant.
 const CELL_LANE: u32 = 0;
-
-/// How this member presents itself in a member list.
-#[derive(Clone, Debug, Default)]
-pub struct MemberNames {
-    pub name: String,
-    pub peer_urls: Vec<String>,
-    /// Where clients whose certificate says whose they are connect, and those of `default`.
-    pub client_urls: Vec<String>,
-    /// The listeners of a tenant's own, by its name. Only these are told to its clients: behind any other URL they would be
-    /// another tenant.
-    pub tenant_client_urls: BTreeMap<String, Vec<String>>,
-}
-
-/// How a cell is opened.
-#[derive(Clone, Debug)]
-pub struct CellConfig {
-    pub data_dir: PathBuf,
-    /// What this member tells of itself. Its peer URLs also make the ids of a new data directory, see [`crate::ids`].
-    pub names: MemberNames,
-    /// Free bytes on the disk below which writes are refused; `None`: see [`crate::disk`].
-    pub disk_reserve_bytes: Option<u64>,
-    /// Whether this member goes on alone with what it has, and removes the others. Default false.
-    pub force_new_cluster: bool,
-    /// The members of a new cell, or of the one to join; empty: this one alone. Of no meaning once there is data.
-    pub initial_cluster: InitialCluster,
-    pub cluster_state: ClusterState,
-    pub cluster_token: String,
-    /// How other members are reached, where their URLs are `https`.
-    pub peer_tls: Option<Arc<dyn PeerTls>>,
-    /// Whether changes of members that endanger the quorum are refused. Default true.
-    pub strict_reconfig_check: bool,
-    /// Learners at a time. Default 1.
-    pub max_learners: usize,
-    /// Whether a member asks if it could win before it disturbs the others with an election. Default true.
-    pub pre_vote: bool,
-    /// An apply that takes longer is counted and logged. Default 100 ms.
-    pub slow_apply: Duration,
-    /// If not 0, the state is made durable after this many log entries, and not only for their bytes.
-    pub snapshot_count: u64,
-    /// Entries kept for members that are behind. Default 5,000.
-    pub snapshot_catchup_entries: u64,
-    /// Which revisions go without anybody's asking. Default: none.
-    pub auto_compaction: Option<AutoCompaction>,
-    /// Bytes each tenant may hold: 0 = [`QUOTA_BYTES_DEFAULT`], negative = no limit.
-    pub quota_backend_bytes: i64,
-    /// Made to exist, beside [`DEFAULT_TENANT`].
-    pub tenants: Vec<String>,
-    pub heartbeat_interval: Duration,
-    /// Also decides the shortest lease and how long a request may take.
-    pub election_timeout: Duration,
-    pub engine: RocksOptions,
-}
-
-impl CellConfig {
-    /// etcd's defaults, in this directory.
-    pub fn new(data_dir: impl Into<PathBuf>) -> Self {
-        CellConfig {
-            data_dir: data_dir.into(),
-            names: MemberNames {
-                name: "default".to_string(),
-                peer_urls: vec![ids::PEER_URL_DEFAULT.to_string()],
-                ..MemberNames::default()
-            },
-            disk_reserve_bytes: None,
-            force_new_cluster: false,
-            initial_cluster: Vec::new(),
-            cluster_state: ClusterState::New,
-            cluster_token: ids::CLUSTER_TOKEN_DEFAULT.to_string(),
-            peer_tls: None,
-            strict_reconfig_check: true,
-            max_learners: 1,
-            pre_vote: true,
-            slow_apply: Duration::from_millis(100),
-            snapshot_count: 0,
-            snapshot_catchup_entries: 5_000,
-            auto_compaction: None,
-            quota_backend_bytes: 0,
-            tenants: Vec::new(),
-            heartbeat_interval: Duration::from_millis(100),
-            election_timeout: Duration::from_secs(1),
-            engine: RocksOptions::default(),
-        }
-    }
-}
-
-/// Why a cell could not be opened. Each is one clear line.
-#[derive(Debug, thiserror::Error)]
-pub enum OpenError {
-    #[error(transparent)]
-    DataDir(#[from] DataDirError),
-    #[error("open the state: {0}")]
-    State(#[from] Fault),
-    #[error(transparent)]
-    Bootstrap(#[from] BootstrapError),
-    #[error("the member has been permanently removed from the cluster; its data directory must be removed")]
-    Removed,
-    /// Its data, its token or its peers are another cluster's.
-    #[error("all other members are of another cluster than {0:x}, which the data directory belongs to")]
-    OtherCluster(u64),
-    #[error("look for room on the disk: {0}")]
-    Disk(std::io::Error),
-    #[error("start replication: {0}")]
-    Raft(#[from] raft::StartError),
-    #[error("start threads: {0}")]
-    Threads(std::io::Error),
-    #[error(transparent)]
-    Tenant(#[from] CreateTenantError),
-    #[error("set up the cell: {0}")]
-    SetUp(CellError),
-    /// A bug.
-    #[error("open the cell: {0}")]
-    Panicked(String),
-    /// The log could not be applied.
-    #[error("replay the log: {0}")]
-    Failed(Arc<str>),
-    #[error("no leader within {} s", START_TIMEOUT.as_secs())]
-    NoLeader,
-}
-
-/// Why a tenant could not be made.
-#[derive(Debug, thiserror::Error)]
-pub enum CreateTenantError {
-    #[error(transparent)]
-    Name(#[from] InvalidTenantName),
-    #[error("create tenant: {0}")]
-    Cell(#[from] CellError),
-}
-
-/// A tenant's name is a DNS label, so that it can be part of a host name.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("invalid tenant name {0:?}: want 1 to {TENANT_NAME_BYTES_MAX} of a-z, 0-9 and inner hyphens")]
-pub struct InvalidTenantName(pub String);
-
-/// Checks a tenant's name.
-///
-/// # Errors
-/// [`InvalidTenantName`].
-pub fn check_tenant_name(name: &str) -> Result<(), InvalidTenantName> {
-    let allowed = |byte: u8| matches!(byte, b'a'..=b'z' | b'0'..=b'9' | b'-');
-    let hyphen_outside = name.starts_with('-') || name.ends_with('-');
-    if name.is_empty() || name.len() > TENANT_NAME_BYTES_MAX || hyphen_outside || !name.bytes().all(allowed) {
-        return Err(InvalidTenantName(name.to_string()));
-    }
-    Ok(())
-}
 
 /// One member. Cheap to clone. Its data directory is free again when [`Cell::stop`] has returned and all clones, tenants
 /// and clients of it are dropped.
@@ -282,139 +134,11 @@ struct Defragment {
     begun: AtomicU64,
 }
 
-/// What raft-server drives.
-struct Applier {
-    state_machine: StateMachine<RocksEngine>,
-    undelivered: InFlight,
-}
-
-/// An outcome on its way to who waits for it.
-struct Answer {
-    outcome: Outcome,
-    /// Counts it until it is fetched.
-    _held: Reservation,
-}
-
 /// Work that apply leaves to tasks.
 #[derive(Default)]
 struct Background {
     reclaimer: Reclaimer,
     deliveries: Deliveries,
-}
-
-/// What storage tells while it applies.
-struct Watcher {
-    lessor: Arc<Lessor>,
-    background: Arc<Background>,
-    peers: Peers,
-    changes: Arc<tenants::Changes>,
-    /// Set when the state is open: what comes before that is read from it then.
-    store: std::sync::OnceLock<Store<RocksEngine>>,
-    failure: Failure,
-}
-
-impl Observer for Watcher {
-    fn lease_granted(&self, tenant: TenantId, id: LeaseId, ttl_seconds: i64) {
-        self.lessor.granted(tenant, id, ttl_seconds);
-    }
-
-    fn lease_revoked(&self, tenant: TenantId, id: LeaseId) {
-        self.lessor.revoked(tenant, id);
-    }
-
-    fn reclaim_pending(&self, tenant: TenantId) {
-        self.background.reclaimer.add(tenant);
-    }
-
-    fn reclaimed(&self, tenant: TenantId) {
-        self.background.reclaimer.remove(tenant);
-    }
-
-    fn delivery_pending(&self, tenant: TenantId) {
-        self.background.deliveries.add(tenant);
-    }
-
-    fn tenant_changed(&self, tenant: TenantId, change: TenantChange) {
-        match change {
-            TenantChange::Created => return self.changes.count_made(),
-            TenantChange::Forgotten => {}
-            TenantChange::Profile => self.follow_phase(tenant),
-            TenantChange::Deleted => {
-                self.lessor.forget(tenant);
-                self.changes.deleted(tenant);
-            }
-        }
-        self.changes.count();
-    }
-
-    fn members_changed(&self, membership: &Membership) {
-        // An empty state knows nobody yet.
-        if !membership.members.is_empty() {
-            let members = membership.members.iter().map(|member| (member.id, member.peer_urls.clone()));
-            self.peers.set_members(&members.collect::<Vec<_>>());
-        }
-    }
-
-    fn state_replaced(&self) {
-        let Some(store) = self.store.get() else { return };
-        if let Err(fault) = load_leases(store, &self.lessor) {
-            self.failure.report(&fault.to_string());
-        }
-        self.changes.count();
-        self.changes.count_made();
-    }
-}
-
-impl raft::StateMachine for Applier {
-    type Reply = Answer;
-
-    fn applied_index(&self) -> u64 {
-        self.state_machine.applied_index()
-    }
-
-    /// Of outcomes that are not fetched as fast as they are made, so many are kept as others have room for in their budget of answers: a few
-    /// bytes of a txn can answer megabytes.
-    fn apply(&mut self, entries: Vec<raft::CommittedEntry>) -> Result<Vec<Vec<Option<Answer>>>, Fault> {
-        let mut answers: Vec<Vec<Option<Answer>>> =
-            entries.iter().map(|entry| Vec::with_capacity(entry.commands.len())).collect();
-        let (wanted, entries): (Vec<_>, Vec<_>) =
-            entries.into_iter().map(|entry| (entry.wanted, (entry.index, entry.commands))).unzip();
-        let applied = self.state_machine.apply_round(&entries, |entry, place, tenant, outcome| {
-            let is_wanted = wanted[entry].get(place).copied().unwrap_or(false);
-            let held = if is_wanted { self.undelivered.hold(tenant, outcome.data_bytes()) } else { None };
-            answers[entry].push(held.map(|held| Answer { outcome, _held: held }));
-        })?;
-        answers.truncate(applied);
-        Ok(answers)
-    }
-
-    fn durable_index(&self) -> Result<u64, Fault> {
-        self.state_machine.durable_index()
-    }
-
-    fn flush(&mut self) -> Result<u64, Fault> {
-        self.state_machine.flush()
-    }
-
-    fn begin_flush(&mut self) -> Result<(), Fault> {
-        self.state_machine.begin_flush()
-    }
-
-    fn snapshotter(&self) -> Arc<dyn raft::Snapshotter> {
-        Arc::new(StateCopier(self.state_machine.copier()))
-    }
-
-    fn install(&mut self, dir: &Path, index: u64) -> Result<(), Fault> {
-        self.state_machine.install(dir, index)
-    }
-}
-
-struct StateCopier(Copier<RocksEngine>);
-
-impl raft::Snapshotter for StateCopier {
-    fn write_to(&self, dir: &Path) -> Result<u64, Fault> {
-        self.0.write_to(dir)
-    }
 }
 
 impl Cell {
@@ -785,7 +509,7 @@ impl Inner {
         let background = Arc::new(Background::default());
         let failure = Failure(Arc::new(watch::Sender::new(None)));
         let changes = Arc::new(tenants::Changes::default());
-        let observer = Arc::new(Watcher {
+        let observer = Arc::new(CellObserver {
             lessor: Arc::clone(&lessor),
             changes: Arc::clone(&changes),
             background: Arc::clone(&background),
@@ -1018,127 +742,6 @@ fn load_leases(store: &Store<RocksEngine>, lessor: &Lessor) -> Result<(), Fault>
     }
     lessor.replace(&leases, &suspended);
     Ok(())
-}
-
-async fn follow_leadership(cell: Weak<Inner>, mut leadership: watch::Receiver<raft::Leadership>) {
-    let mut led_term = None;
-    loop {
-        let now = *leadership.borrow_and_update();
-        let leads_term = now.is_leader.then_some(now.term);
-        if leads_term != led_term {
-            let Some(cell) = cell.upgrade() else { return };
-            match leads_term {
-                // Only what is applied can expire; wait until that is everything of earlier terms.
-                Some(term) => match cell.read_barrier().await {
-                    Ok(()) => {
-                        tracing::info!(term, "lead");
-                        cell.lessor.promote(term);
-                    }
-                    Err(CellError::Stopped) => return,
-                    // Not the leader any more, or too busy to tell: look again.
-                    Err(error) => {
-                        tracing::debug!(term, %error, "wait for the log before leading");
-                        tokio::time::sleep(lessor::POLL_PERIOD).await;
-                        continue;
-                    }
-                },
-                None => cell.lessor.demote(),
-            }
-            led_term = leads_term;
-        }
-        if leadership.changed().await.is_err() {
-            return;
-        }
-    }
-}
-
-/// Proposes what auto-compaction finds due, if this member leads.
-async fn compact_old(cell: Weak<Inner>, kept: AutoCompaction) {
-    let mut compactor = AutoCompactor::new(kept);
-    let mut look = tokio::time::interval(compactor.period());
-    look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    loop {
-        look.tick().await;
-        let Some(cell) = cell.upgrade() else { return };
-        let due = compactor.look(cell.store.states().iter().map(|(tenant, state)| Seen::of(*tenant, state)));
-        let mut tenants = 0;
-        for (tenant, revision) in due {
-            if !cell.raft.status().is_leader {
-                break;
-            }
-            // What a suspended tenant is due it gets at the first look after it is resumed.
-            if cell.store.reader(tenant).is_none_or(|reader| reader.profile().phase == TenantPhase::Suspended) {
-                continue;
-            }
-            match cell.propose(tenant, Command::Compact { revision }).await {
-                Ok(Outcome { result: Ok(_), .. }) => {
-                    compactor.compacted(tenant);
-                    tenants += 1;
-                }
-                // It compacted itself, or was deleted or suspended meanwhile.
-                Ok(Outcome { result: Err(refusal), .. }) => tracing::debug!(%tenant, %refusal, "auto compaction"),
-                Err(error) => tracing::warn!(%tenant, revision, %error, "failed auto compaction"),
-            }
-        }
-        if tenants > 0 {
-            tracing::info!(tenants, "completed auto compaction");
-        }
-    }
-}
-
-/// Keeps an eye on the disk, and the leadership away from a full one.
-async fn watch_disk(cell: Weak<Inner>) {
-    let mut look = tokio::time::interval(disk::LOOK_PERIOD);
-    look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    // When all disks are full, whom it is handed to hands it on. Whoever leads has to lead for a while, or no lease ends, and what could
-    // give room back stays.
-    let mut handed_over: Option<Instant> = None;
-    let mut pause = disk::HAND_OVER_PERIOD;
-    loop {
-        look.tick().await;
-        let Some(cell) = cell.upgrade() else { return };
-        cell.disk.look();
-        if !cell.disk.is_full() {
-            (handed_over, pause) = (None, disk::HAND_OVER_PERIOD);
-            continue;
-        }
-        let status = cell.raft.status();
-        let is_due = handed_over.is_none_or(|before| before.elapsed() >= pause);
-        if status.is_leader && status.voters > 1 && is_due {
-            if handed_over.is_some() {
-                pause = (2 * pause).min(disk::HAND_OVER_PERIOD_MAX);
-            }
-            handed_over = Some(Instant::now());
-            cell.raft.transfer_leadership(0);
-        }
-    }
-}
-
-async fn revoke_expired(cell: Weak<Inner>) {
-    let mut poll = tokio::time::interval(lessor::POLL_PERIOD);
-    poll.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    loop {
-        poll.tick().await;
-        let Some(cell) = cell.upgrade() else { return };
-        let Some(term) = cell.lessor.led_term() else { continue };
-        let cell = &cell;
-        futures::stream::iter(cell.lessor.take_expired())
-            .for_each_concurrent(REVOKES_IN_FLIGHT_MAX, |(tenant, id)| async move {
-                // Those before it may have taken long: it may have been revoked, and granted anew, meanwhile.
-                if !cell.lessor.is_expired(tenant, id) {
-                    return;
-                }
-                match cell.propose_in(Some(term), tenant, Command::LeaseRevoke { id }).await {
-                    // A client may have revoked it first.
-                    Ok(Outcome { result: Ok(_) | Err(Refusal::LeaseNotFound(_)), .. }) => {}
-                    Ok(Outcome { result: Err(refusal), .. }) => {
-                        tracing::warn!(%tenant, lease = %id, %refusal, "revoke an expired lease");
-                    }
-                    Err(error) => tracing::debug!(%tenant, lease = %id, %error, "revoke an expired lease"),
-                }
-            })
-            .await;
-    }
 }
 
 #[cfg(test)]

@@ -19,7 +19,7 @@ use tenure_storage::{
 };
 use tokio::sync::{Notify, watch};
 
-use super::{Cell, CreateTenantError, DEFAULT_TENANT, Inner, Tenant, Watcher, check_tenant_name};
+use super::{Cell, CellObserver, CreateTenantError, DEFAULT_TENANT, Inner, Tenant, check_tenant_name};
 use crate::cell_error::CellError;
 
 /// Pause before it is looked again whether this member leads, and may forget what it has cleared.
@@ -191,7 +191,7 @@ impl Inner {
     }
 }
 
-impl Watcher {
+impl CellObserver {
     /// Lets the tenant's leases end, or not.
     pub(super) fn follow_phase(&self, tenant: TenantId) {
         let Some(reader) = self.store.get().and_then(|store| store.reader(tenant)) else { return };

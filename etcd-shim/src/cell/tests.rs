@@ -1,7 +1,7 @@
 //! A cell on a real engine and a real log: what outlives it, and what it refuses.
 
 use bytes::Bytes;
-use tenure_storage::{AlarmKind, DeleteRangeRequest, KeyRange, PutRequest};
+use tenure_storage::{AlarmKind, DeleteRangeRequest, KeyRange, LeaseId, PutRequest};
 
 use super::*;
 
