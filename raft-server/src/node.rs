@@ -13,33 +13,37 @@
 //! A sole voter writes its log on this thread: nobody else's messages wait here, its reads need no round, and two changes of
 //! threads for each sync are spared (decision 0003). Proposals fill the next batch meanwhile, as they would otherwise.
 
+mod members;
+mod propose;
+mod snapshots;
+
 use std::collections::VecDeque;
-use std::panic::AssertUnwindSafe;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use raft::eraftpb::{ConfChangeSingle, ConfChangeTransition, ConfChangeType, ConfChangeV2, Entry, MessageType};
-use raft::{RawNode, SnapshotStatus, StateRole};
+use raft::eraftpb::{Entry, MessageType};
+use raft::{RawNode, StateRole};
 use tenure_storage::Fault;
 use tokio::sync::oneshot;
 
 use crate::apply::{self, ApplyHere, ApplySignal};
 use crate::config::Config;
-use crate::error::{ChangeError, ProposeError, ReadError};
+use crate::error::{ChangeError, ReadError};
 use crate::events::EventReceiver;
-use crate::forward::{Forward, Forwarded, Intakes, Sending};
-use crate::frame;
+use crate::forward::{Intakes, Sending};
 use crate::log::{Conf, Log, LogWrite, Position, RaftStorage};
 use crate::pending::Pending;
-use crate::proposals::{Batch, Origin, Proposal, Waiter};
+use crate::proposals::Waiter;
 use crate::read_index::{self, ReadRounds};
 use crate::shared::{Leadership, Progress, Shared};
-use crate::snapshot::{self, OutgoingSnapshot, SnapshotOffer, Snapshotter};
+use crate::snapshot::{self, SnapshotOffer};
 use crate::transport::{Message, PeerMessage, Transport};
 use crate::writer::WriteQueue;
+
+pub(crate) use self::snapshots::Snapshots;
 
 /// One step of who is in the group.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -151,25 +155,6 @@ pub(crate) struct DiskWatch {
 
 /// For so many election timeouts a leader's disk may take nothing before it hands over.
 const DISK_PATIENCE_TIMEOUTS: usize = 5;
-
-/// Snapshots that come and go.
-pub(crate) struct Snapshots {
-    pub(crate) snapshotter: Arc<dyn Snapshotter>,
-    /// Whether a thread is writing one.
-    pub(crate) making: bool,
-    pub(crate) made: u64,
-    /// Since a member was last in need of the outgoing one.
-    pub(crate) idle_ticks: usize,
-    pub(crate) offer_ticks: usize,
-    /// What is being fetched, and raft's message that offered it.
-    pub(crate) fetching: Option<(SnapshotOffer, Box<Message>)>,
-    /// Index and directory of one that could not be fetched whole.
-    pub(crate) part: Option<(u64, PathBuf)>,
-    /// What raft is about to hear of.
-    pub(crate) fetched: Option<SnapshotOffer>,
-    /// The `Ready` that waits for the snapshot to be installed.
-    pub(crate) installing: Option<crate::ready::Installing>,
-}
 
 impl<R: Send + 'static> Node<R> {
     /// Runs until asked to stop.
@@ -452,351 +437,6 @@ impl<R: Send + 'static> Node<R> {
         while self.underway.front().is_some_and(|index| *index <= arrived) {
             self.underway.pop_front();
         }
-    }
-
-    fn propose_batches(&mut self) {
-        if self.is_leader() {
-            self.forget_arrived();
-            while let Some(batch) = self.next_batch()
-                && self.propose(batch)
-            {}
-        } else {
-            self.forward_batches();
-        }
-    }
-
-    /// What to propose now; see the module's essay.
-    fn next_batch(&mut self) -> Option<Vec<Proposal<R>>> {
-        let has_room = self.underway.len() < self.config.inflight_batches_max
-            && self.shared.waiting.bytes() < self.config.inflight_bytes_max as u64
-            // Handing over: raft would drop it.
-            && self.raw.raft.lead_transferee.is_none();
-        self.shared.queue.lock().next_batch(has_room, !self.underway.is_empty(), &self.config)
-    }
-
-    /// Gives whether raft takes proposals.
-    fn propose(&mut self, mut proposals: Vec<Proposal<R>>) -> bool {
-        let abandoned: Vec<_> = proposals.extract_if(.., |proposal| proposal.is_abandoned()).collect();
-        self.shared.refuse(abandoned, ProposeError::Dropped);
-        let term = self.raw.raft.term;
-        let late = proposals.extract_if(.., |proposal| proposal.only_in.is_some_and(|only_in| only_in != term));
-        self.shared.refuse(late.collect::<Vec<_>>(), ProposeError::OtherTerm);
-        if proposals.is_empty() {
-            return true;
-        }
-        let frame = frame::encode(proposals.iter().map(|proposal| {
-            let origin = match &proposal.waiter {
-                Waiter::Local(_) => None,
-                Waiter::Remote(origin) => Some(*origin),
-            };
-            (&proposal.command, origin)
-        }));
-        if let Err(error) = self.raw.propose(Vec::new(), frame) {
-            // Nothing was appended. What other members sent they send again, in another term.
-            tracing::debug!(%error, "propose batch");
-            self.shared.requeue(proposals);
-            return false;
-        }
-        // Goes to the others with their new entries.
-        self.told_committed = self.raw.raft.raft_log.committed;
-        self.register(proposals);
-        true
-    }
-
-    /// Tells the others what is committed, unless the next batch just has. Raft itself would send each of them a message for that, and get an
-    /// answer, in the same turn as the batch that waited for it.
-    fn tell_commit(&mut self) {
-        let committed = self.raw.raft.raft_log.committed;
-        if self.is_leader() && committed > self.told_committed {
-            self.told_committed = committed;
-            self.raw.raft.bcast_append();
-        }
-    }
-
-    /// Remembers who waits for the entry that was just appended.
-    fn register(&mut self, proposals: Vec<Proposal<R>>) {
-        let at = Position { index: self.raw.raft.raft_log.last_index(), term: self.raw.raft.term };
-        self.shared.waiting.register(Batch::new(at, proposals));
-        self.underway.push_back(at.index);
-    }
-
-    /// Sends what waits to the leader. Without one it goes on waiting.
-    fn forward_batches(&mut self) {
-        let (term, leader) = (self.raw.raft.term, self.raw.raft.leader_id);
-        if leader != 0 && (self.sending.term, self.sending.leader) != (term, leader) {
-            assert!(self.sending.term < term, "a term has one leader");
-            self.sending = Sending::to(term, leader);
-        }
-        loop {
-            let has_room = leader != 0 && self.shared.waiting.bytes() < self.config.inflight_bytes_max as u64;
-            let is_underway = self.sending.acknowledged < self.sending.next;
-            let batch = self.shared.queue.lock().next_batch(has_room, is_underway, &self.config);
-            let Some(mut proposals) = batch else { return };
-            let abandoned: Vec<_> = proposals.extract_if(.., |proposal| proposal.is_abandoned()).collect();
-            self.shared.refuse(abandoned, ProposeError::Dropped);
-            let own: Vec<_> = proposals.extract_if(.., |proposal| proposal.only_in.is_some()).collect();
-            self.shared.refuse(own, ProposeError::OtherTerm);
-            let start = self.sending.assign(proposals.len());
-            let commands = (start..).zip(&proposals).map(|(number, p)| (number, p.lane, p.command.clone())).collect();
-            self.shared.waiting.register_forwarded(term, start, proposals);
-            self.send_forward(start, commands, self.sending.next);
-        }
-    }
-
-    fn send_again(&mut self) {
-        let (term, start) = (self.sending.term, self.sending.acknowledged);
-        if term != self.raw.raft.term || self.sending.leader != self.raw.raft.leader_id {
-            return;
-        }
-        let (commands, cut) = self.shared.waiting.forwarded_from(term, start, self.config.batch_bytes_max);
-        let end = cut.unwrap_or(self.sending.next);
-        self.send_forward(start, commands, end);
-    }
-
-    fn send_forward(&mut self, start: u64, commands: Vec<(u64, u32, Bytes)>, end: u64) {
-        let Sending { term, leader, acknowledged, .. } = self.sending;
-        let (from, life) = (self.config.id, self.shared.life);
-        let message = Forward { from, to: leader, term, life, heard: acknowledged, commands, end, start };
-        self.outgoing.push(PeerMessage::Forward(message));
-    }
-
-    fn on_forward(&mut self, message: Forward) {
-        if !self.is_leader() || message.term != self.raw.raft.term || self.shared.stopping() {
-            return;
-        }
-        let (life, paused) = (message.life, self.append_paused());
-        // The sender has it proposed again when it sees an entry of a later term.
-        let only_in = Some(message.term);
-        // Before proposers here have to wait for the queue.
-        let costs = message.commands.iter().map(|(number, _, command)| (*number, (self.config.cost_bytes)(command)));
-        let mut costs = costs.collect::<Vec<_>>().into_iter();
-        let answer = {
-            let mut queue = self.shared.queue.lock();
-            self.intakes.receive(message.term, message, |number, lane, command| {
-                let waiter = Waiter::Remote(Origin { life, number });
-                let bytes = command.len();
-                let cost_bytes = costs.find(|(of, _)| *of == number).map_or(bytes, |(_, cost_bytes)| cost_bytes);
-                let proposal = Proposal { lane, command, cost_bytes, waiter, only_in };
-                !paused
-                    && bytes <= self.config.command_bytes_max
-                    && queue.lanes.push(lane, bytes, cost_bytes, proposal).is_ok()
-            })
-        };
-        self.outgoing.push(PeerMessage::Forwarded(answer));
-    }
-
-    fn on_forwarded(&mut self, answer: &Forwarded) {
-        if answer.life != self.shared.life || !self.sending.on_answer(answer) {
-            return;
-        }
-        let refused = answer.refused.iter().filter_map(|n| self.shared.waiting.take_forwarded(answer.term, *n));
-        self.shared.refuse(refused, ProposeError::QueueFull);
-    }
-
-    fn on_change(&mut self, change: MembersChange, seen: u64, command: Bytes, reply: ChangeReply<R>) {
-        let refuse = |reply: ChangeReply<R>, error| drop(reply.send(Err(error)));
-        let raft = &self.raw.raft;
-        if !self.is_leader() || raft.lead_transferee.is_some() {
-            let leader = (raft.leader_id != 0 && raft.leader_id != self.config.id).then_some(raft.leader_id);
-            return refuse(reply, ChangeError::NotLeader { leader });
-        }
-        let is_under_way = raft.has_pending_conf() || !self.conf.state.voters_outgoing.is_empty();
-        if is_under_way || self.conf.index != seen {
-            return refuse(reply, ChangeError::UnderWay);
-        }
-        let (kind, node_id) = match change {
-            MembersChange::AddVoter(id) => (ConfChangeType::AddNode, id),
-            MembersChange::AddLearner(id) => (ConfChangeType::AddLearnerNode, id),
-            MembersChange::Remove(id) => (ConfChangeType::RemoveNode, id),
-        };
-        // A leader hands over first; the only voter cannot.
-        if change == MembersChange::Remove(self.config.id) {
-            return refuse(reply, ChangeError::Invalid);
-        }
-        let mut single = ConfChangeSingle::default();
-        (single.change_type, single.node_id) = (kind, node_id);
-        let change_of_one = ConfChangeV2 {
-            // One member at a time, so no joint configuration is needed, and none is wanted: to leave it takes a quorum of those before,
-            // which whoever is being removed may be needed for (decision 0008).
-            transition: ConfChangeTransition::Auto,
-            changes: vec![single].into(),
-            context: frame::encode([(&command, None)].into_iter()).into(),
-            ..ConfChangeV2::default()
-        };
-        if let Err(error) = self.raw.propose_conf_change(Vec::new(), change_of_one) {
-            tracing::warn!(%error, ?change, "propose a change of members");
-            return refuse(reply, ChangeError::Invalid);
-        }
-        let (sender, receiver) = oneshot::channel();
-        self.shared.metrics.proposals_pending.fetch_add(1, Ordering::Relaxed);
-        // In another term it would be a command like any other, without raft's change.
-        let only_in = Some(self.raw.raft.term);
-        let cost_bytes = command.len();
-        self.register(vec![Proposal { lane: 0, command, cost_bytes, waiter: Waiter::Local(sender), only_in }]);
-        let _ = reply.send(Ok(Pending::new(receiver, Arc::clone(&self.shared.metrics))));
-    }
-
-    /// Completes what an earlier release began, whose changes were joint ones; raft itself does only for its own.
-    fn finish_joint_change(&mut self) {
-        let raft = &self.raw.raft;
-        let is_joint = !self.conf.state.voters_outgoing.is_empty() && self.conf.state.auto_leave;
-        if is_joint
-            && self.is_leader()
-            && raft.commit_to_current_term()
-            && !raft.has_pending_conf()
-            && let Err(error) = self.raw.propose_conf_change(Vec::new(), ConfChangeV2::default())
-        {
-            tracing::debug!(%error, "leave the joint configuration");
-        }
-    }
-
-    fn transfer(&mut self, to: u64) {
-        if !self.is_leader() {
-            return;
-        }
-        let own = self.config.id;
-        let voters = &self.conf.state.voters;
-        let furthest = || {
-            let progress = self.raw.raft.prs().iter();
-            let able = progress.filter(|(id, of)| **id != own && of.recent_active && voters.contains(id));
-            able.max_by_key(|(id, of)| (of.matched, **id)).map(|(id, _)| *id)
-        };
-        if let Some(to) = if to == 0 { furthest() } else { Some(to) } {
-            self.raw.transfer_leader(to);
-        }
-    }
-
-    // Snapshots: see the essay of `snapshot`.
-
-    fn on_offer(&mut self, message: Box<Message>) {
-        let metadata = message.get_snapshot().get_metadata();
-        let at = Position { index: metadata.index, term: metadata.term };
-        if self.snapshots.installing.is_some() || self.snapshots.fetched.is_some() || self.append_paused() {
-            return;
-        }
-        if at.index <= self.raw.raft.raft_log.committed {
-            // Nothing to fetch: raft says so to its sender.
-            return self.step(*message);
-        }
-        let path = self.config.snapshot_dir.join(snapshot::incoming_name(&message));
-        let offer = SnapshotOffer { from: message.from, at, path };
-        if let Some((before, first)) = &mut self.snapshots.fetching {
-            if *before == offer {
-                *first = message;
-                return;
-            }
-            snapshot::remove(&before.path);
-        }
-        if let Some(part) = self.snapshots.part.take_if(|(_, part)| *part != offer.path) {
-            snapshot::remove(&part.1);
-        }
-        tracing::info!(from = offer.from, index = at.index, "fetch a snapshot");
-        self.snapshots.fetching = Some((offer.clone(), message));
-        self.transport.fetch(offer);
-    }
-
-    fn on_fetched(&mut self, offer: SnapshotOffer, complete: bool) {
-        let Some((_, message)) = self.snapshots.fetching.take_if(|(fetching, _)| *fetching == offer) else {
-            return snapshot::remove(&offer.path);
-        };
-        if !complete {
-            tracing::warn!(from = offer.from, index = offer.at.index, "a snapshot could not be fetched");
-            // It may be offered again, and its bytes be what is missing on the disk.
-            self.snapshots.part = Some((offer.at.index, offer.path));
-            return;
-        }
-        self.snapshots.part = None;
-        self.snapshots.fetched = Some(offer);
-        self.step(*message);
-        if self.raw.raft.raft_log.unstable_snapshot().is_none()
-            && let Some(offer) = self.snapshots.fetched.take()
-        {
-            // A newer term, or entries that came meanwhile.
-            snapshot::remove(&offer.path);
-        }
-    }
-
-    /// Offers what is ready again to members that have not answered, and forgets it when nobody needs it.
-    fn offer_snapshots(&mut self) {
-        let committed = self.raw.raft.raft_log.committed;
-        if let Some((_, part)) = self.snapshots.part.take_if(|(index, _)| *index <= committed) {
-            // It caught up without.
-            snapshot::remove(&part);
-        }
-        let needy: Vec<u64> = match self.is_leader() {
-            true => {
-                let progress = self.raw.raft.prs().iter();
-                progress.filter(|(_, of)| of.state == raft::ProgressState::Snapshot).map(|(id, _)| *id).collect()
-            }
-            false => Vec::new(),
-        };
-        if needy.is_empty() {
-            (self.snapshots.offer_ticks, self.snapshots.idle_ticks) = (0, self.snapshots.idle_ticks + 1);
-            if self.snapshots.idle_ticks == snapshot::IDLE_TICKS {
-                self.log.outgoing.set(None);
-            }
-            return;
-        }
-        self.snapshots.idle_ticks = 0;
-        self.snapshots.offer_ticks += 1;
-        if self.snapshots.offer_ticks >= snapshot::OFFER_TICKS {
-            self.snapshots.offer_ticks = 0;
-            for id in needy {
-                self.raw.report_snapshot(id, SnapshotStatus::Failure);
-            }
-        }
-    }
-
-    /// Has a snapshot written if raft wants one.
-    fn make_snapshot(&mut self) {
-        if self.snapshots.making || !self.log.outgoing.take_wanted() || !self.is_leader() {
-            return;
-        }
-        self.snapshots.making = true;
-        self.snapshots.made += 1;
-        let path = self.config.snapshot_dir.join(format!("out-{:x}-{}", self.shared.life, self.snapshots.made));
-        let (snapshotter, events) = (Arc::clone(&self.snapshots.snapshotter), self.shared.events.clone());
-        let write = move || {
-            // Whatever happens to it, raft's thread must hear that it is over.
-            let written = std::panic::catch_unwind(AssertUnwindSafe(|| snapshotter.write_to(&path)));
-            let written = written.unwrap_or_else(|_| Err(Fault::Engine("writing a snapshot panicked".to_owned())));
-            let written = written.map(|index| (index, path.clone(), snapshot::bytes_in(&path)));
-            if written.is_err() {
-                snapshot::remove(&path);
-            }
-            let _ = events.send(Event::SnapshotMade(written));
-        };
-        if self.config.snapshots_on_raft_thread {
-            return write();
-        }
-        if let Err(error) = std::thread::Builder::new().name("raft-snapshot".to_owned()).spawn(write) {
-            tracing::warn!(%error, "start a thread for a snapshot");
-            self.snapshots.making = false;
-        }
-    }
-
-    fn on_snapshot_made(&mut self, made: Result<(u64, PathBuf, u64), Fault>) -> Result<(), Fault> {
-        self.snapshots.making = false;
-        let (index, path, bytes) = match made {
-            Ok(made) => made,
-            Err(fault) => {
-                // Raft asks again.
-                tracing::warn!(%fault, "write a snapshot");
-                return Ok(());
-            }
-        };
-        // A state that raft's thread has not heard of yet: it is applied, so it is committed.
-        let term = self.log.term_at(index)?;
-        match term {
-            Some(term) if self.conf.index <= index => {
-                let at = Position { index, term };
-                self.snapshots.idle_ticks = 0;
-                self.log.outgoing.set(Some(OutgoingSnapshot { at, conf: self.conf.clone(), path, bytes }));
-            }
-            // Members changed meanwhile, or the log was replaced; raft asks again.
-            Some(_) | None => snapshot::remove(&path),
-        }
-        Ok(())
     }
 
     fn publish_progress(&mut self) {
