@@ -48,6 +48,10 @@ impl Engine for MemoryEngine {
         MemoryView(Arc::clone(&self.state.read().current))
     }
 
+    fn latest(&self, family: Family, key: &[u8]) -> Result<Option<Bytes>, Fault> {
+        Ok(self.state.read().current[family.index()].get(key).cloned())
+    }
+
     fn write(&self, batch: &Batch) -> Result<(), Fault> {
         let mut state = self.state.write();
         let maps = Arc::make_mut(&mut state.current);

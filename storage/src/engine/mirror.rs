@@ -17,6 +17,12 @@ impl<A: Engine, B: Engine> Engine for Mirror<A, B> {
         MirrorView(self.0.view(), self.1.view())
     }
 
+    fn latest(&self, family: Family, key: &[u8]) -> Result<Option<Bytes>, Fault> {
+        let (a, b) = (self.0.latest(family, key)?, self.1.latest(family, key)?);
+        assert_eq!(a, b, "engines differ at {family:?} {key:02x?}");
+        Ok(a)
+    }
+
     fn write(&self, batch: &Batch) -> Result<(), Fault> {
         self.0.write(batch)?;
         self.1.write(batch)

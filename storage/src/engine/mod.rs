@@ -100,6 +100,12 @@ pub trait Engine: Send + Sync + 'static {
     /// Everything written so far, unmoved by later writes for as long as it lives.
     fn view(&self) -> Self::View<'_>;
 
+    /// The value at `key` now, if any: cheaper than a view for who needs no two values of one moment.
+    ///
+    /// # Errors
+    /// As [`Reader::get`].
+    fn latest(&self, family: Family, key: &[u8]) -> Result<Option<Bytes>, Fault>;
+
     /// Applies the batch atomically. Visible on return, not durable.
     ///
     /// # Errors

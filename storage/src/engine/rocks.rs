@@ -47,6 +47,8 @@ pub struct RocksEngine {
     base: PathBuf,
     options: RocksOptions,
     no_wal: WriteOptions,
+    /// Of reads without a view.
+    latest: ReadOptions,
     _remover: Remover,
 }
 
@@ -100,6 +102,7 @@ impl RocksEngine {
             base: dir.to_path_buf(),
             options: options.clone(),
             no_wal,
+            latest: ReadOptions::default(),
             _remover: Remover::start(dir, NAME_PREFIX)?,
         })
     }
@@ -131,6 +134,11 @@ impl RocksEngine {
 }
 
 impl Database {
+    fn get(&self, family: Family, key: &[u8], options: &ReadOptions) -> Result<Option<Bytes>, Fault> {
+        let value = self.db.get_pinned_cf_opt(self.handle(family), key, options).map_err(fault)?;
+        Ok(value.map(|value| Bytes::copy_from_slice(&value)))
+    }
+
     fn handle(&self, family: Family) -> &ColumnFamily {
         handle_in(&self.db, family)
     }
@@ -249,7 +257,14 @@ impl Engine for RocksEngine {
     type View<'a> = RocksView;
 
     fn view(&self) -> RocksView {
-        RocksView(OwnedSnapshot::new(self.current(), |database| database.db.snapshot()))
+        let snapshot = OwnedSnapshot::new(self.current(), |database| database.db.snapshot());
+        let mut options = ReadOptions::default();
+        options.set_snapshot(snapshot.borrow_dependent());
+        RocksView { options, snapshot }
+    }
+
+    fn latest(&self, family: Family, key: &[u8]) -> Result<Option<Bytes>, Fault> {
+        self.current().get(family, key, &self.latest)
     }
 
     fn write(&self, batch: &Batch) -> Result<(), Fault> {
@@ -281,9 +296,7 @@ impl Engine for RocksEngine {
     fn durable_get(&self, family: Family, key: &[u8]) -> Result<Option<Bytes>, Fault> {
         let mut persisted = ReadOptions::default();
         persisted.set_read_tier(ReadTier::Persisted);
-        let current = self.current();
-        let value = current.db.get_pinned_cf_opt(current.handle(family), key, &persisted).map_err(fault)?;
-        Ok(value.map(|value| Bytes::copy_from_slice(&value)))
+        self.current().get(family, key, &persisted)
     }
 
     fn compact(&self) -> Result<(), Fault> {
@@ -351,31 +364,26 @@ self_cell!(
 );
 
 /// A RocksDB snapshot.
-pub struct RocksView(OwnedSnapshot);
-
-impl RocksView {
-    fn read_options(&self) -> ReadOptions {
-        let mut options = ReadOptions::default();
-        options.set_snapshot(self.0.borrow_dependent());
-        options
-    }
+pub struct RocksView {
+    /// They name the snapshot, and so go before it.
+    options: ReadOptions,
+    snapshot: OwnedSnapshot,
 }
 
 impl Reader for RocksView {
     type Cursor<'c> = RocksCursor<'c>;
 
     fn get(&self, family: Family, key: &[u8]) -> Result<Option<Bytes>, Fault> {
-        let database = self.0.borrow_owner();
-        let value = database.db.get_pinned_cf_opt(database.handle(family), key, &self.read_options()).map_err(fault)?;
-        Ok(value.map(|value| Bytes::copy_from_slice(&value)))
+        self.snapshot.borrow_owner().get(family, key, &self.options)
     }
 
     fn cursor(&self, family: Family, lower: &[u8], upper: &[u8]) -> Result<RocksCursor<'_>, Fault> {
         // RocksDB takes reversed bounds for a mistake of the caller's; here they are an empty range.
         let upper = upper.max(lower);
-        let mut options = self.read_options();
+        let mut options = ReadOptions::default();
+        options.set_snapshot(self.snapshot.borrow_dependent());
         options.set_iterate_upper_bound(upper);
-        let database = self.0.borrow_owner();
+        let database = self.snapshot.borrow_owner();
         let mut iterator = database.db.raw_iterator_cf_opt(database.handle(family), options);
         iterator.seek(lower);
         let mut cursor = RocksCursor { iterator, valid: false };

@@ -153,6 +153,11 @@ pub(crate) fn range<R: Reader>(
     }
 }
 
+/// Hands out one key that was found, as [`range`] would.
+pub(crate) fn deliver(request: &RangeRequest, stored: &[u8], sink: &mut dyn Sink) -> Result<(), Fault> {
+    Delivery { strip: Strip::of(request), sink }.deliver(stored).map(|_| ())
+}
+
 /// Collects a range: for txns, whose replies are whole anyway. What it takes goes off `bytes_left`; `None`: not enough left.
 pub(crate) fn range_collected<R: Reader>(
     reader: &R,
