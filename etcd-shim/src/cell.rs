@@ -279,7 +279,7 @@ impl Cell {
         if let Some(parts) = self.0.tenants.read().get(name)
             && !parts.reader.is_deleted()
         {
-            return Some(Tenant { cell: Arc::clone(&self.0), parts: Arc::clone(parts) });
+            return Some(Tenant::new(Arc::clone(parts), Arc::clone(&self.0)));
         }
         let id = self.0.store.tenant_id(name)?;
         let parts = Arc::new(TenantParts {
@@ -289,7 +289,7 @@ impl Cell {
             read_ns: AtomicU64::new(0),
         });
         self.0.tenants.write().insert(name.to_string(), Arc::clone(&parts));
-        Some(Tenant { cell: Arc::clone(&self.0), parts })
+        Some(Tenant::new(parts, Arc::clone(&self.0)))
     }
 
     /// Makes a tenant, or finds the one that is there.

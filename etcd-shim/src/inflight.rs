@@ -28,7 +28,7 @@ use tokio::time::Instant;
 
 use crate::cell::Tenant;
 use crate::cell_error::CellError;
-use crate::throttle::limit_of;
+use crate::throttle::in_force;
 
 /// Bytes of answers one tenant may have in flight. At the bound its next large read waits.
 pub const TENANT_BYTES_MAX: usize = 256 << 20;
@@ -231,7 +231,7 @@ impl InFlight {
 
     /// The same, within the limit of a tenant's own.
     pub fn of(&self, tenant: &Tenant) -> Reservation {
-        let limit = limit_of(&tenant.profile(), Limit::ResponseBytesInFlight);
+        let limit = in_force(Limit::ResponseBytesInFlight, tenant.limit(Limit::ResponseBytesInFlight));
         let tenant_bytes = limit.map_or(usize::MAX, |bytes| usize::try_from(bytes).unwrap_or(usize::MAX));
         let mut reservation = self.reservation(tenant.id());
         reservation.tenant_bytes = tenant_bytes;

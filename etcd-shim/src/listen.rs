@@ -809,15 +809,17 @@ async fn served<S>(
         .max_concurrent_streams(limits.streams_max)
         .max_pending_accept_reset_streams(UNSEEN_RESETS_MAX)
         .max_local_error_reset_streams(STREAM_ERRORS_MAX);
-    let services = services.clone();
     let (serves, secure) = (terms.serves, terms.tls.is_some());
     let grpc_is = GrpcIs::on(serves, secure);
+    // The connection's own, so that its requests count no references that those of others count too.
+    let shared = Arc::new((services.clone(), used));
     let service = hyper::service::service_fn(move |mut request: Request<Incoming>| {
-        let Services { cell, router, arriving, rpc_metrics, access, .. } = services.clone();
-        let (open, used) = (open.open(), used.clone());
-        let tenant = identity.tenant_in(&cell);
+        let shared = Arc::clone(&shared);
+        let open = open.open();
+        let tenant = identity.tenant_in(&shared.0.cell);
         request.extensions_mut().insert(identity.clone());
         async move {
+            let (Services { cell, router, arriving, rpc_metrics, access, .. }, used) = &*shared;
             let profile = tenant.as_ref().map(Tenant::profile).unwrap_or_default();
             let response = if grpc_is.grpc(&request) {
                 // A tenant that is gone has nothing to reserve for: its requests are refused before they are read.
@@ -826,25 +828,25 @@ async fn served<S>(
                 let traffic = call.as_ref().map(|call| call.traffic().clone());
                 let in_flight = arriving.open_requests().open(id);
                 let mut running = Running { open, call, counted: None, in_flight };
-                let used = used.unwrap_or_else(|| rpc_metrics.used(id));
-                match running.let_in(&used, &profile).await {
+                let let_in = match used {
+                    Some(used) => running.let_in(used, &profile).await,
+                    None => running.let_in(&rpc_metrics.used(id), &profile).await,
+                };
+                match let_in {
                     Ok(()) => {
                         let counted = |body| CountedBody::new(body, arriving.reservation(id), traffic, tenant);
-                        gate::call(&router, request.map(counted), running).await
+                        gate::call(router, request.map(counted), running).await
                     }
                     Err(error) => running.refuse(error.into()),
                 }
             } else {
-                let counted = match &used {
+                let counted = match used {
                     Some(used) => used.begin_request(&profile).await.map(Some),
                     // Whoever watches the member.
                     None => Ok(None),
                 };
                 match counted {
-                    Ok(_counted) => {
-                        let rpc_metrics = &rpc_metrics;
-                        Endpoints { cell: &cell, rpc_metrics, access: &access, serves, secure }.answer(&request).await
-                    }
+                    Ok(_counted) => Endpoints { cell, rpc_metrics, access, serves, secure }.answer(&request).await,
                     Err(_) => too_many_requests(),
                 }
             };

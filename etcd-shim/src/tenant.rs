@@ -3,7 +3,7 @@
 //! Decided once, when a connection is accepted, from where it came in and which certificate it showed. Every request of
 //! the connection carries the answer in its extensions; nothing a client sends later can change it.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 pub use tenure_admin_api::{ADMIN_URI, TENANT_URI_PREFIX};
 use tenure_storage::TenantId;
@@ -19,13 +19,20 @@ pub struct ConnectionIdentity {
     tenant: Arc<str>,
     /// The one that had the name when the connection was let in.
     admitted: Option<TenantId>,
+    /// The tenant as it was found first: mostly that is the one.
+    found: Arc<OnceLock<Tenant>>,
     /// The client certificate's common name: the user inside the tenant, once there are users.
     pub common_name: Option<Arc<str>>,
 }
 
 impl ConnectionIdentity {
     pub fn new(tenant: &str, common_name: Option<&str>) -> Self {
-        ConnectionIdentity { tenant: tenant.into(), admitted: None, common_name: common_name.map(Into::into) }
+        ConnectionIdentity {
+            tenant: tenant.into(),
+            admitted: None,
+            found: Arc::default(),
+            common_name: common_name.map(Into::into),
+        }
     }
 
     /// The connection was let in as this tenant, and stays that one's: another may get the name.
@@ -35,7 +42,18 @@ impl ConnectionIdentity {
 
     /// The tenant, if it is there: the one that was let in, where there was one.
     pub fn tenant_in(&self, cell: &Cell) -> Option<Tenant> {
-        cell.tenant(&self.tenant).filter(|tenant| self.admitted.is_none_or(|admitted| admitted == tenant.id()))
+        if let Some(found) = self.found.get()
+            && !found.is_deleted()
+        {
+            return Some(found.clone());
+        }
+        let found = cell.tenant(&self.tenant)?;
+        if self.admitted.is_some_and(|admitted| admitted != found.id()) {
+            return None;
+        }
+        // If that one goes and another gets the name, it is looked up each time.
+        let _ = self.found.set(found.clone());
+        Some(found)
     }
 
     /// Name of the tenant.

@@ -54,7 +54,12 @@ pub fn default_limit(limit: Limit) -> u64 {
 
 /// The limit that holds for a tenant; `None`: there is none.
 pub fn limit_of(profile: &Profile, limit: Limit) -> Option<u64> {
-    let value = profile.limit(limit).unwrap_or_else(|| default_limit(limit));
+    in_force(limit, profile.limit(limit))
+}
+
+/// What holds of a limit of which this is said.
+pub fn in_force(limit: Limit, said: Option<u64>) -> Option<u64> {
+    let value = said.unwrap_or_else(|| default_limit(limit));
     (value > 0).then_some(value)
 }
 

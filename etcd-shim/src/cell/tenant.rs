@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use rand::Rng;
 use tenure_storage::{
-    Command, Fault, LeaseId, Outcome, Profile, ReadError, Refusal, RocksEngine, TenantId, TenantReader,
+    Command, Fault, LeaseId, Limit, Outcome, Profile, ReadError, Refusal, RocksEngine, TenantId, TenantReader,
 };
 
 use super::{Inner, TenantParts};
@@ -33,67 +33,92 @@ fn draw_lease_id() -> LeaseId {
     LeaseId(rand::rng().random_range(1..=i64::MAX))
 }
 
-/// Bound to one tenant; cheap to clone.
+/// Bound to one tenant; cheap to clone. Clones of one that [`Cell::tenant`](super::Cell::tenant) gave share a count of their own: a connection's requests
+/// do not meet those of others there.
 #[derive(Clone)]
-pub struct Tenant {
-    pub(super) parts: Arc<TenantParts>,
+pub struct Tenant(Arc<Bound>);
+
+pub(super) struct Bound {
+    parts: Arc<TenantParts>,
     // Behind what has files open: the last owner of the cell unlocks the data directory.
-    pub(super) cell: Arc<Inner>,
+    cell: Arc<Inner>,
+}
+
+impl std::fmt::Debug for Tenant {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("Tenant").field(&self.name()).finish()
+    }
+}
+
+impl Tenant {
+    pub(super) fn new(parts: Arc<TenantParts>, cell: Arc<Inner>) -> Self {
+        Tenant(Arc::new(Bound { parts, cell }))
+    }
 }
 
 impl Tenant {
     pub fn id(&self) -> TenantId {
-        self.parts.reader.id()
+        self.0.parts.reader.id()
     }
 
     pub fn name(&self) -> &str {
-        &self.parts.name
+        &self.0.parts.name
     }
 
     /// What is said of the tenant: whether it may be used, its limits, whose credentials are refused.
     pub fn profile(&self) -> Arc<Profile> {
-        self.parts.reader.profile()
+        self.0.parts.reader.profile()
+    }
+
+    /// A limit that is said of the tenant, or of the cell.
+    pub fn limit(&self, limit: Limit) -> Option<u64> {
+        self.0.parts.reader.limit(limit)
+    }
+
+    /// Whether it was deleted: another may have its name.
+    pub fn is_deleted(&self) -> bool {
+        self.0.parts.reader.is_deleted()
     }
 
     /// Time that reading threads were at work for it, since this member started.
     pub fn read_time(&self) -> Duration {
-        Duration::from_nanos(self.parts.read_ns.load(Ordering::Relaxed))
+        Duration::from_nanos(self.0.parts.read_ns.load(Ordering::Relaxed))
     }
 
     /// What this tenant's clients see as their cluster.
     pub fn cluster_id(&self) -> u64 {
-        self.parts.cluster_id
+        self.0.parts.cluster_id
     }
 
     pub fn member_id(&self) -> u64 {
-        self.cell.identity().member_id
+        self.0.cell.identity().member_id
     }
 
     pub fn raft_term(&self) -> u64 {
-        self.cell.raft.status().term
+        self.0.cell.raft.status().term
     }
 
     /// The member that leads, as this one knows it; 0 = none.
     pub fn leader_id(&self) -> u64 {
-        self.cell.leader_id()
+        self.0.cell.leader_id()
     }
 
     /// Whether this member refuses writes for want of room; see [`crate::disk`].
     pub fn is_disk_full(&self) -> bool {
-        self.cell.disk.is_full()
+        self.0.cell.disk.is_full()
     }
 
     /// Ends when no leader has been known for three election timeouts: what etcd waits before it ends the streams of
     /// clients that insist on a leader.
     pub async fn leader_lost(&self) {
-        let mut leadership = self.cell.leadership.clone();
+        let mut leadership = self.0.cell.leadership.clone();
         loop {
             if leadership.wait_for(|now| now.leader_id == 0).await.is_err() {
                 // The cell has stopped; the connection ends with it.
                 std::future::pending::<()>().await;
             }
             let back = leadership.wait_for(|now| now.leader_id != 0);
-            if tokio::time::timeout(3 * self.cell.election_timeout, back).await.is_err() {
+            if tokio::time::timeout(3 * self.0.cell.election_timeout, back).await.is_err() {
                 return;
             }
         }
@@ -101,13 +126,13 @@ impl Tenant {
 
     /// Bytes this tenant may hold; negative = no limit.
     pub fn quota_bytes(&self) -> i64 {
-        self.parts.reader.quota_bytes()
+        self.0.parts.reader.quota_bytes()
     }
 
     /// The shortest lease that is granted, in seconds: one and a half election timeouts, so that no change of leaders
     /// takes longer than a lease.
     pub fn lease_ttl_seconds_min(&self) -> i64 {
-        let timeout = self.cell.election_timeout;
+        let timeout = self.0.cell.election_timeout;
         i64::try_from((timeout + timeout / 2).as_millis().div_ceil(1_000)).unwrap_or(i64::MAX)
     }
 
@@ -117,7 +142,7 @@ impl Tenant {
     /// # Errors
     /// Only for commands of which it is not known that they were applied; a refusal is an [`Outcome`].
     pub async fn propose(&self, command: Command) -> Result<Outcome, CellError> {
-        self.cell.propose(self.id(), command).await
+        self.0.cell.propose(self.id(), command).await
     }
 
     /// Waits until this member has applied every write that was acknowledged anywhere before the call.
@@ -125,12 +150,12 @@ impl Tenant {
     /// # Errors
     /// [`CellError::TimeoutRead`] without a leader.
     pub async fn read_barrier(&self) -> Result<(), CellError> {
-        self.cell.read_barrier().await
+        self.0.cell.read_barrier().await
     }
 
     /// For reads that take no longer than a handful of keys does.
     pub fn reader(&self) -> &TenantReader<RocksEngine> {
-        &self.parts.reader
+        &self.0.parts.reader
     }
 
     /// Runs a read of any length on the reading threads.
@@ -141,7 +166,7 @@ impl Tenant {
         &self,
         read: impl FnOnce(&TenantReader<RocksEngine>) -> T + Send + 'static,
     ) -> Result<T, CellError> {
-        let parts = Arc::clone(&self.parts);
+        let parts = Arc::clone(&self.0.parts);
         let timed = move || {
             let began = Instant::now();
             let answer = read(&parts.reader);
@@ -149,7 +174,7 @@ impl Tenant {
             parts.read_ns.fetch_add(spent_ns, Ordering::Relaxed);
             answer
         };
-        self.cell.read_pool.run(self.id(), timed).await
+        self.0.cell.read_pool.run(self.id(), timed).await
     }
 
     /// Rewrites the engine's files without what was deleted. It is one engine for all tenants, so calls that come while
@@ -158,12 +183,12 @@ impl Tenant {
     /// # Errors
     /// [`CellError::Fault`] ends this member.
     pub async fn defragment(&self) -> Result<(), CellError> {
-        self.cell.defragment().await
+        self.0.cell.defragment().await
     }
 
     /// This member cannot read its own state: [`Cell::failed`] answers.
     pub fn report(&self, fault: Fault) -> CellError {
-        self.cell.report(fault)
+        self.0.cell.report(fault)
     }
 
     /// What a read of this member's state answers: a fault is reported, as by [`Tenant::report`].
@@ -211,16 +236,16 @@ impl Tenant {
     pub async fn renew_lease(&self, id: LeaseId) -> Result<i64, CellError> {
         let decided = async {
             loop {
-                if let Some(ttl_seconds) = self.cell.renew_lease_as_leader(self.id(), id).await? {
+                if let Some(ttl_seconds) = self.0.cell.renew_lease_as_leader(self.id(), id).await? {
                     return Ok(ttl_seconds);
                 }
                 let call = Call::LeaseRenew(self.lease_of(id));
-                if let Some(answer) = self.cell.ask_leader(call).await {
+                if let Some(answer) = self.0.cell.ask_leader(call).await {
                     return Ok(if answer.missing { 0 } else { answer.ttl_seconds });
                 }
             }
         };
-        tokio::time::timeout(self.cell.request_timeout, decided).await.unwrap_or(Err(CellError::NoLeader))
+        tokio::time::timeout(self.0.cell.request_timeout, decided).await.unwrap_or(Err(CellError::NoLeader))
     }
 
     /// What is left of a lease, as the leader knows; `None` if there is no such lease. Call it behind a read barrier.
@@ -230,16 +255,16 @@ impl Tenant {
     pub async fn lease_remaining(&self, id: LeaseId) -> Result<Option<Remaining>, CellError> {
         let told = async {
             loop {
-                if self.cell.lessor.leads() {
-                    return self.cell.lessor.remaining(self.id(), id);
+                if self.0.cell.lessor.leads() {
+                    return self.0.cell.lessor.remaining(self.id(), id);
                 }
-                if let Some(answer) = self.cell.ask_leader(Call::LeaseRemaining(self.lease_of(id))).await {
+                if let Some(answer) = self.0.cell.ask_leader(Call::LeaseRemaining(self.lease_of(id))).await {
                     let PeerAnswer { ttl_seconds: seconds, granted_seconds, missing, .. } = answer;
                     return (!missing).then_some(Remaining { seconds, granted_seconds });
                 }
             }
         };
-        tokio::time::timeout(self.cell.request_timeout, told).await.map_err(|_| CellError::NoLeader)
+        tokio::time::timeout(self.0.cell.request_timeout, told).await.map_err(|_| CellError::NoLeader)
     }
 
     fn lease_of(&self, id: LeaseId) -> Lease {
@@ -248,12 +273,12 @@ impl Tenant {
 
     /// Whether this member is in the cell without a vote.
     pub fn is_learner(&self) -> bool {
-        self.cell.raft.status().is_learner
+        self.0.cell.raft.status().is_learner
     }
 
     /// The leases of this tenant, those that end first in front.
     pub fn leases(&self) -> Vec<LeaseId> {
-        self.cell.lessor.list(self.id())
+        self.0.cell.lessor.list(self.id())
     }
 }
 

@@ -27,7 +27,7 @@ use crate::cell_error::{CellError, MembershipError};
 use crate::inflight::{InFlight, Reservation};
 use crate::proto::etcdserverpb::ResponseHeader;
 use crate::tenant::ConnectionIdentity;
-use crate::throttle::limit_of;
+use crate::throttle::in_force;
 
 /// The etcd release whose behaviour is followed, as `Status` and `/version` name it.
 pub const ETCD_VERSION: &str = "3.7.1";
@@ -129,7 +129,8 @@ impl Context {
 
     /// The largest write of this tenant: its own limit, or the member's.
     pub fn request_bytes_max(&self, tenant: &Tenant) -> usize {
-        let own = limit_of(&tenant.profile(), Limit::RequestBytes).and_then(|bytes| usize::try_from(bytes).ok());
+        let own = in_force(Limit::RequestBytes, tenant.limit(Limit::RequestBytes))
+            .and_then(|bytes| usize::try_from(bytes).ok());
         own.map_or(self.limits.max_request_bytes, |own| own.min(self.limits.max_request_bytes))
     }
 

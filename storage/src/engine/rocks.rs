@@ -10,8 +10,8 @@ use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
+use arc_swap::ArcSwap;
 use bytes::Bytes;
-use parking_lot::RwLock;
 use rocksdb::checkpoint::Checkpoint;
 use rocksdb::{
     BlockBasedOptions, BottommostLevelCompaction, Cache, ColumnFamily, ColumnFamilyDescriptor, CompactOptions, DB,
@@ -43,7 +43,7 @@ impl Default for RocksOptions {
 
 /// See the module's essay.
 pub struct RocksEngine {
-    current: RwLock<Arc<Database>>,
+    current: ArcSwap<Database>,
     base: PathBuf,
     options: RocksOptions,
     no_wal: WriteOptions,
@@ -98,7 +98,7 @@ impl RocksEngine {
         no_wal.disable_wal(true);
         let database = Database { db, files: Files { name, superseded_in: OnceLock::new() } };
         Ok(RocksEngine {
-            current: RwLock::new(Arc::new(database)),
+            current: ArcSwap::from_pointee(database),
             base: dir.to_path_buf(),
             options: options.clone(),
             no_wal,
@@ -108,7 +108,7 @@ impl RocksEngine {
     }
 
     fn current(&self) -> Arc<Database> {
-        Arc::clone(&self.current.read())
+        self.current.load_full()
     }
 
     fn rewrite(&self, range: Option<(&[u8], &[u8])>) -> Result<(), Fault> {
@@ -264,7 +264,7 @@ impl Engine for RocksEngine {
     }
 
     fn latest(&self, family: Family, key: &[u8]) -> Result<Option<Bytes>, Fault> {
-        self.current().get(family, key, &self.latest)
+        self.current.load().get(family, key, &self.latest)
     }
 
     fn write(&self, batch: &Batch) -> Result<(), Fault> {
@@ -345,7 +345,7 @@ impl Engine for RocksEngine {
         })?;
         set_active(&self.base, &name)?;
         let new = Database { db, files: Files { name, superseded_in: OnceLock::new() } };
-        *self.current.write() = Arc::new(new);
+        self.current.store(Arc::new(new));
         // Fails only if it was set before, to the same.
         let _ = before.files.superseded_in.set(self.base.clone());
         Ok(())
