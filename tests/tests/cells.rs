@@ -218,6 +218,96 @@ async fn of_those_that_a_removal_leaves_one_may_stop_at_once() {
     assert_eq!(get(&cluster.members[1], "k").await.as_deref(), Some("after"));
 }
 
+/// The id of the member that the others reach there.
+async fn id_of(asked: &Member, peer_url: &str) -> u64 {
+    let request = pb::MemberListRequest { linearizable: true };
+    let list: pb::MemberListResponse = ask(asked, "/etcdserverpb.Cluster/MemberList", &request).await;
+    list.members.iter().find(|member| member.peer_ur_ls == [peer_url.to_string()]).expect("it is a member").id
+}
+
+/// Asks until members that have just started count as healthy.
+async fn add_learner(asked: &Member, peer_url: &str) {
+    let add = pb::MemberAddRequest { peer_ur_ls: vec![peer_url.to_string()], is_learner: true };
+    let connection = Connection::open(asked.client).await;
+    let added = async {
+        loop {
+            match connection.unary::<_, pb::MemberAddResponse>("/etcdserverpb.Cluster/MemberAdd", &add).await {
+                Ok(_) => return,
+                Err(status) => assert_eq!(status.message(), "etcdserver: unhealthy cluster"),
+            }
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, added).await.expect("it is added");
+}
+
+async fn promote(asked: &Member, id: u64) {
+    let request = pb::MemberPromoteRequest { id };
+    let connection = Connection::open(asked.client).await;
+    let promoted = async {
+        loop {
+            match connection
+                .unary::<_, pb::MemberPromoteResponse>("/etcdserverpb.Cluster/MemberPromote", &request)
+                .await
+            {
+                Ok(_) => return,
+                Err(status) => assert!(status.message().contains("in sync with leader"), "{status:?}"),
+            }
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, promoted).await.expect("it is promoted");
+}
+
+// A StatefulSet gives its pods the same flags for ever, those that the cell began with. One that comes up empty must not begin under the id
+// that it had: the cell has removed it.
+#[tokio::test(flavor = "multi_thread")]
+async fn members_are_replaced_and_added_with_the_flags_that_the_cell_began_with() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut cluster = Cluster::new("http", 4, dir.path(), &[]);
+    let three = cluster.initial_cluster(3);
+    let existing: &[&str] = &[&three, "--initial-cluster-state=existing"];
+    let [first, second, third, fourth] = &mut cluster.members[..] else { panic!("four members") };
+    for member in [&mut *first, &mut *second, &mut *third] {
+        member.spawn_with(&[&three]);
+    }
+    for member in [&mut *first, &mut *second, &mut *third] {
+        member.wait_until_ready();
+    }
+    put(first, "k", "v").await;
+
+    third.kill();
+    std::fs::remove_dir_all(&third.data_dir).unwrap();
+    for flags in [&[three.as_str()], existing] {
+        let refusal = third.refusal(flags);
+        assert!(refusal.contains("has already been bootstrapped"), "{refusal}");
+    }
+    let removal = pb::MemberRemoveRequest { id: id_of(first, &third.peer_url).await };
+    let _: pb::MemberRemoveResponse = ask(first, "/etcdserverpb.Cluster/MemberRemove", &removal).await;
+    for member in [&mut *third, &mut *fourth] {
+        for flags in [&[three.as_str()], existing] {
+            let refusal = member.refusal(flags);
+            assert!(refusal.contains("has no member with the peer URLs"), "{refusal}");
+            assert!(!member.data_dir.exists(), "nothing was made");
+        }
+    }
+    // Whichever of the two the state is said to be.
+    for (member, flags) in [(third, &[three.as_str()][..]), (fourth, existing)] {
+        add_learner(first, &member.peer_url).await;
+        member.start_with(flags);
+        promote(first, id_of(first, &member.peer_url).await).await;
+        assert_eq!(get(member, "k").await.as_deref(), Some("v"));
+        // And again, with the data that it has now.
+        assert!(member.stop());
+        member.start_with(flags);
+        assert_eq!(get(member, "k").await.as_deref(), Some("v"));
+    }
+    assert_eq!(members(second).await, ["m0", "m1", "m2", "m3"]);
+    // It has a vote.
+    first.kill();
+    put(second, "k", "without the first").await;
+}
+
 // Each flag and each directory that does not fit, alone: whoever reads the one line knows which it was. What was refused was not
 // changed, and nothing was made.
 #[tokio::test(flavor = "multi_thread")]

@@ -1,6 +1,9 @@
 //! How a member comes to know who it is: from its data, from the first configuration of a new cell, or from the members of
 //! the cell that it joins (contract 1.4, 4.1).
 //!
+//! The first configuration of a cell also lets in a member that was added since: whoever restarts members (a StatefulSet) gives all of them the
+//! same flags for ever. A member whose place in the cell is another's by now, or nobody's, is refused before anything is written.
+//!
 //! Once a data directory has an identity, that is who the member is: flags that say how to begin are for the beginning, and need not be
 //! given again. But if they name members of another cell, or another token, the directory is in the wrong place, and the member refuses
 //! to start.
@@ -13,7 +16,7 @@ use tenure_raft_server::transport::peers::{PeerIdentity, PeersConfig, call_url, 
 use super::CellConfig;
 use crate::data_dir::{DataDir, DataDirError, First, Identity};
 use crate::ids;
-use crate::proto::cell::CellMembers;
+use crate::proto::cell::{CellMember, CellMembers};
 
 /// How long each member of a cell may take to say who is in it.
 const ASK_TIMEOUT: Duration = Duration::from_secs(3);
@@ -45,6 +48,10 @@ pub enum BootstrapError {
     DuplicateUrl(String),
     #[error("member {0:x} has already been bootstrapped: without its data it must be removed and added anew")]
     AlreadyBootstrapped(u64),
+    #[error(
+        "cluster {cluster:x} has no member with the peer URLs {urls}: it was removed, or has to be added first (etcdctl member add)"
+    )]
+    NotAdded { cluster: u64, urls: String },
     #[error(
         "the members at the URLs of --initial-cluster are of cluster {found:x}; these flags make cluster {own:x} \
          (other members, URLs or --initial-cluster-token)"
@@ -104,12 +111,20 @@ pub(super) async fn beginning(config: &CellConfig, peers: &PeersConfig) -> Resul
     let own_urls = sorted(&config.names.peer_urls);
     let others: Vec<&String> =
         cluster.iter().filter(|(name, _)| *name != config.names.name).flat_map(|(_, urls)| urls).collect();
+    let found = ask(peers, &others).await;
+    if let Ok(found) = &found
+        && let Some(beginning) = added_since(found, &computed, &own_urls)?
+    {
+        return Ok(beginning);
+    }
+    if !cluster.iter().any(|(name, _)| *name == config.names.name) {
+        return Err(BootstrapError::NameMissing(config.names.name.clone()));
+    }
     match config.cluster_state {
         ClusterState::New => {
             let member_id = ids::member_id(&own_urls, &config.cluster_token);
-            let voters: Vec<u64> = computed.iter().map(|(id, _)| *id).collect();
-            let cluster_id = ids::cluster_id(&voters);
-            if let Ok(found) = ask(peers, &others).await {
+            let cluster_id = founded_by(&computed);
+            if let Ok(found) = found {
                 if found.cluster_id != cluster_id {
                     let (found, own) = (found.cluster_id, cluster_id);
                     return Err(BootstrapError::OtherCluster { found, own });
@@ -120,7 +135,7 @@ pub(super) async fn beginning(config: &CellConfig, peers: &PeersConfig) -> Resul
             Ok(Beginning { identity: Identity { member_id, cluster_id }, first })
         }
         ClusterState::Existing => {
-            let found = ask(peers, &others).await.map_err(BootstrapError::NobodyAnswers)?;
+            let found = found.map_err(BootstrapError::NobodyAnswers)?;
             if found.members.len() != cluster.len() {
                 let (known, given) = (found.members.len(), cluster.len());
                 return Err(BootstrapError::MembersDiffer(format!(
@@ -138,11 +153,47 @@ pub(super) async fn beginning(config: &CellConfig, peers: &PeersConfig) -> Resul
             let own = found.members.iter().find(|member| sorted(&member.peer_urls) == own_urls);
             let own = own.ok_or_else(|| BootstrapError::NameMissing(config.names.name.clone()))?;
             check_not_bootstrapped(&found, own.id)?;
-            let identity = Identity { member_id: own.id, cluster_id: found.cluster_id };
-            let members = found.members.iter().map(|member| (member.id, member.peer_urls.clone())).collect();
-            Ok(Beginning { identity, first: First { is_new_cell: false, members } })
+            Ok(joining(&found, own))
         }
     }
+}
+
+/// Joins the cell as this one of its members.
+fn joining(found: &CellMembers, own: &CellMember) -> Beginning {
+    let members = found.members.iter().map(|member| (member.id, member.peer_urls.clone())).collect();
+    Beginning {
+        identity: Identity { member_id: own.id, cluster_id: found.cluster_id },
+        first: First { is_new_cell: false, members },
+    }
+}
+
+/// The id of the cell that begins with these members.
+fn founded_by(members: &[(u64, Vec<String>)]) -> u64 {
+    ids::cluster_id(&members.iter().map(|(id, _)| *id).collect::<Vec<_>>())
+}
+
+/// Who this member is if the cell that the flags have made has other members by now. `None`: what the flags say holds.
+///
+/// A founder's id counts for as long as the cell has it, then no more: whoever was removed and added has another one, and one that would
+/// begin under its old one could never take part.
+fn added_since(
+    found: &CellMembers,
+    founders: &[(u64, Vec<String>)],
+    own_urls: &[String],
+) -> Result<Option<Beginning>, BootstrapError> {
+    // One that answers may not know yet who is in its cell.
+    if found.cluster_id != founded_by(founders) || found.members.is_empty() {
+        return Ok(None);
+    }
+    let is_founder = |id: u64| founders.iter().any(|(founder, _)| *founder == id);
+    let founded = founders.iter().find(|(_, urls)| sorted(urls) == own_urls).map(|(id, _)| *id);
+    if founded.is_some_and(|id| found.members.iter().any(|member| member.id == id)) {
+        return Ok(None);
+    }
+    let own = found.members.iter().find(|member| sorted(&member.peer_urls) == own_urls && !is_founder(member.id));
+    let own = own.ok_or_else(|| BootstrapError::NotAdded { cluster: found.cluster_id, urls: own_urls.join(",") })?;
+    check_not_bootstrapped(found, own.id)?;
+    Ok(Some(joining(found, own)))
 }
 
 /// Data in the wrong place must not be served where another cell's member is expected. Members that do not answer are no
@@ -210,10 +261,11 @@ fn initial_cluster(config: &CellConfig) -> InitialCluster {
     }
 }
 
+/// What is wrong with the flags whoever answers. A member that they do not name may have been added since.
 fn check(config: &CellConfig, cluster: &InitialCluster) -> Result<(), BootstrapError> {
-    let own = cluster.iter().find(|(name, _)| *name == config.names.name);
-    let (_, urls) = own.ok_or_else(|| BootstrapError::NameMissing(config.names.name.clone()))?;
-    if sorted(urls) != sorted(&config.names.peer_urls) {
+    if let Some((_, urls)) = cluster.iter().find(|(name, _)| *name == config.names.name)
+        && sorted(urls) != sorted(&config.names.peer_urls)
+    {
         return Err(BootstrapError::UrlsDiffer {
             in_cluster: urls.join(","),
             advertised: config.names.peer_urls.join(","),
