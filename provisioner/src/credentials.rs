@@ -21,6 +21,9 @@ pub const CLIENT_CERT: &str = "client.crt";
 pub const CLIENT_KEY: &str = "client.key";
 pub const FLAGS: &str = "apiserver-flags";
 
+/// The files of an administrator.
+pub const ADMIN_FILES: [&str; 2] = ["admin.crt", "admin.key"];
+
 /// Where a pod mounts them.
 const MOUNT_PATH: &str = "/etc/kubernetes/pki/tenure";
 
@@ -33,8 +36,8 @@ pub enum CredentialsError {
     Refused(#[from] CellsError),
     #[error("write {path}: {error}")]
     Write { path: String, error: std::io::Error },
-    #[error("{0} is there already: --force replaces it, tenurectl tenant rotate renews it")]
-    Exists(String),
+    #[error("{0} is there already: --force replaces it{1}")]
+    Exists(String, &'static str),
     #[error("read {path}: {what}; tenurectl tenant credentials makes new ones")]
     Read { path: String, what: String },
     #[error("{path} is not a certificate of tenant {tenant:?}: say the directory of its own credentials")]
@@ -68,15 +71,34 @@ pub async fn issue(
     user: &str,
     ttl_seconds: u64,
 ) -> Result<Credentials, CredentialsError> {
-    let key = KeyPair::generate()?;
-    let csr_der = CertificateParams::default().serialize_request(&key)?.der().to_vec();
-    let (tenant, user) = (tenant.to_string(), user.to_string());
-    let request = api::IssueCredentialsRequest { tenant: tenant.clone(), csr_der, user, ttl_seconds, admin: false };
-    let issued = reached.client.issue_credentials(request).await;
-    let issued = issued.map_err(|status| reached.cell.call_error(status))?.into_inner();
+    let issued = sign(reached, tenant, user, ttl_seconds, false).await?;
     if issued.endpoints.is_empty() {
         return Err(CredentialsError::NoEndpoints);
     }
+    Ok(issued)
+}
+
+/// As [`issue`], for an administrator: of no tenant, and with no endpoints.
+///
+/// # Errors
+/// [`CredentialsError::Refused`].
+pub async fn issue_admin(reached: &mut Reached, user: &str, ttl_seconds: u64) -> Result<Credentials, CredentialsError> {
+    sign(reached, "", user, ttl_seconds, true).await
+}
+
+async fn sign(
+    reached: &mut Reached,
+    tenant: &str,
+    user: &str,
+    ttl_seconds: u64,
+    admin: bool,
+) -> Result<Credentials, CredentialsError> {
+    let key = KeyPair::generate()?;
+    let csr_der = CertificateParams::default().serialize_request(&key)?.der().to_vec();
+    let (tenant, user) = (tenant.to_string(), user.to_string());
+    let request = api::IssueCredentialsRequest { tenant: tenant.clone(), csr_der, user, ttl_seconds, admin };
+    let issued = reached.client.issue_credentials(request).await;
+    let issued = issued.map_err(|status| reached.cell.call_error(status))?.into_inner();
     Ok(Credentials {
         cell: reached.cell.name.clone(),
         tenant,
@@ -105,26 +127,31 @@ impl Credentials {
     /// # Errors
     /// [`CredentialsError::Exists`] unless `replace`; [`CredentialsError::Write`].
     pub fn write(&self, dir: &Path, replace: bool) -> Result<(), CredentialsError> {
-        if !replace && let Some(there) = [CLIENT_CERT, CLIENT_KEY].iter().find(|name| dir.join(name).exists()) {
-            return Err(CredentialsError::Exists(dir.join(there).display().to_string()));
-        }
-        let failed = |path: &Path| {
-            let path = path.display().to_string();
-            move |error| CredentialsError::Write { path, error }
-        };
-        files::make_dir(dir).map_err(failed(dir))?;
-        let absolute = std::path::absolute(dir).map_err(failed(dir))?;
+        check_free(dir, &[CLIENT_CERT, CLIENT_KEY], replace)?;
+        let absolute = std::path::absolute(dir).map_err(not_written(dir))?;
         let flags = apiserver_flags(&self.endpoints, &absolute.display().to_string()).join(" ") + "\n";
-        for (name, content, mode) in [
-            (CA_CERT, &self.ca_pem, Mode::Public),
-            (CLIENT_KEY, &self.key_pem, Mode::Private),
-            (CLIENT_CERT, &self.certificate_pem, Mode::Public),
-            (FLAGS, &flags, Mode::Public),
-        ] {
-            let path = dir.join(name);
-            files::write(&path, content.as_bytes(), mode).map_err(failed(&path))?;
+        write_all(
+            dir,
+            &[
+                (CA_CERT, &self.ca_pem, Mode::Public),
+                (CLIENT_KEY, &self.key_pem, Mode::Private),
+                (CLIENT_CERT, &self.certificate_pem, Mode::Public),
+                (FLAGS, &flags, Mode::Public),
+            ],
+        )
+    }
+
+    /// Writes [`ADMIN_FILES`] to a directory, which is made if it is not there. Of the cell's CA only if it has none: that may be the
+    /// directory of the CA itself, or hold more than one.
+    ///
+    /// # Errors
+    /// [`CredentialsError::Write`].
+    pub fn write_admin(&self, dir: &Path) -> Result<(), CredentialsError> {
+        let [certificate, key] = ADMIN_FILES;
+        if !dir.join(CA_CERT).exists() {
+            write_all(dir, &[(CA_CERT, &self.ca_pem, Mode::Public)])?;
         }
-        Ok(())
+        write_all(dir, &[(key, &self.key_pem, Mode::Private), (certificate, &self.certificate_pem, Mode::Public)])
     }
 
     /// A Secret that holds them, and a JSON patch (RFC 6902) that has the first container of a Deployment's pods use it. A merge patch would
@@ -151,6 +178,34 @@ impl Credentials {
         patch.push(add("volumes", volume));
         [secret_object, Value::Array(patch)]
     }
+}
+
+/// Whether none of these files is in the way.
+///
+/// # Errors
+/// [`CredentialsError::Exists`] unless they may be replaced.
+pub fn check_free(dir: &Path, names: &[&str], replace: bool) -> Result<(), CredentialsError> {
+    match names.iter().find(|name| !replace && dir.join(name).exists()) {
+        Some(there) => {
+            let renews = if *there == CLIENT_CERT { ", tenurectl tenant rotate renews it" } else { "" };
+            Err(CredentialsError::Exists(dir.join(there).display().to_string(), renews))
+        }
+        None => Ok(()),
+    }
+}
+
+fn not_written(path: &Path) -> impl FnOnce(std::io::Error) -> CredentialsError + use<> {
+    let path = path.display().to_string();
+    move |error| CredentialsError::Write { path, error }
+}
+
+fn write_all(dir: &Path, all: &[(&str, &String, Mode)]) -> Result<(), CredentialsError> {
+    files::make_dir(dir).map_err(not_written(dir))?;
+    for (name, content, mode) in all {
+        let path = dir.join(name);
+        files::write(&path, content.as_bytes(), *mode).map_err(not_written(&path))?;
+    }
+    Ok(())
 }
 
 /// What the certificate in a directory of credentials says.
@@ -226,9 +281,15 @@ mod tests {
         let current = Current { serial: "abcd".to_string(), user: Some("scheduler".to_string()) };
         assert_eq!(of_tenant_in(&out, "acme").unwrap(), current);
         assert!(matches!(of_tenant_in(&out, "globex"), Err(CredentialsError::OtherTenant { .. })));
-        assert!(matches!(first.write(&out, false), Err(CredentialsError::Exists(_))));
+        assert!(matches!(first.write(&out, false), Err(CredentialsError::Exists(..))));
         let second = credentials();
         second.write(&out, true).unwrap();
+        // An administrator's may go where the CA is.
+        let ca = std::fs::read(out.join(CA_CERT)).unwrap();
+        Credentials { ca_pem: "another".to_string(), ..credentials() }.write_admin(&out).unwrap();
+        assert_eq!(std::fs::read(out.join(CA_CERT)).unwrap(), ca);
+        assert!(matches!(check_free(&out, &ADMIN_FILES, false), Err(CredentialsError::Exists(_, ""))));
+        check_free(&out, &ADMIN_FILES, true).unwrap();
         assert_eq!(std::fs::read_to_string(out.join(CLIENT_KEY)).unwrap(), second.key_pem);
     }
 

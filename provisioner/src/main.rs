@@ -85,7 +85,7 @@ enum CellCommand {
         /// NAME=HOST[,HOST]…, for each member.
         #[arg(long = "member", required = true)]
         members: Vec<String>,
-        /// Signs for further members with the CA that is there.
+        /// Signs for further members with the CA that is there; for members that it has signed for, anew.
         #[arg(long, conflicts_with = "force")]
         add_members: bool,
         /// Makes everything anew, also the CA.
@@ -101,6 +101,21 @@ enum CellCommand {
     /// Members and load of one cell.
     Status,
     /// Changes the limits of tenants that have none of their own; without any, prints them.
+    /// A certificate of an administrator, signed by the cell: in place of one that ends or was revoked, or for one more person.
+    AdminCredentials {
+        /// Directory of admin.crt and admin.key, and of the cell's ca.crt if there is none yet.
+        #[arg(long)]
+        out: PathBuf,
+        /// Who it is for, as the audit log says it. Default: admin.
+        #[arg(long, default_value = "")]
+        user: String,
+        /// How long it is valid.
+        #[arg(long, default_value_t = 365)]
+        days: u64,
+        /// Replaces files that are there.
+        #[arg(long)]
+        force: bool,
+    },
     Limits {
         #[command(flatten)]
         limits: LimitArgs,
@@ -545,6 +560,22 @@ fn cell_data(cell: &Cell, status: &api::GetCellResponse) -> Value {
         "tenants_max": status.tenants_max,
         "stored_bytes": status.stored_bytes,
         "disk_free_bytes": status.disk_free_bytes,
+        CellCommand::AdminCredentials { out, user, days, force } => {
+            let mut reached = at.only_cell().await?;
+            credentials::check_free(&out, &credentials::ADMIN_FILES, force)?;
+            let issued = credentials::issue_admin(&mut reached, &user, days.saturating_mul(24 * 3600)).await?;
+            issued.write_admin(&out)?;
+            let (dir, until) = (out.display(), output::moment(issued.not_after_ms));
+            eprintln!(
+                "tenurectl: administrator's certificate {} of cell {:?} in {dir}, valid until {until}",
+                issued.serial, issued.cell
+            );
+            if format != Format::Table {
+                let data = json!({ "cell": issued.cell, "dir": out, "serial": issued.serial, "not_after": until });
+                print(&output::data(format, &data))?;
+            }
+            Ok(())
+        }
         "version": status.version,
         "issues_credentials": status.issues_credentials,
         "default_limits": output::limits(&status.default_limits.unwrap_or_default()),
