@@ -280,7 +280,7 @@ enum TenantCommand {
         name: String,
         #[command(flatten)]
         to: Out,
-        /// Revokes the certificate that was there, once the new one is written.
+        /// Revokes the certificate that was there, once the new one is written to --out. Not with --format: nothing has the Secret yet.
         #[arg(long)]
         revoke_old: bool,
     },
@@ -659,7 +659,7 @@ async fn tenant(at: &At, format: Format, command: TenantCommand) -> anyhow::Resu
         TenantCommand::Credentials { name, to, force } => {
             let (mut cell, _) = at.tenant(&name).await?;
             let issued = issue(&mut cell, &name, &to).await?;
-            deliver(format, &issued, &to, force)
+            deliver(format, &issued, &to, if force { Deliver::Replacing } else { Deliver::First })
         }
         TenantCommand::Rotate { name, to, revoke_old } => {
             let dir = to.out.as_deref().context("--out DIR: where are the credentials that are to be renewed?")?;
@@ -670,7 +670,7 @@ async fn tenant(at: &At, format: Format, command: TenantCommand) -> anyhow::Resu
             };
             let (mut cell, _) = at.tenant(&name).await?;
             let issued = issue(&mut cell, &name, &to).await?;
-            deliver(format, &issued, &to, true)?;
+            deliver(format, &issued, &to, Deliver::Renewed)?;
             if revoke_old {
                 // Nothing else knows its number any more.
                 let undone = || {
@@ -679,7 +679,7 @@ async fn tenant(at: &At, format: Format, command: TenantCommand) -> anyhow::Resu
                          tenurectl tenant revoke {name} --serial {old}"
                     )
                 };
-                revoke_one(at, name.clone(), old.clone()).await.with_context(undone)?;
+                revoke_in(&mut cell, name.clone(), old.clone()).await.with_context(undone)?;
                 eprintln!("tenurectl: certificate {old} is revoked");
                 return Ok(());
             }
@@ -707,6 +707,12 @@ async fn home_of_new(at: &At, name: &str) -> anyhow::Result<Reached> {
     }
 }
 
+            if revoke_old && to.format.is_some() {
+                bail!(
+                    "--revoke-old would refuse the certificate that pods have until the Secret is applied: leave it out, apply, then \
+                     tenurectl tenant revoke {name} --serial {old}"
+                );
+            }
 /// Names are one fleet's, so all cells are asked; one that does not answer may have it.
 async fn home_in_any(at: &At, name: &str) -> anyhow::Result<Reached> {
     let (chosen, mut reached) = (at.chosen()?, Vec::new());
@@ -836,9 +842,20 @@ async fn issue(cell: &mut Reached, name: &str, to: &Out) -> anyhow::Result<Crede
     Ok(credentials::issue(cell, name, &to.user, to.days.saturating_mul(24 * 3600)).await?)
 }
 
-fn deliver(format: Format, issued: &Credentials, to: &Out, replace: bool) -> anyhow::Result<()> {
+/// What is there before.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Deliver {
+    /// Nothing; files that are there are in the way.
+    First,
+    /// Files that may be replaced.
+    Replacing,
+    /// Credentials whose place these take: whoever uses them has the flags already.
+    Renewed,
+}
+
+fn deliver(format: Format, issued: &Credentials, to: &Out, before: Deliver) -> anyhow::Result<()> {
     if let Some(dir) = &to.out {
-        issued.write(dir, replace)?;
+        issued.write(dir, before != Deliver::First)?;
         told(issued, dir);
         if to.format.is_none() && format != Format::Table {
             let data = json!({
@@ -902,6 +919,10 @@ async fn revoke_all(at: &At, name: String, before: Option<&str>) -> anyhow::Resu
     let wanted = |text: &str| format!("--before {text:?}: want a moment such as 2026-01-31T12:00:00Z");
     let before = before.map(|text| output::milliseconds(text).with_context(|| wanted(text))).transpose()?;
     let (mut cell, _) = at.tenant(&name).await?;
+            Format::Json if before == Deliver::Renewed => {
+                output::data(format, &json!({ "cell": issued.cell, "secret": secret }))
+            }
+            Format::Table | Format::Yaml if before == Deliver::Renewed => output::data(Format::Yaml, &secret),
     let before_ms = before.unwrap_or(cell.status.now_ms);
     let request = api::RevokeCredentialsRequest { tenant: name, all: true, before_ms, ..Default::default() };
     match cell.client.revoke_credentials(request).await {
@@ -915,3 +936,8 @@ async fn revoke_all(at: &At, name: String, before: Option<&str>) -> anyhow::Resu
         }
     }
 }
+    let tenant = revoke_in(&mut cell, name, serial).await?;
+    Ok((cell.cell, tenant))
+}
+
+async fn revoke_in(cell: &mut Reached, name: String, serial: String) -> anyhow::Result<Option<api::Tenant>> {
