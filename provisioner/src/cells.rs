@@ -38,7 +38,7 @@ pub enum CellsError {
     Format { path: String, what: String },
     #[error("there is no cell {0:?}: tenurectl cell list shows those there are, cell add adds one")]
     NoCell(String),
-    #[error("a cell {0:?} is there already: tenurectl cell remove {0} removes it")]
+    #[error("a cell {0:?} with other endpoints or files is there already: tenurectl cell remove {0} removes it")]
     Exists(String),
     #[error("no member of cell {cell:?} is reached: {error}")]
     Unreachable { cell: String, error: ConnectError },
@@ -94,7 +94,7 @@ impl Cells {
         self.cells.iter().find(|cell| cell.name == name).ok_or_else(|| CellsError::NoCell(name.to_string()))
     }
 
-    /// Adds a cell and writes the file.
+    /// Adds a cell and writes the file. One that is there as it is given stays: a script may say it again.
     ///
     /// # Errors
     /// [`CellsError::Exists`], [`CellsError::Write`].
@@ -231,7 +231,10 @@ mod tests {
         let mut cells = Cells::read(&path).unwrap();
         cells.add(cell("east")).unwrap();
         cells.add(Cell { tls: TlsFiles::default(), ..cell("west") }).unwrap();
-        assert!(matches!(cells.add(cell("east")), Err(CellsError::Exists(_))));
+        cells.add(cell("east")).unwrap();
+        assert_eq!(cells.cells.len(), 2, "said again");
+        let elsewhere = Cell { endpoints: vec!["https://10.0.0.2:2382".to_string()], ..cell("east") };
+        assert!(matches!(cells.add(elsewhere), Err(CellsError::Exists(_))));
         let again = Cells::read(&path).unwrap();
         assert_eq!(again.cells, cells.cells);
         cells.remove("east").unwrap();

@@ -152,6 +152,14 @@ fn a_new_tenant_goes_where_there_is_room() {
     assert!(
         unknown.contains("is in cell \"west\" already is not known") && unknown.contains("--cell NAME"),
         "{unknown}"
+    // Both have it: neither is meant.
+    let both = operator.refused("tenant revoke default --serial 4a0b");
+    assert!(both.contains("say which with --cell"), "{both}");
+    let socket = operator.path("east").join("admin.sock");
+    operator.said(&format!("cell add east --endpoint unix:{}", socket.display()));
+    assert!(
+        operator.refused(&format!("cell add west --endpoint unix:{}", socket.display())).contains("is there already")
+    );
     );
     let made = operator.run("tenant create t9 --cell east");
     assert!(made.status.success() && String::from_utf8_lossy(&made.stderr).contains("warning: "), "{made:?}");
