@@ -51,7 +51,7 @@ pub enum CellsError {
     #[error("tenant {tenant:?} is in each of the cells {cells}: say which with --cell")]
     TenantInSeveral { tenant: String, cells: String },
     #[error(
-        "whether tenant {tenant:?} is in cell {cell:?} already is not known: {error}; start it, or say --cell NAME"
+        "whether tenant {tenant:?} is in cell {cell:?} is not known: {error}; start it, or say --cell NAME for another one"
     )]
     NotAsked { tenant: String, cell: String, error: Box<CellsError> },
     #[error("every cell is full or not reached: tenurectl cell list says why, cell add adds one")]
@@ -99,11 +99,14 @@ impl Cells {
     /// # Errors
     /// [`CellsError::Exists`], [`CellsError::Write`].
     pub fn add(&mut self, cell: Cell) -> Result<(), CellsError> {
-        if self.named(&cell.name).is_ok() {
-            return Err(CellsError::Exists(cell.name));
+        match self.named(&cell.name) {
+            Ok(known) if *known == cell => Ok(()),
+            Ok(_) => Err(CellsError::Exists(cell.name)),
+            Err(_) => {
+                self.cells.push(cell);
+                self.write()
+            }
         }
-        self.cells.push(cell);
-        self.write()
     }
 
     /// Takes a cell out and writes the file. The cell goes on.

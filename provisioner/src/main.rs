@@ -1,6 +1,7 @@
 //! `tenurectl`: tenants of one cell or several, from the command line.
 //!
-//! Ends with 0, with 1 and one line on the error output that says what to do next, or with 2 for a command line that is none.
+//! Ends with 0, with 1 and one line on the error output that says what to do next, or with 2 for a command line that is none. A list that
+//! lacks what a cell did not say is printed, and ends with 1.
 
 mod top;
 
@@ -100,7 +101,6 @@ enum CellCommand {
     List,
     /// Members and load of one cell.
     Status,
-    /// Changes the limits of tenants that have none of their own; without any, prints them.
     /// A certificate of an administrator, signed by the cell: in place of one that ends or was revoked, or for one more person.
     AdminCredentials {
         /// Directory of admin.crt and admin.key, and of the cell's ca.crt if there is none yet.
@@ -116,6 +116,7 @@ enum CellCommand {
         #[arg(long)]
         force: bool,
     },
+    /// Changes the limits of tenants that have none of their own; without any, prints them.
     Limits {
         #[command(flatten)]
         limits: LimitArgs,
@@ -377,20 +378,20 @@ impl At {
 
     /// The one that is meant, where one has to be.
     async fn only_cell(&self) -> anyhow::Result<Reached> {
-        let mut reached = self.reached().await?;
-        if reached.len() != 1 {
+        // Of those that are chosen, not of those that answer: another one must not take its place.
+        let [cell] = &self.chosen()?[..] else {
             bail!("which one? --cell NAME; tenurectl cell list shows them all");
-        }
-        Ok(reached.remove(0))
+        };
+        Ok(cell.reach().await?)
     }
 
-    /// Those of them that answer; a warning for each that does not, an error if none does.
-    async fn reached(&self) -> anyhow::Result<Vec<Reached>> {
+    /// Those of them that answer.
+    async fn reached(&self) -> anyhow::Result<Answering> {
         reach_all(&self.chosen()?).await
     }
 
     /// As [`At::reached`], but every endpoint of each cell by itself.
-    async fn reached_members(&self) -> anyhow::Result<Vec<Reached>> {
+    async fn reached_members(&self) -> anyhow::Result<Answering> {
         let of = |cell: Cell| {
             let one = |endpoint: &String| Cell { endpoints: vec![endpoint.clone()], ..cell.clone() };
             cell.endpoints.iter().map(one).collect::<Vec<_>>()
@@ -398,14 +399,49 @@ impl At {
         reach_all(&self.chosen()?.into_iter().flat_map(of).collect::<Vec<_>>()).await
     }
 
+    /// All of them: one that does not answer may have the tenant that is meant.
+    async fn reached_for(&self, tenant: &str) -> anyhow::Result<Vec<Reached>> {
+        let (chosen, mut reached) = (self.chosen()?, Vec::new());
+        for (cell, answer) in chosen.iter().zip(join_all(chosen.iter().map(Cell::reach)).await) {
+            match answer {
+                Ok(cell) => reached.push(cell),
+                Err(error) if chosen.len() == 1 => return Err(error.into()),
+                Err(error) => {
+                    let (tenant, cell, error) = (tenant.to_string(), cell.name.clone(), Box::new(error));
+                    return Err(CellsError::NotAsked { tenant, cell, error }.into());
+                }
+            }
+        }
+        Ok(reached)
+    }
+
     async fn tenant(&self, name: &str) -> anyhow::Result<(Reached, api::Tenant)> {
-        Ok(find(self.reached().await?, name).await?)
+        Ok(find(self.reached_for(name).await?, name).await?)
     }
 }
 
-async fn reach_all(chosen: &[Cell]) -> anyhow::Result<Vec<Reached>> {
+/// Cells or members that answer.
+struct Answering {
+    reached: Vec<Reached>,
+    /// How many did not.
+    missing: usize,
+}
+
+/// For when what those say that answer is printed.
+///
+/// # Errors
+/// If it is not all.
+fn complete(missing: usize) -> anyhow::Result<()> {
+    match missing {
+        0 => Ok(()),
+        some => bail!("what is printed is not all: {some} of those asked did not answer"),
+    }
+}
+
+/// A warning for each that does not answer, an error if none does.
+async fn reach_all(chosen: &[Cell]) -> anyhow::Result<Answering> {
     let answers = join_all(chosen.iter().map(Cell::reach)).await;
-    let (mut reached, mut last) = (Vec::new(), None);
+    let (mut reached, mut last, mut missing) = (Vec::new(), None, 0);
     let alone = answers.len() == 1;
     for answer in answers {
         match answer {
@@ -414,13 +450,14 @@ async fn reach_all(chosen: &[Cell]) -> anyhow::Result<Vec<Reached>> {
                 if !alone {
                     eprintln!("tenurectl: warning: {error}");
                 }
+                missing += 1;
                 last = Some(error);
             }
         }
     }
     match last {
         Some(error) if reached.is_empty() => Err(error.into()),
-        _ => Ok(reached),
+        _ => Ok(Answering { reached, missing }),
     }
 }
 
@@ -429,7 +466,11 @@ async fn run(cli: Cli) -> anyhow::Result<()> {
     match command {
         Command::Cell(command) => cell(&at, output, command).await,
         Command::Tenant(command) => tenant(&at, output, command).await,
-        Command::Top(options) => top::run(at.reached_members().await?, &options, output).await,
+        Command::Top(options) => {
+            let Answering { reached, missing } = at.reached_members().await?;
+            top::run(reached, &options, output).await?;
+            complete(missing)
+        }
         Command::Completion { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "tenurectl", &mut std::io::stdout());
             Ok(())
@@ -469,6 +510,7 @@ async fn cell(at: &At, format: Format, command: CellCommand) -> anyhow::Result<(
             let cells = at.cells()?.cells;
             let answers = join_all(cells.iter().map(Cell::reach)).await;
             let (mut rows, mut all) = (Vec::new(), Vec::new());
+            let missing = answers.iter().filter(|answer| answer.is_err()).count();
             for (cell, answer) in cells.iter().zip(answers) {
                 let endpoints = cell.endpoints.join(",");
                 match answer {
@@ -499,7 +541,8 @@ async fn cell(at: &At, format: Format, command: CellCommand) -> anyhow::Result<(
             print(&match format {
                 Format::Table => output::table(&head, &rows),
                 Format::Json | Format::Yaml => output::data(format, &Value::Array(all)),
-            })
+            })?;
+            complete(missing)
         }
         CellCommand::Status => {
             let Reached { cell, status, .. } = at.only_cell().await?;
@@ -516,6 +559,22 @@ async fn cell(at: &At, format: Format, command: CellCommand) -> anyhow::Result<(
                 Format::Table => output::table(&["MEMBER", "ID", "ROLE", "CLIENT URLS"], &rows),
                 Format::Json | Format::Yaml => output::data(format, &cell_data(&cell, &status)),
             })
+        }
+        CellCommand::AdminCredentials { out, user, days, force } => {
+            let mut reached = at.only_cell().await?;
+            credentials::check_free(&out, &credentials::ADMIN_FILES, force)?;
+            let issued = credentials::issue_admin(&mut reached, &user, days.saturating_mul(24 * 3600)).await?;
+            issued.write_admin(&out)?;
+            let (dir, until) = (out.display(), output::moment(issued.not_after_ms));
+            eprintln!(
+                "tenurectl: administrator's certificate {} of cell {:?} in {dir}, valid until {until}",
+                issued.serial, issued.cell
+            );
+            if format != Format::Table {
+                let data = json!({ "cell": issued.cell, "dir": out, "serial": issued.serial, "not_after": until });
+                print(&output::data(format, &data))?;
+            }
+            Ok(())
         }
         CellCommand::Limits { limits } => {
             let mut reached = at.only_cell().await?;
@@ -560,22 +619,6 @@ fn cell_data(cell: &Cell, status: &api::GetCellResponse) -> Value {
         "tenants_max": status.tenants_max,
         "stored_bytes": status.stored_bytes,
         "disk_free_bytes": status.disk_free_bytes,
-        CellCommand::AdminCredentials { out, user, days, force } => {
-            let mut reached = at.only_cell().await?;
-            credentials::check_free(&out, &credentials::ADMIN_FILES, force)?;
-            let issued = credentials::issue_admin(&mut reached, &user, days.saturating_mul(24 * 3600)).await?;
-            issued.write_admin(&out)?;
-            let (dir, until) = (out.display(), output::moment(issued.not_after_ms));
-            eprintln!(
-                "tenurectl: administrator's certificate {} of cell {:?} in {dir}, valid until {until}",
-                issued.serial, issued.cell
-            );
-            if format != Format::Table {
-                let data = json!({ "cell": issued.cell, "dir": out, "serial": issued.serial, "not_after": until });
-                print(&output::data(format, &data))?;
-            }
-            Ok(())
-        }
         "version": status.version,
         "issues_credentials": status.issues_credentials,
         "default_limits": output::limits(&status.default_limits.unwrap_or_default()),
@@ -664,6 +707,12 @@ async fn tenant(at: &At, format: Format, command: TenantCommand) -> anyhow::Resu
         TenantCommand::Rotate { name, to, revoke_old } => {
             let dir = to.out.as_deref().context("--out DIR: where are the credentials that are to be renewed?")?;
             let credentials::Current { serial: old, user } = credentials::of_tenant_in(dir, &name)?;
+            if revoke_old && to.format.is_some() {
+                bail!(
+                    "--revoke-old would refuse the certificate that pods have until the Secret is applied: leave it out, apply, then \
+                     tenurectl tenant revoke {name} --serial {old}"
+                );
+            }
             let to = match to.user.is_empty() {
                 true => Out { user: user.unwrap_or_default(), ..to.clone() },
                 false => to.clone(),
@@ -707,25 +756,9 @@ async fn home_of_new(at: &At, name: &str) -> anyhow::Result<Reached> {
     }
 }
 
-            if revoke_old && to.format.is_some() {
-                bail!(
-                    "--revoke-old would refuse the certificate that pods have until the Secret is applied: leave it out, apply, then \
-                     tenurectl tenant revoke {name} --serial {old}"
-                );
-            }
 /// Names are one fleet's, so all cells are asked; one that does not answer may have it.
 async fn home_in_any(at: &At, name: &str) -> anyhow::Result<Reached> {
-    let (chosen, mut reached) = (at.chosen()?, Vec::new());
-    for (cell, answer) in chosen.iter().zip(join_all(chosen.iter().map(Cell::reach)).await) {
-        match answer {
-            Ok(cell) => reached.push(cell),
-            Err(error) if chosen.len() == 1 => return Err(error.into()),
-            Err(error) => {
-                let (tenant, cell, error) = (name.to_string(), cell.name.clone(), Box::new(error));
-                return Err(CellsError::NotAsked { tenant, cell, error }.into());
-            }
-        }
-    }
+    let reached = at.reached_for(name).await?;
     match find(reached.clone(), name).await {
         Ok((cell, _)) => Ok(cell),
         Err(CellsError::NoTenant(_)) => Ok(place(reached)?),
@@ -763,7 +796,8 @@ fn show(format: Format, cell: &Cell, tenant: Option<api::Tenant>) -> anyhow::Res
 async fn list(at: &At, format: Format, given: &[String], deleting: bool) -> anyhow::Result<()> {
     let wanted: std::collections::HashMap<String, String> = labels(given)?.collect();
     let (mut rows, mut all) = (Vec::new(), Vec::new());
-    for mut cell in at.reached().await? {
+    let Answering { reached, missing } = at.reached().await?;
+    for mut cell in reached {
         let mut page_token = String::new();
         loop {
             let request = api::ListTenantsRequest { page_size: 0, page_token, labels: wanted.clone(), deleting };
@@ -782,7 +816,8 @@ async fn list(at: &At, format: Format, given: &[String], deleting: bool) -> anyh
     print(&match format {
         Format::Table => output::table(&TENANT_HEAD, &rows),
         Format::Json | Format::Yaml => output::data(format, &Value::Array(all)),
-    })
+    })?;
+    complete(missing)
 }
 
 async fn set_state(at: &At, format: Format, name: String, state: State) -> anyhow::Result<()> {
@@ -793,7 +828,18 @@ async fn set_state(at: &At, format: Format, name: String, state: State) -> anyho
 }
 
 async fn delete(at: &At, format: Format, name: String, yes: bool) -> anyhow::Result<()> {
-    let (mut cell, mut tenant) = at.tenant(&name).await?;
+    let (mut cell, mut tenant) = match find(at.reached_for(&name).await?, &name).await {
+        Ok(found) => found,
+        // Whoever had no answer says it again.
+        Err(CellsError::NoTenant(_)) => {
+            eprintln!("tenurectl: there is no tenant {name:?}: nothing to delete");
+            return match format {
+                Format::Table => Ok(()),
+                Format::Json | Format::Yaml => print(&output::data(format, &json!({ "name": name, "state": "gone" }))),
+            };
+        }
+        Err(error) => return Err(error.into()),
+    };
     if !yes {
         if !std::io::stdin().is_terminal() {
             bail!("tenant {name:?} would be deleted with all its data: say --yes");
@@ -873,6 +919,10 @@ fn deliver(format: Format, issued: &Credentials, to: &Out, before: Deliver) -> a
         let secret = to.secret_name.clone().unwrap_or_else(|| format!("{}-etcd", issued.tenant));
         let [secret, patch] = issued.kubernetes(&to.namespace, &secret);
         print(&match format {
+            Format::Json if before == Deliver::Renewed => {
+                output::data(format, &json!({ "cell": issued.cell, "secret": secret }))
+            }
+            Format::Table | Format::Yaml if before == Deliver::Renewed => output::data(Format::Yaml, &secret),
             Format::Json => output::data(format, &json!({ "cell": issued.cell, "secret": secret, "patch": patch })),
             Format::Table | Format::Yaml => {
                 let (secret, patch) = (output::data(Format::Yaml, &secret), output::data(Format::Yaml, &patch));
@@ -909,9 +959,14 @@ async fn trust(at: &At, format: Format, name: String, file: Option<&Path>) -> an
 
 async fn revoke_one(at: &At, name: String, serial: String) -> anyhow::Result<(Cell, Option<api::Tenant>)> {
     let (mut cell, _) = at.tenant(&name).await?;
+    let tenant = revoke_in(&mut cell, name, serial).await?;
+    Ok((cell.cell, tenant))
+}
+
+async fn revoke_in(cell: &mut Reached, name: String, serial: String) -> anyhow::Result<Option<api::Tenant>> {
     let request = api::RevokeCredentialsRequest { tenant: name, serial, ..Default::default() };
     let answer = cell.client.revoke_credentials(request).await.map_err(|status| cell.cell.call_error(status))?;
-    Ok((cell.cell, answer.into_inner().tenant))
+    Ok(answer.into_inner().tenant)
 }
 
 /// Of the cell's clock: that of this machine may be another.
@@ -919,10 +974,6 @@ async fn revoke_all(at: &At, name: String, before: Option<&str>) -> anyhow::Resu
     let wanted = |text: &str| format!("--before {text:?}: want a moment such as 2026-01-31T12:00:00Z");
     let before = before.map(|text| output::milliseconds(text).with_context(|| wanted(text))).transpose()?;
     let (mut cell, _) = at.tenant(&name).await?;
-            Format::Json if before == Deliver::Renewed => {
-                output::data(format, &json!({ "cell": issued.cell, "secret": secret }))
-            }
-            Format::Table | Format::Yaml if before == Deliver::Renewed => output::data(Format::Yaml, &secret),
     let before_ms = before.unwrap_or(cell.status.now_ms);
     let request = api::RevokeCredentialsRequest { tenant: name, all: true, before_ms, ..Default::default() };
     match cell.client.revoke_credentials(request).await {
@@ -936,8 +987,3 @@ async fn revoke_all(at: &At, name: String, before: Option<&str>) -> anyhow::Resu
         }
     }
 }
-    let tenant = revoke_in(&mut cell, name, serial).await?;
-    Ok((cell.cell, tenant))
-}
-
-async fn revoke_in(cell: &mut Reached, name: String, serial: String) -> anyhow::Result<Option<api::Tenant>> {

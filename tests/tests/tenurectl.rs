@@ -111,6 +111,13 @@ fn a_tenant_is_operated_from_the_command_line() {
     let gone = operator.data("tenant delete acme --yes");
     assert_eq!((&gone["cell"], &gone["state"]), (&"local".into(), &"deleting".into()), "{gone}");
     assert!(!operator.said("tenant list").contains("acme"));
+    // Whoever had no answer may say it again.
+    let again = operator.run("tenant delete acme --yes");
+    assert!(
+        again.status.success() && String::from_utf8_lossy(&again.stderr).contains("nothing to delete"),
+        "{again:?}"
+    );
+    assert_eq!(operator.data("tenant delete acme --yes")["state"], "gone");
     // Until its space is given back it can be seen.
     loop {
         let list = operator.data("tenant list --deleting");
@@ -145,13 +152,6 @@ fn a_new_tenant_goes_where_there_is_room() {
     let elsewhere = operator.refused(&format!("tenant create t0 --cell {other}"));
     assert!(elsewhere.contains(&format!("tenant \"t0\" is in cell \"{home}\" already")), "{elsewhere}");
     assert_eq!(operator.said("tenant list").lines().count(), 1 + 2 + 4, "those of both, and both defaults");
-
-    // A cell that is away may have a tenant of that name; whoever says the cell goes on without it, with a warning.
-    west.kill();
-    let unknown = operator.refused("tenant create t9");
-    assert!(
-        unknown.contains("is in cell \"west\" already is not known") && unknown.contains("--cell NAME"),
-        "{unknown}"
     // Both have it: neither is meant.
     let both = operator.refused("tenant revoke default --serial 4a0b");
     assert!(both.contains("say which with --cell"), "{both}");
@@ -160,11 +160,37 @@ fn a_new_tenant_goes_where_there_is_room() {
     assert!(
         operator.refused(&format!("cell add west --endpoint unix:{}", socket.display())).contains("is there already")
     );
-    );
+
+    // A cell that is away may have a tenant of that name; whoever says the cell goes on without it, with a warning.
+    west.kill();
+    let unknown = operator.refused("tenant create t9");
+    assert!(unknown.contains("is in cell \"west\" is not known") && unknown.contains("--cell NAME"), "{unknown}");
+    // Nor is anything done to a tenant, or told of one, that may be another cell's.
+    let (mine, lost): (Vec<_>, Vec<_>) = (0..4).partition(|number| homes[*number] == "east");
+    for line in [
+        format!("tenant get t{}", mine[0]),
+        format!("tenant suspend t{}", lost[0]),
+        format!("tenant delete t{} --yes", lost[0]),
+        "tenant revoke default --serial 4a0b".to_string(),
+        "tenant limits t9".to_string(),
+    ] {
+        let refused = operator.refused(&line);
+        assert!(refused.contains("is not known") && refused.lines().count() == 1, "{line}: {refused}");
+    }
+    assert!(operator.said(&format!("tenant get t{} --cell east", mine[0])).contains("east"));
+    assert!(operator.refused("cell status").contains("which one? --cell NAME"));
+    // What is printed of those that answer is not all.
+    for line in ["tenant list", "cell list", "top --once --interval 0.05"] {
+        let part = operator.run(line);
+        assert_eq!(part.status.code(), Some(1), "{line}: {part:?}");
+        assert!(String::from_utf8_lossy(&part.stdout).contains("east"), "{line}: {part:?}");
+        assert!(String::from_utf8_lossy(&part.stderr).contains("is not all"), "{line}: {part:?}");
+    }
     let made = operator.run("tenant create t9 --cell east");
     assert!(made.status.success() && String::from_utf8_lossy(&made.stderr).contains("warning: "), "{made:?}");
     assert!(String::from_utf8_lossy(&made.stdout).contains("east"));
     operator.said("cell remove west");
+    operator.said("tenant revoke default --serial 4a0b");
     assert!(!operator.said("cell list").contains("west"));
 }
 
@@ -173,6 +199,7 @@ const COMMANDS: &[&str] = &[
     "cell list",
     "cell status",
     "cell limits --leases 700",
+    "cell admin-credentials --out admin --force",
     "tenant create acme --label a=b",
     "tenant get acme",
     "tenant list",
@@ -187,6 +214,7 @@ const COMMANDS: &[&str] = &[
     "tenant credentials acme --format kubernetes",
     "tenant rotate acme --out acme",
     "tenant rotate acme --out acme --revoke-old",
+    "tenant rotate acme --out acme --format kubernetes",
     "tenant revoke acme --serial 4a0b",
     "tenant revoke acme --all",
     "tenant revoke acme --all --before 2026-01-31T12:00:00Z",
@@ -207,7 +235,6 @@ fn below(operator: &Operator, command: &str) -> Vec<String> {
     names.filter(|name| *name != "help").map(|name| format!("{command} {name}").trim_start().to_string()).collect()
 }
 
-    "cell admin-credentials --out admin --force",
 /// The cells that are named in data: of the whole, or of each of its rows.
 fn cells_in(data: &Value) -> BTreeSet<&str> {
     let rows = data.as_array().map_or(std::slice::from_ref(data), Vec::as_slice);
@@ -222,7 +249,6 @@ fn every_command_prints_for_people_and_for_programs() {
     let given = COMMANDS.iter().chain(WITHOUT_DATA).map(|line| {
         let words = if line.starts_with("cell") || line.starts_with("tenant") { 2 } else { 1 };
         line.split(' ').take(words).collect::<Vec<_>>().join(" ")
-    "tenant rotate acme --out acme --format kubernetes",
     });
     assert_eq!(given.collect::<BTreeSet<_>>(), wanted);
 
@@ -285,6 +311,12 @@ fn an_operator_decides_who_gets_in() {
     assert_eq!(acme["credentials_valid_from"], "");
     let old = operator.data("tenant rotate acme --out acme --revoke-old");
     assert_ne!(old["serial"], issued["serial"]);
+    // Pods have the old one until somebody applies the new one.
+    let early = operator.refused("tenant rotate acme --out acme --format kubernetes --revoke-old");
+    assert!(
+        early.contains(&format!("tenurectl tenant revoke acme --serial {}", old["serial"].as_str().unwrap())),
+        "{early}"
+    );
     let revoked = operator.data("tenant revoke acme --all");
     let valid_from = revoked["credentials_valid_from"].as_str().unwrap().to_string();
     assert!(valid_from.ends_with('Z'), "{revoked}");
@@ -319,12 +351,6 @@ fn an_operator_decides_who_gets_in() {
     let tenant = operator.refused(&format!("tenant list {}", from("acme/client", "cell/ca.crt")));
     assert!(tenant.contains("administrator's certificate"), "{tenant}");
     operator.said("cell init --out other --member m1=127.0.0.1");
-    // Pods have the old one until somebody applies the new one.
-    let early = operator.refused("tenant rotate acme --out acme --format kubernetes --revoke-old");
-    assert!(
-        early.contains(&format!("tenurectl tenant revoke acme --serial {}", old["serial"].as_str().unwrap())),
-        "{early}"
-    );
     let other = operator.refused(&format!("tenant list {}", from("cell/admin", "other/ca.crt")));
     assert!(other.contains("--cacert must be the CA that signed the member's certificate"), "{other}");
     let stranger = operator.refused(&format!("tenant list {}", from("other/admin", "cell/ca.crt")));
@@ -344,7 +370,6 @@ fn an_operator_decides_who_gets_in() {
     let revoked = operator.refused(&format!("tenant list {}", from("cell/admin", "cell/ca.crt")));
     assert!(revoked.contains("whom it refused"), "{revoked}");
     operator.said("tenant list");
-}
 
     // On the machine of a member another one is made in its place, beside the CA that is there.
     let ca = std::fs::read(operator.path("cell/ca.crt")).unwrap();
@@ -356,3 +381,4 @@ fn an_operator_decides_who_gets_in() {
     assert!(operator.said(&format!("tenant list {}", from("cell/admin", "cell/ca.crt"))).contains("acme"));
     operator.said("cell admin-credentials --out alice --days 30");
     operator.said(&format!("tenant list {}", from("alice/admin", "alice/ca.crt")));
+}
