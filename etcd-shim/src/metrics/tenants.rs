@@ -2,17 +2,22 @@
 //!
 //! At most [`TENANTS_SHOWN_MAX`] tenants have series of their own, those that are there longest, so that a series does not come and
 //! go; the rest is summed up as "other", without what cannot be summed (revisions). What concerns calls is of this member alone.
+//!
+//! A counter never goes back, or Prometheus takes it for that of a new process and counts all of it again. So "other" keeps what tenants
+//! have counted that are deleted, or that have series of their own since one before them was deleted.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
+use std::sync::{Arc, Weak};
 
+use parking_lot::Mutex;
 use tenure_raft_server::HistogramSnapshot;
-use tenure_storage::{AlarmKind, TenantPhase};
+use tenure_storage::{AlarmKind, TenantId, TenantPhase};
 
 use super::text::{buckets, family};
 use crate::cell::{Cell, Tenant};
-use crate::rpc_metrics::RpcMetrics;
-use crate::throttle::Reason;
+use crate::rpc_metrics::{RpcMetrics, TenantTraffic};
+use crate::throttle::{Reason, TenantUse};
 
 /// Tenants with series of their own.
 pub(crate) const TENANTS_SHOWN_MAX: usize = 500;
@@ -20,27 +25,109 @@ pub(crate) const TENANTS_SHOWN_MAX: usize = 500;
 /// What the others are called. A tenant of that name is one of them.
 const OTHER: &str = "other";
 
-/// One line of the answer each; sums, for "other".
-#[derive(Default)]
-struct Shown {
+/// What only grows.
+#[derive(Clone, Default)]
+struct Counters {
     requests: BTreeMap<(&'static str, &'static str), u64>,
     latency: Option<HistogramSnapshot>,
     received_bytes: u64,
     sent_bytes: u64,
+    held_back: [u64; Reason::ALL.len()],
+}
+
+impl Counters {
+    fn of(traffic: TenantTraffic) -> Self {
+        let mut held_back = [0; Reason::ALL.len()];
+        for (sum, (_, times)) in held_back.iter_mut().zip(traffic.used.held_back()) {
+            *sum = times;
+        }
+        Counters {
+            requests: traffic.handled.into_iter().map(|(method, code, times)| ((method, code), times)).collect(),
+            latency: Some(traffic.latency),
+            received_bytes: traffic.received_bytes,
+            sent_bytes: traffic.sent_bytes,
+            held_back,
+        }
+    }
+
+    fn add(&mut self, other: &Counters) {
+        self.received_bytes += other.received_bytes;
+        self.sent_bytes += other.sent_bytes;
+        for (sum, times) in self.held_back.iter_mut().zip(other.held_back) {
+            *sum += times;
+        }
+        for (call, times) in &other.requests {
+            *self.requests.entry(*call).or_default() += times;
+        }
+        match (&mut self.latency, &other.latency) {
+            (_, None) => {}
+            (sum @ None, Some(latency)) => *sum = Some(latency.clone()),
+            (Some(sum), Some(latency)) => {
+                for ((_, sum), (_, count)) in sum.buckets.iter_mut().zip(&latency.buckets) {
+                    *sum += count;
+                }
+                sum.count += latency.count;
+                sum.sum_seconds += latency.sum_seconds;
+            }
+        }
+    }
+}
+
+/// What "other" has counted. A tenant is among the others from its first scrape on, and once it has left them it does not come back.
+#[derive(Default)]
+struct Others {
+    /// By those that have left, as of the last scrape before.
+    left: Option<Counters>,
+    now: BTreeMap<TenantId, Counters>,
+}
+
+impl Others {
+    /// The sum, with these as the others from now on. `None`: there never was one.
+    fn sum(&mut self, now: BTreeMap<TenantId, Counters>) -> Option<Counters> {
+        for (tenant, counters) in std::mem::replace(&mut self.now, now) {
+            if !self.now.contains_key(&tenant) {
+                self.left.get_or_insert_default().add(&counters);
+            }
+        }
+        let mut sum = self.left.clone();
+        self.now.values().for_each(|counters| sum.get_or_insert_default().add(counters));
+        sum
+    }
+}
+
+/// One for each set of counters that this process has: what nobody's calls are counted in tells them apart, and lives as long.
+static OTHERS: Mutex<Vec<(Weak<TenantUse>, Others)>> = Mutex::new(Vec::new());
+
+/// See [`Others::sum`].
+fn sum_of_others(rpc_metrics: &RpcMetrics, now: BTreeMap<TenantId, Counters>) -> Option<Counters> {
+    let of = Arc::downgrade(&rpc_metrics.used(TenantId(0)));
+    let mut all = OTHERS.lock();
+    all.retain(|(of, _)| of.strong_count() > 0);
+    let at = all.iter().position(|(known, _)| known.ptr_eq(&of)).unwrap_or_else(|| {
+        all.push((of, Others::default()));
+        all.len() - 1
+    });
+    all[at].1.sum(now)
+}
+
+/// One line of the answer each; sums, for "other".
+#[derive(Default)]
+struct Shown {
+    counters: Counters,
     stored_bytes: u64,
     live_bytes: u64,
     quota_bytes: u64,
     keys: u64,
     watchers: u64,
     connections: u64,
-    held_back: [u64; Reason::ALL.len()],
     alarms: BTreeMap<&'static str, u64>,
     /// Revision and compact revision.
     revisions: Option<(i64, i64)>,
 }
 
 impl Shown {
-    fn add(&mut self, tenant: &Tenant, rpc_metrics: &RpcMetrics, shows_revisions: bool) {
+    /// Adds what a tenant is now, and gives what it has counted.
+    fn add(&mut self, tenant: &Tenant, rpc_metrics: &RpcMetrics, shows_revisions: bool) -> Counters {
         let state = tenant.reader().state();
         self.stored_bytes += state.db_size_bytes();
         self.live_bytes += state.db_in_use_bytes();
@@ -56,26 +143,9 @@ impl Shown {
             };
             *self.alarms.entry(name).or_default() += 1;
         }
-        let Some(traffic) = rpc_metrics.traffic(tenant.id()) else { return };
-        self.received_bytes += traffic.received_bytes;
-        self.sent_bytes += traffic.sent_bytes;
+        let Some(traffic) = rpc_metrics.traffic(tenant.id()) else { return Counters::default() };
         self.connections += traffic.used.connections() as u64;
-        for (sum, (_, times)) in self.held_back.iter_mut().zip(traffic.used.held_back()) {
-            *sum += times;
-        }
-        for (method, code, times) in traffic.handled {
-            *self.requests.entry((method, code)).or_default() += times;
-        }
-        match &mut self.latency {
-            None => self.latency = Some(traffic.latency),
-            Some(sum) => {
-                for ((_, sum), (_, count)) in sum.buckets.iter_mut().zip(traffic.latency.buckets) {
-                    *sum += count;
-                }
-                sum.count += traffic.latency.count;
-                sum.sum_seconds += traffic.latency.sum_seconds;
-            }
-        }
+        Counters::of(traffic)
     }
 }
 
@@ -86,6 +156,7 @@ pub(super) fn render(out: &mut String, cell: &Cell, rpc_metrics: &RpcMetrics, sh
     let mut other: Option<Shown> = None;
     let mut others_almost_full = 0;
     let mut known = std::collections::BTreeSet::new();
+    let mut counted_by_others = BTreeMap::new();
     for name in cell.tenant_names() {
         let Some(tenant) = cell.tenant(&name) else { continue };
         known.insert(tenant.id());
@@ -97,17 +168,21 @@ pub(super) fn render(out: &mut String, cell: &Cell, rpc_metrics: &RpcMetrics, sh
         phases[phase].1 += 1;
         if shown.len() < shown_max && name != OTHER {
             let mut of_tenant = Shown::default();
-            of_tenant.add(&tenant, rpc_metrics, true);
+            of_tenant.counters = of_tenant.add(&tenant, rpc_metrics, true);
             shown.push((name, of_tenant));
         } else {
             others_almost_full += u64::from(is_almost_full(&tenant));
-            other.get_or_insert_default().add(&tenant, rpc_metrics, false);
+            let counters = other.get_or_insert_default().add(&tenant, rpc_metrics, false);
+            counted_by_others.insert(tenant.id(), counters);
         }
     }
     phases[3].1 = cell.deleted_tenants().len() as u64;
     // A tenant that is gone is not counted any more. Ids grow: one behind the last was made meanwhile.
     let last = known.last().copied();
     rpc_metrics.retain(|tenant| tenant.0 == 0 || Some(tenant) > last || known.contains(&tenant));
+    if let Some(counters) = sum_of_others(rpc_metrics, counted_by_others) {
+        other.get_or_insert_default().counters = counters;
+    }
     shown.extend(other.map(|other| (OTHER.to_string(), other)));
 
     family(out, "tenure_tenants", "gauge", "Tenants of the cell, by state");
@@ -134,10 +209,10 @@ fn values(out: &mut String, shown: &[(String, Shown)]) {
     type Value = (&'static str, &'static str, &'static str, fn(&Shown) -> Option<i128>);
     let values: [Value; 11] = [
         ("received_bytes_total", "counter", "Bytes of messages from clients, at this member", |of| {
-            Some(of.received_bytes.into())
+            Some(of.counters.received_bytes.into())
         }),
         ("sent_bytes_total", "counter", "Bytes of messages to clients, from this member", |of| {
-            Some(of.sent_bytes.into())
+            Some(of.counters.sent_bytes.into())
         }),
         ("stored_bytes", "gauge", "Bytes stored, in all versions that are kept", |of| Some(of.stored_bytes.into())),
         ("live_bytes", "gauge", "Bytes stored in the newest versions of keys", |of| Some(of.live_bytes.into())),
@@ -170,7 +245,7 @@ fn requests(out: &mut String, shown: &[(String, Shown)]) {
     const NAME: &str = "tenure_tenant_requests_total";
     family(out, NAME, "counter", "Calls that ended at this member, by method and code");
     for (tenant, of) in shown {
-        for ((method, code), times) in &of.requests {
+        for ((method, code), times) in &of.counters.requests {
             let _ = writeln!(out, "{NAME}{{tenant=\"{tenant}\",method=\"{method}\",code=\"{code}\"}} {times}");
         }
     }
@@ -180,7 +255,7 @@ fn throttled(out: &mut String, shown: &[(String, Shown)]) {
     const NAME: &str = "tenure_tenant_throttled_total";
     family(out, NAME, "counter", "Times that a limit made this member refuse or delay something, by reason");
     for (tenant, of) in shown {
-        for (reason, times) in Reason::ALL.into_iter().zip(of.held_back) {
+        for (reason, times) in Reason::ALL.into_iter().zip(of.counters.held_back) {
             let _ = writeln!(out, "{NAME}{{tenant=\"{tenant}\",reason=\"{}\"}} {times}", reason.name());
         }
     }
@@ -201,7 +276,7 @@ fn latency(out: &mut String, shown: &[(String, Shown)]) {
     const NAME: &str = "tenure_tenant_request_duration_seconds";
     family(out, NAME, "histogram", "Seconds from the head of a unary call's request to the end of its answer");
     for (tenant, of) in shown {
-        if let Some(latency) = &of.latency {
+        if let Some(latency) = &of.counters.latency {
             buckets(out, NAME, &format!("tenant=\"{tenant}\","), latency);
         }
     }
@@ -321,5 +396,43 @@ mod tests {
         }
         assert_eq!((value("revision", "}"), value("compact_revision", "}")), (None, None), "have no sum");
         assert_eq!(series(&cell, &rpc_metrics, 0).keys().collect::<Vec<_>>(), [OTHER]);
+    }
+
+    /// The counters of "other", by name and labels.
+    fn counters_of_other(cell: &Cell, rpc_metrics: &RpcMetrics) -> Series {
+        let all = series(cell, rpc_metrics, 2);
+        let is_counter = |name: &str| ["_total", "_bucket", "_count", "_sum"].iter().any(|end| name.ends_with(end));
+        all[OTHER].iter().filter(|((name, _), _)| is_counter(name)).map(|(key, value)| (key.clone(), *value)).collect()
+    }
+
+    // A sum that falls is taken for a restart: all of it would be counted again, as a peak that never was.
+    #[tokio::test]
+    async fn what_others_have_counted_never_goes_back() {
+        let test = TestCell::open().await;
+        let (cell, rpc_metrics) = (test.context().cell, RpcMetrics::default());
+        for (times, name) in ["shown", "w", "x", "y"].into_iter().enumerate() {
+            cell.create_tenant_with(name, Default::default(), Default::default()).await.unwrap();
+            busy(&cell, &rpc_metrics, name, times + 1).await;
+        }
+        let mut before = counters_of_other(&cell, &rpc_metrics);
+        let requests = |of: &Series| -> f64 {
+            of.iter().filter(|((name, _), _)| name.ends_with("requests_total")).map(|(_, value)| value).sum()
+        };
+        assert_eq!(requests(&before), 2.0 + 3.0 + 4.0);
+        // One of the others; one with series of its own, whose place "w" takes; the rest, one after the other.
+        for gone in ["x", "shown", "w", "y"] {
+            let tenant = test.tenant(gone);
+            cell.delete_tenant(&tenant).await.unwrap();
+            let now = counters_of_other(&cell, &rpc_metrics);
+            for (key, value) in &before {
+                assert!(now[key] >= *value, "{gone} is gone: {key:?} from {value} to {}", now[key]);
+            }
+            before = now;
+        }
+        assert_eq!(requests(&before), 9.0);
+        cell.create_tenant_with("z", Default::default(), Default::default()).await.unwrap();
+        cell.create_tenant_with("late", Default::default(), Default::default()).await.unwrap();
+        busy(&cell, &rpc_metrics, "late", 5).await;
+        assert_eq!(requests(&counters_of_other(&cell, &rpc_metrics)), 9.0 + 5.0);
     }
 }
