@@ -184,12 +184,13 @@ fn of_log(out: &mut String, cell: &Cell) {
 
 fn of_replication(out: &mut String, cell: &Cell) {
     let metrics = cell.raft_metrics();
-    let heartbeats = cell.peer_stats().iter().map(|(_, stats)| stats.heartbeats_dropped()).sum::<u64>();
+    let failures = |stats: &PeerStats| stats.heartbeats_dropped() + stats.heartbeats_late();
+    let heartbeats = cell.peer_stats().iter().map(|(_, stats)| failures(stats)).sum::<u64>();
     metric(
         out,
         "etcd_server_heartbeat_send_failures_total",
         "counter",
-        "Heartbeats for other members that were dropped before they were sent",
+        "Heartbeats for other members that were dropped before they were sent, or that came late after the one before",
         heartbeats,
     );
     metric(

@@ -47,6 +47,12 @@ pub const QUEUE_MESSAGES_MAX: usize = 4_096;
 /// Their bytes. Beyond: dropped.
 pub const QUEUE_BYTES_MAX: usize = 64 << 20;
 
+/// How long after a heartbeat the next one is late, of a timeout that is the time for an election. etcd says two intervals; an election
+/// takes five of them at least, so it is never less than that here.
+fn heartbeats_late_after(timeout: Duration) -> Duration {
+    timeout * 2 / 5
+}
+
 /// What this side is, to others.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PeerIdentity {
@@ -132,6 +138,9 @@ pub struct PeerStats {
     /// `etcd_network_disconnected_peers_total`.
     disconnections: AtomicU64,
     heartbeats_dropped: AtomicU64,
+    heartbeats_late: AtomicU64,
+    /// The term and the time of the last heartbeat for it.
+    heartbeat: Mutex<Option<(u64, Instant)>>,
     connected: AtomicBool,
     connected_since: Mutex<Option<Instant>>,
     round_trip: RoundTripHistogram,
@@ -206,6 +215,18 @@ impl PeerStats {
     /// Heartbeats that were dropped before they were sent: a part of `etcd_server_heartbeat_send_failures_total`.
     pub fn heartbeats_dropped(&self) -> u64 {
         self.heartbeats_dropped.load(Ordering::Relaxed)
+    }
+
+    /// Heartbeats that went out late after the one before: the other part.
+    pub fn heartbeats_late(&self) -> u64 {
+        self.heartbeats_late.load(Ordering::Relaxed)
+    }
+
+    /// A heartbeat of this term goes out, as those of its leader do one after the other.
+    fn observe_heartbeat(&self, term: u64, now: Instant, late_after: Duration) {
+        let before = self.heartbeat.lock().replace((term, now));
+        let is_late = before.is_some_and(|(led, sent)| led == term && now.saturating_duration_since(sent) > late_after);
+        self.heartbeats_late.fetch_add(u64::from(is_late), Ordering::Relaxed);
     }
 
     /// Whether it said, when it was asked last, that it is of another cluster.
@@ -351,23 +372,27 @@ impl Peer {
         }
     }
 
-    fn send(&self, message: PeerMessage) {
+    fn send(&self, message: PeerMessage, late_after: Duration) {
         let queue = &self.queues[usize::from(is_bulk(&message))];
         let bytes = size(&message);
-        let is_heartbeat = is_heartbeat(&message);
+        let heartbeat = heartbeat_term(&message);
+        if let Some(term) = heartbeat {
+            self.stats.observe_heartbeat(term, Instant::now(), late_after);
+        }
         if queue.bytes.fetch_add(bytes, Ordering::Relaxed) > QUEUE_BYTES_MAX || queue.sender.try_send(message).is_err()
         {
             queue.bytes.fetch_sub(bytes, Ordering::Relaxed);
             self.stats.sent_failures.fetch_add(1, Ordering::Relaxed);
-            self.stats.heartbeats_dropped.fetch_add(u64::from(is_heartbeat), Ordering::Relaxed);
+            self.stats.heartbeats_dropped.fetch_add(u64::from(heartbeat.is_some()), Ordering::Relaxed);
         }
     }
 }
 
-fn is_heartbeat(message: &PeerMessage) -> bool {
+/// The term of its leader, if it is a heartbeat.
+fn heartbeat_term(message: &PeerMessage) -> Option<u64> {
     match message {
-        PeerMessage::Raft(message) => message.get_msg_type() == MessageType::MsgHeartbeat,
-        PeerMessage::Forward(_) | PeerMessage::Forwarded(_) => false,
+        PeerMessage::Raft(message) => (message.get_msg_type() == MessageType::MsgHeartbeat).then_some(message.term),
+        PeerMessage::Forward(_) | PeerMessage::Forwarded(_) => None,
     }
 }
 
@@ -396,10 +421,11 @@ pub struct PeerTransport(Peers);
 
 impl Transport for PeerTransport {
     fn send(&mut self, messages: Vec<PeerMessage>) {
-        let members = self.0.0.members.read();
+        let inner = &self.0.0;
+        let (members, late_after) = (inner.members.read(), heartbeats_late_after(inner.config.timeout));
         for message in messages {
             if let Some(peer) = members.get(&message.to()) {
-                peer.send(message);
+                peer.send(message, late_after);
             }
         }
     }
@@ -410,6 +436,26 @@ impl Transport for PeerTransport {
         let task = inner.runtime.spawn(fetch::run(Arc::downgrade(&inner), offer, urls));
         if let Some(before) = inner.fetching.lock().replace(task.abort_handle()) {
             before.abort();
+        }
+    }
+}
+
+#[cfg(test)]
+mod heartbeat_tests {
+    use super::*;
+
+    // A leader whose disk or processors are too slow for its heartbeats is about to lose its followers.
+    #[test]
+    fn late_heartbeats_are_counted_while_one_leader_sends_them() {
+        let (stats, start) = (PeerStats::default(), Instant::now());
+        let late_after = heartbeats_late_after(Duration::from_secs(1));
+        let mut at = start;
+        for (term, after_ms, late) in
+            [(3, 0, 0), (3, 100, 0), (3, 400, 0), (3, 401, 1), (5, 9_000, 1), (5, 100, 1), (5, 500, 2)]
+        {
+            at += Duration::from_millis(after_ms);
+            stats.observe_heartbeat(term, at, late_after);
+            assert_eq!(stats.heartbeats_late(), late, "{after_ms} ms later, in term {term}");
         }
     }
 }
