@@ -32,7 +32,7 @@ use crate::cell_error::CellError;
 use crate::issuer::{IssueError, IssuerFiles, Subject, TTL_DEFAULT, TTL_MAX};
 use crate::rpc_metrics::{RpcMetrics, TenantTraffic};
 use crate::throttle::default_limit;
-use crate::tls::certificates_of;
+use crate::tls::{InUse, certificates_of};
 
 /// Prefixes that are told apart. Keys of further ones count as "other".
 pub const PREFIXES_MAX: usize = 1_000;
@@ -67,12 +67,14 @@ struct Inner {
     rpc_metrics: RpcMetrics,
     issuer: Option<IssuerFiles>,
     started_at_ms: i64,
+    _in_use: InUse,
 }
 
 impl AdminService {
     /// Without an issuer it signs no certificates.
     pub fn new(cell: Cell, rpc_metrics: RpcMetrics, issuer: Option<IssuerFiles>) -> Self {
-        AdminService(Arc::new(Inner { cell, rpc_metrics, issuer, started_at_ms: now_ms() }))
+        let in_use = InUse::new(issuer.iter().map(|issuer| &issuer.cert_file));
+        AdminService(Arc::new(Inner { cell, rpc_metrics, issuer, started_at_ms: now_ms(), _in_use: in_use }))
     }
 }
 

@@ -16,6 +16,7 @@ use self::text::{buckets, family, histogram, metric};
 use crate::cell::{Cell, DEFAULT_TENANT, Tenant};
 use crate::rpc_metrics::RpcMetrics;
 use crate::service::ETCD_VERSION;
+use crate::tls;
 
 /// The whole answer to one scrape, in Prometheus' text form. No tenant: of a member that has none yet.
 pub(crate) fn render(cell: &Cell, tenant: Option<&Tenant>, rpc_metrics: &RpcMetrics) -> String {
@@ -30,6 +31,7 @@ pub(crate) fn render(cell: &Cell, tenant: Option<&Tenant>, rpc_metrics: &RpcMetr
         of_health(&mut out, rpc_metrics);
         of_peers(&mut out, cell);
         tenants::render(&mut out, cell, rpc_metrics, tenants::TENANTS_SHOWN_MAX);
+        of_certificates(&mut out);
         of_process(&mut out);
     }
     out
@@ -385,6 +387,17 @@ fn snapshots(
     }
 }
 
+/// Those that members and clients are shown or judged by: when one ends, nobody gets in any more.
+fn of_certificates(out: &mut String) {
+    const NAME: &str = "tenure_certificate_not_after_seconds";
+    let help = "When the first certificate in a file that this process uses ends, in seconds since 1970; 0 if it cannot be read";
+    family(out, NAME, "gauge", help);
+    for (path, not_after) in tls::not_after_seconds() {
+        let file = path.display().to_string().replace('\\', r"\\").replace('"', "\\\"").replace('\n', r"\n");
+        let _ = writeln!(out, "{NAME}{{file=\"{file}\"}} {}", not_after.unwrap_or(0));
+    }
+}
+
 /// Of this process, from the operating system; what it does not say is left out.
 fn of_process(out: &mut String) {
     if let Some(bytes) = memory_bytes(RESIDENT) {
@@ -505,5 +518,44 @@ mod tests {
             let some = render(&cell, tenant, &rpc_metrics);
             assert!(families(&some).is_subset(&all), "{some}");
         }
+    }
+
+    // Nobody gets in with a certificate that has ended, and the log says so only then.
+    #[test]
+    fn certificates_in_use_say_when_they_end() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = |name: &str| dir.path().join(name);
+        let certificate = |year: i32| {
+            let key = rcgen::KeyPair::generate().unwrap();
+            let mut params = rcgen::CertificateParams::new(vec!["localhost".to_string()]).unwrap();
+            params.not_after = rcgen::date_time_ymd(year, 1, 1);
+            (params.self_signed(&key).unwrap().pem(), key.serialize_pem())
+        };
+        let (server, key) = certificate(2031);
+        std::fs::write(file("server.crt"), server).unwrap();
+        std::fs::write(file("server.key"), key).unwrap();
+        // An old CA and the one that takes its place.
+        std::fs::write(file("ca \".crt"), certificate(2033).0 + &certificate(2032).0).unwrap();
+        let said = || {
+            let mut out = String::new();
+            of_certificates(&mut out);
+            let here = dir.path().display().to_string();
+            out.lines().filter_map(|line| line.split_once(&here)).map(|(_, rest)| rest.to_string()).collect::<Vec<_>>()
+        };
+        let files = || crate::flags::TlsFiles::Files {
+            cert_file: file("server.crt"),
+            key_file: file("server.key"),
+            trusted_ca_file: Some(file("ca \".crt")),
+        };
+        let listen = || tls::Tls::new(files(), Default::default(), &[], None).unwrap();
+        let (one, another) = (listen(), listen());
+        let both = ["/ca \\\".crt\"} 1956528000", "/server.crt\"} 1924992000"];
+        assert_eq!(said(), both);
+        drop(one);
+        assert_eq!(said(), both, "one of two listeners is left");
+        std::fs::write(file("server.crt"), "nonsense").unwrap();
+        assert_eq!(said()[1], "/server.crt\"} 0");
+        drop(another);
+        assert!(said().is_empty());
     }
 }

@@ -5,6 +5,7 @@
 //!
 //! Whose certificates count, [`crate::authorities`] says.
 
+use std::collections::BTreeMap;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -57,6 +58,7 @@ pub struct Tls {
     /// Where tenants' own CAs are looked up; `None`: the cell's CA is all there is.
     authorities: Option<Arc<Authorities>>,
     current: Mutex<(FileStates, Configs)>,
+    _in_use: InUse,
 }
 
 impl Tls {
@@ -81,7 +83,13 @@ impl Tls {
                 configs(&protocol, None, vec![certificate], key, None)?
             }
         };
-        Ok(Tls { current: Mutex::new((states, configs)), files, protocol, authorities })
+        let in_use = match &files {
+            TlsFiles::Files { cert_file, trusted_ca_file, .. } => {
+                InUse::new(std::iter::once(cert_file).chain(trusted_ca_file))
+            }
+            TlsFiles::Auto => InUse::new([]),
+        };
+        Ok(Tls { current: Mutex::new((states, configs)), files, protocol, authorities, _in_use: in_use })
     }
 
     /// Whether the cell's CA signed the certificate that a chain begins with.
@@ -106,6 +114,48 @@ impl Tls {
         let only_http1 = hello.alpn().is_none_or(|mut offered| offered.all(|protocol| protocol == b"http/1.1"));
         if only_http1 { Arc::clone(&current.1.no_alpn) } else { Arc::clone(&current.1.h2) }
     }
+}
+
+/// Files of certificates that this process uses, and how often. They are the process', as what runs it has one place to look at them.
+static IN_USE: Mutex<BTreeMap<PathBuf, usize>> = Mutex::new(BTreeMap::new());
+
+/// Has these files looked at for as long as it lives: see [`not_after_seconds`].
+#[derive(Debug)]
+pub(crate) struct InUse(Vec<PathBuf>);
+
+impl InUse {
+    pub(crate) fn new<'a>(paths: impl IntoIterator<Item = &'a PathBuf>) -> Self {
+        let paths: Vec<PathBuf> = paths.into_iter().cloned().collect();
+        let mut in_use = IN_USE.lock();
+        for path in &paths {
+            *in_use.entry(path.clone()).or_default() += 1;
+        }
+        InUse(paths)
+    }
+}
+
+impl Drop for InUse {
+    fn drop(&mut self) {
+        let mut in_use = IN_USE.lock();
+        for path in &self.0 {
+            if let Some(times) = in_use.get_mut(path) {
+                *times -= 1;
+            }
+        }
+        in_use.retain(|_, times| *times > 0);
+    }
+}
+
+/// The certificate files that this process uses, and when the first of the certificates in each ends, in seconds since 1970. `None`: it
+/// cannot be read. A few small files are read for it.
+pub(crate) fn not_after_seconds() -> Vec<(PathBuf, Option<i64>)> {
+    let paths: Vec<PathBuf> = IN_USE.lock().keys().cloned().collect();
+    let ends = |certificate: &CertificateDer<'_>| {
+        let (_, certificate) = x509_parser::parse_x509_certificate(certificate).ok()?;
+        Some(certificate.validity().not_after.timestamp())
+    };
+    let first = |path: &Path| certificates(path).ok()?.iter().map(ends).min()?;
+    paths.into_iter().map(|path| (first(&path), path)).map(|(first, path)| (path, first)).collect()
 }
 
 /// What tells a file from another one under its name, whichever is older: when it was written and where it is. `None`: there is none.
@@ -233,6 +283,7 @@ pub struct MemberTls {
     files: PeerTlsFiles,
     protocol: TlsProtocol,
     current: Mutex<(FileStates, MemberConfigs)>,
+    _in_use: InUse,
 }
 
 #[derive(Clone, Debug)]
@@ -249,7 +300,14 @@ impl MemberTls {
     pub fn new(files: PeerTlsFiles, protocol: TlsProtocol, hosts: &[String]) -> Result<Self, TlsError> {
         let states = files.states();
         let configs = MemberConfigs::load(&files, &protocol, hosts)?;
-        Ok(MemberTls { current: Mutex::new((states, configs)), files, protocol })
+        let in_use = match &files {
+            PeerTlsFiles::Files { cert_file, trusted_ca_file, client, .. } => {
+                let of_client = client.as_ref().map(|(cert_file, _)| cert_file);
+                InUse::new(std::iter::once(cert_file).chain(trusted_ca_file).chain(of_client))
+            }
+            PeerTlsFiles::Auto => InUse::new([]),
+        };
+        Ok(MemberTls { current: Mutex::new((states, configs)), files, protocol, _in_use: in_use })
     }
 
     /// Changed files are read first; unreadable ones keep the old certificates.
