@@ -41,6 +41,7 @@ pub struct Disk {
     path: PathBuf,
     reserve_bytes: u64,
     free_bytes: AtomicU64,
+    total_bytes: AtomicU64,
     is_full: AtomicBool,
     append_paused: Arc<AtomicBool>,
 }
@@ -56,6 +57,7 @@ impl Disk {
             path: path.to_path_buf(),
             reserve_bytes: reserve_bytes.unwrap_or(RESERVE_BYTES_DEFAULT.min(total_bytes / 10)),
             free_bytes: AtomicU64::new(free_bytes),
+            total_bytes: AtomicU64::new(total_bytes),
             is_full: AtomicBool::new(false),
             append_paused: Arc::default(),
         };
@@ -78,6 +80,11 @@ impl Disk {
         self.free_bytes.load(Ordering::Relaxed)
     }
 
+    /// The size of the disk, as of the last look: some grow.
+    pub fn total_bytes(&self) -> u64 {
+        self.total_bytes.load(Ordering::Relaxed)
+    }
+
     pub fn reserve_bytes(&self) -> u64 {
         self.reserve_bytes
     }
@@ -85,7 +92,10 @@ impl Disk {
     /// Looks again.
     pub fn look(&self) {
         match space(&self.path) {
-            Ok(space) => self.judge(space.free_bytes),
+            Ok(Space { free_bytes, total_bytes }) => {
+                self.total_bytes.store(total_bytes, Ordering::Relaxed);
+                self.judge(free_bytes);
+            }
             Err(error) => tracing::warn!(%error, path = %self.path.display(), "look for room on the disk"),
         }
     }
@@ -152,6 +162,7 @@ mod tests {
         assert_eq!(judge(1_249), (true, false), "not enough to go on");
         assert_eq!(judge(1_250), (false, false));
         let disk = Disk::new(dir.path(), None).unwrap();
+        assert!(disk.total_bytes() >= disk.free_bytes());
         assert!(disk.free_bytes() > 0 && (1..=RESERVE_BYTES_DEFAULT).contains(&disk.reserve_bytes()));
         assert!(Disk::new(&dir.path().join("nowhere"), None).is_err());
     }

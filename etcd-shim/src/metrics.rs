@@ -254,6 +254,13 @@ fn of_disk(out: &mut String, cell: &Cell) {
     );
     metric(
         out,
+        "tenure_disk_total_bytes",
+        "gauge",
+        "Bytes that the disk of the data directory has",
+        disk.total_bytes(),
+    );
+    metric(
+        out,
         "tenure_disk_reserve_bytes",
         "gauge",
         "Bytes of the disk that are not given to clients: with fewer free, their writes are refused",
