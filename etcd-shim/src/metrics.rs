@@ -95,8 +95,8 @@ fn of_tenant(out: &mut String, tenant: &Tenant) {
         out,
         "etcd_mvcc_db_total_size_in_use_in_bytes",
         "gauge",
-        "Bytes that the tenant stores in the newest versions of its keys",
-        state.db_in_use_bytes(),
+        "The same: what is compacted counts no more at once, so there is never any room to get back",
+        state.db_size_bytes(),
     );
     metric(out, "etcd_debugging_mvcc_current_revision", "gauge", "Newest revision of the tenant", state.revision);
     metric(
