@@ -6,7 +6,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use anyhow::Context as _;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tenure_etcd_shim::Tenure;
-use tenure_etcd_shim::builder::Builder;
+use tenure_etcd_shim::builder::{Builder, StartError};
+use tenure_etcd_shim::cell::OpenError;
 use tenure_etcd_shim::flags::{Flags, Parsed, parse, usage};
 use tenure_etcd_shim::logging;
 use tenure_etcd_shim::priority::{SERVING, step_back};
@@ -31,6 +32,10 @@ static MALLOC_CONF: &[u8] = b"oversize_threshold:0\0";
 /// that the network has. The runtime's own 61 of each are a millisecond while all are busy (decision 0005).
 const GLOBAL_QUEUE_INTERVAL: u32 = 7;
 const EVENT_INTERVAL: u32 = 16;
+
+/// What it ends with where its cell has removed it for good: starting it again is of no use. The unit of systemd says so too
+/// (`RestartPreventExitStatus=`). One that is removed while it runs ends with 0.
+const REMOVED: u8 = 3;
 
 fn main() -> ExitCode {
     match parse(std::env::args().skip(1), std::env::vars()) {
@@ -77,7 +82,11 @@ fn start(flags: Flags) -> ExitCode {
     };
     match runtime.block_on(run(flags)) {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error) => fail(&format!("{error:#}")),
+        Err(error) => {
+            let failed = fail(&format!("{error:#}"));
+            let is_removed = matches!(error.downcast_ref(), Some(StartError::Open(OpenError::Removed)));
+            if is_removed { ExitCode::from(REMOVED) } else { failed }
+        }
     }
 }
 

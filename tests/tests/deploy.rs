@@ -12,6 +12,8 @@ use std::path::{Path, PathBuf};
 use saphyr::{LoadableYamlNode as _, Yaml};
 use serde_json::Value;
 use tenure_etcd_shim::flags::{Flags, Parsed, parse};
+use tenure_etcd_shim::proto::etcdserverpb as pb;
+use tenure_provisioner::cell_init::{self, Member, Start};
 use tenure_tests::client::Connection;
 use tenure_tests::cluster::Cluster;
 use tenure_tests::server::Server;
@@ -222,3 +224,43 @@ fn a_service_manager_hears_that_the_member_serves() {
     let length = socket.recv(&mut told).unwrap();
     assert_eq!(&told[..length], b"READY=1");
 }
+// A member that was removed while it was down would be started for ever otherwise, every two seconds.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_removed_member_is_not_started_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut cluster = Cluster::start(3, dir.path(), &["--strict-reconfig-check=false"]);
+    let third = &mut cluster.members[2];
+    let own: pb::StatusResponse = {
+        let connection = Connection::open(third.client).await;
+        connection.unary("/etcdserverpb.Maintenance/Status", &pb::StatusRequest {}).await.unwrap()
+    };
+    assert!(third.stop());
+    let removal = pb::MemberRemoveRequest { id: own.header.unwrap().member_id };
+    let connection = Connection::open(cluster.members[0].client).await;
+    let removed = async {
+        // The third may have led.
+        loop {
+            match connection.unary::<_, pb::MemberRemoveResponse>("/etcdserverpb.Cluster/MemberRemove", &removal).await
+            {
+                Ok(_) => return,
+                Err(status) => assert_eq!(status.code(), tonic::Code::Unavailable, "{status:?}"),
+            }
+        }
+    };
+    tokio::time::timeout(std::time::Duration::from_secs(300), removed).await.unwrap();
+    let third = &cluster.members[2];
+    let test = std::env::current_exe().unwrap();
+    let ended = std::process::Command::new(test.ancestors().nth(2).unwrap().join("tenured"))
+        .arg("--data-dir")
+        .arg(&third.data_dir)
+        .arg(format!("--listen-peer-urls={}", third.peer_url))
+        .arg("--listen-client-urls=http://127.0.0.1:0")
+        .output()
+        .unwrap();
+    assert!(String::from_utf8_lossy(&ended.stderr).contains("permanently removed"), "{ended:?}");
+    let code = ended.status.code().unwrap().to_string();
+    let unit = deploy("systemd/tenured.service");
+    assert!(unit.lines().any(|line| line == format!("RestartPreventExitStatus={code}")), "{code}");
+    assert_ne!(code, "1", "which is every other failure's");
+}
+
