@@ -215,6 +215,10 @@ fn the_unit_of_systemd_is_given_flags_that_exist() {
 
 // A unit of `Type=notify`, as etcd's is with many distributions, is killed after a while by systemd if nothing tells that it serves.
 #[test]
+    // The CA that signs is one of those that are trusted, and not all of them while another takes its place.
+    let trusts = |flag: &str| args.iter().find_map(|arg| arg.strip_prefix(flag)).unwrap().to_string();
+    assert_eq!(trusts("--trusted-ca-file="), trusts("--peer-trusted-ca-file="));
+    assert_ne!(trusts("--trusted-ca-file="), trusts("--issuer-cert-file="));
 fn a_service_manager_hears_that_the_member_serves() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("notify");
