@@ -136,8 +136,13 @@ fn names_are_found_in_expressions() {
 #[tokio::test(flavor = "multi_thread")]
 async fn every_metric_that_operators_are_given_exists() {
     let dir = tempfile::tempdir().unwrap();
-    // Of several members, so that there are figures of peers.
-    let cluster = Cluster::start(3, dir.path(), &[]);
+    // Of several members, so that there are figures of peers, and of certificates.
+    let certificates = dir.path().join("cell");
+    cell_init::init(&certificates, None, &[Member::parse("m=127.0.0.1").unwrap()], Start::New).unwrap();
+    let file = |flag: &str, name: &str| format!("--peer-{flag}-file={}", certificates.join(name).display());
+    let flags = [file("cert", "m/peer.crt"), file("key", "m/peer.key"), file("trusted-ca", "ca.crt")];
+    let mut cluster = Cluster::new("https", 3, dir.path(), &flags.each_ref().map(String::as_str));
+    cluster.start_all();
     let address = cluster.members[0].client;
     let connection = Connection::open(address).await;
     let (_, status) = connection.bytes_of("/etcdserverpb.Maintenance/Status", &[]).await;
@@ -151,6 +156,23 @@ async fn every_metric_that_operators_are_given_exists() {
         assert!(missing.is_empty(), "{missing:?} of {expression:?} is no metric");
     }
     assert!(!is_known(&"tenure_tenant_stored_byte".to_string()), "what is misspelt is not known");
+}
+
+// Beside a real etcd's, or with several members that say the same, a rule must not fire for what it is not about, nor three times.
+#[test]
+fn alerts_are_about_tenure_and_fire_once() {
+    const OURS: &str = r#"{job=~".*tenure.*""#;
+    for expression in alert_expressions() {
+        for name in metrics_of(&expression) {
+            for (at, _) in expression.match_indices(&name) {
+                assert!(expression[at + name.len()..].starts_with(OURS), "{name} in {expression}");
+            }
+            if name.starts_with("tenure_tenant_") || name.starts_with("tenure_other_") {
+                let times = expression.matches("without (instance, pod").count();
+                assert_eq!(times, expression.matches(OURS).count(), "{expression}");
+            }
+        }
+    }
 }
 
 /// Flags that are all known and all do something.
@@ -193,6 +215,10 @@ fn the_pods_of_kubernetes_are_given_flags_that_exist() {
     let mounts: Vec<String> = strings(&container["volumeMounts"], &|mount| mount["mountPath"].as_str().unwrap().into());
     let is_mounted = |path: &Path| mounts.iter().any(|mount| path.starts_with(mount));
     assert!(is_mounted(&flags.data_dir));
+    // The CA that signs is one of those that are trusted, and not all of them while another takes its place.
+    let trusts = |flag: &str| args.iter().find_map(|arg| arg.strip_prefix(flag)).unwrap().to_string();
+    assert_eq!(trusts("--trusted-ca-file="), trusts("--peer-trusted-ca-file="));
+    assert_ne!(trusts("--trusted-ca-file="), trusts("--issuer-cert-file="));
     let files = args.iter().filter_map(|arg| arg.split_once("-file=")).map(|(_, path)| PathBuf::from(path));
     files.for_each(|path| assert!(is_mounted(&path), "{path:?} is on no volume"));
 }
@@ -213,21 +239,6 @@ fn the_unit_of_systemd_is_given_flags_that_exist() {
     assert!(flags.data_dir.starts_with(Path::new("/var/lib").join(setting("StateDirectory"))), "{:?}", flags.data_dir);
 }
 
-// A unit of `Type=notify`, as etcd's is with many distributions, is killed after a while by systemd if nothing tells that it serves.
-#[test]
-    // The CA that signs is one of those that are trusted, and not all of them while another takes its place.
-    let trusts = |flag: &str| args.iter().find_map(|arg| arg.strip_prefix(flag)).unwrap().to_string();
-    assert_eq!(trusts("--trusted-ca-file="), trusts("--peer-trusted-ca-file="));
-    assert_ne!(trusts("--trusted-ca-file="), trusts("--issuer-cert-file="));
-fn a_service_manager_hears_that_the_member_serves() {
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("notify");
-    let socket = std::os::unix::net::UnixDatagram::bind(&path).unwrap();
-    let _server = Server::start_managed(&path, &dir.path().join("data"), &[]);
-    let mut told = [0; 64];
-    let length = socket.recv(&mut told).unwrap();
-    assert_eq!(&told[..length], b"READY=1");
-}
 // A member that was removed while it was down would be started for ever otherwise, every two seconds.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_removed_member_is_not_started_again() {
@@ -268,3 +279,14 @@ async fn a_removed_member_is_not_started_again() {
     assert_ne!(code, "1", "which is every other failure's");
 }
 
+// A unit of `Type=notify`, as etcd's is with many distributions, is killed after a while by systemd if nothing tells that it serves.
+#[test]
+fn a_service_manager_hears_that_the_member_serves() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("notify");
+    let socket = std::os::unix::net::UnixDatagram::bind(&path).unwrap();
+    let _server = Server::start_managed(&path, &dir.path().join("data"), &[]);
+    let mut told = [0; 64];
+    let length = socket.recv(&mut told).unwrap();
+    assert_eq!(&told[..length], b"READY=1");
+}
