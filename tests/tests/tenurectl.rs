@@ -296,6 +296,53 @@ fn every_command_prints_for_people_and_for_programs() {
     }
 }
 
+// The steps of docs/operations.md, "Certificates": at no moment is anybody shut out who has done as they say.
+#[test]
+fn one_ca_takes_the_place_of_another_while_the_cell_runs() {
+    let operator = Operator::new();
+    let (_server, endpoint) = operator.cell();
+    operator.said("tenant create acme");
+    let from = |by: &str, ca: &str| format!("--endpoint {endpoint} --cacert {ca} --cert {by}.crt --key {by}.key");
+    let read = |name: &str| std::fs::read_to_string(operator.path(name)).unwrap();
+    let write = |name: &str, text: &str| {
+        // As files are replaced: whole, under their name.
+        std::fs::write(operator.path("new"), text).unwrap();
+        std::fs::rename(operator.path("new"), operator.path(name)).unwrap();
+    };
+    let list = |line: &str| operator.said(&format!("tenant list {line}"));
+    operator.said("cell admin-credentials --out old");
+    list(&from("old/admin", "old/ca.crt"));
+    let (old, first) = (read("cell/ca.crt"), read("cell/admin.crt"));
+
+    // 1. Another CA, and what it signs. 2. Everybody trusts both; the old one signs.
+    operator.said("cell init --out next --member m1=127.0.0.1");
+    let new = read("next/ca.crt");
+    write("cell/ca.crt", &(old.clone() + &new));
+    operator.said("tenant credentials acme --out acme");
+    assert_eq!(read("acme/ca.crt"), old.clone() + &new, "clients are told of both");
+    operator.said("cell admin-credentials --out both");
+    list(&from("both/admin", "both/ca.crt"));
+
+    // 3. Members show the new one's certificates, and sign with it.
+    for file in ["m1/server.key", "m1/server.crt", "m1/peer.key", "m1/peer.crt"] {
+        write(&format!("cell/{file}"), &read(&format!("next/{file}")));
+    }
+    write("cell/ca.key", &read("next/ca.key"));
+    write("cell/ca.crt", &(new.clone() + &old));
+    list(&from("both/admin", "both/ca.crt"));
+    list(&from("next/admin", "next/ca.crt"));
+
+    // 4. So do clients. 5. The old one is forgotten.
+    operator.said("tenant rotate acme --out acme --revoke-old");
+    assert_eq!(read("acme/ca.crt"), new.clone() + &old);
+    operator.said("cell admin-credentials --out both --force");
+    write("cell/ca.crt", &new);
+    list(&from("both/admin", "both/ca.crt"));
+    assert_eq!(read("cell/admin.crt"), first);
+    let refused = operator.refused(&format!("tenant list {}", from("cell/admin", "next/ca.crt")));
+    assert!(refused.contains("administrator's"), "{refused}");
+}
+
 #[test]
 fn an_operator_decides_who_gets_in() {
     let operator = Operator::new();
