@@ -96,6 +96,68 @@ async fn a_lost_majority_is_recovered_by_force() {
     lost.start_with(&[&both, "--initial-cluster-state=existing"]);
     assert_eq!(get(lost, "k").await.as_deref(), Some("after"));
     assert_eq!(members(lost).await, ["m0", "m1"]);
+
+    // Also with the flags that the cell began with, which begin nothing anew beside it.
+    let refusal = gone.refusal(&[]);
+    assert!(refusal.contains("has no member with the peer URLs"), "{refusal}");
+    add_learner(survivor, &gone.peer_url).await;
+    gone.start();
+    promote(survivor, id_of(survivor, &gone.peer_url).await).await;
+    assert_eq!(get(gone, "k").await.as_deref(), Some("after"));
+    assert_eq!(members(gone).await, ["m0", "m1", "m2"]);
+}
+
+// A backup is the directory of a member that is stopped, best of one that has no vote. It becomes a cell at other addresses, by itself.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cell_is_restored_from_the_copy_of_a_learner() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut cluster = Cluster::new("http", 5, dir.path(), &[]);
+    let three = cluster.initial_cluster(3);
+    let (founders, [learner, restored]) = cluster.members.split_at_mut(3) else { panic!("five members") };
+    founders.iter_mut().for_each(|member| member.spawn_with(&[&three]));
+    founders.iter_mut().for_each(Member::wait_until_ready);
+    put(&founders[0], "k", "before").await;
+    add_learner(&founders[0], &learner.peer_url).await;
+    // Ready: it has what was acknowledged before.
+    learner.start_with(&[&three]);
+    assert!(learner.stop());
+    copy(&learner.data_dir, &restored.data_dir);
+    learner.start_with(&[&three]);
+    put(&founders[0], "k", "after").await;
+    cluster.members.iter_mut().for_each(Member::kill);
+
+    let [.., restored] = &mut cluster.members[..] else { panic!("five members") };
+    restored.start_with(&["--force-new-cluster"]);
+    assert_eq!(get(restored, "k").await.as_deref(), Some("before"));
+    assert_eq!(members(restored).await, ["m4"]);
+    // The list has the old address until it is told, and the others find it by the list.
+    let everybody = pb::MemberListRequest { linearizable: true };
+    let list: pb::MemberListResponse = ask(restored, "/etcdserverpb.Cluster/MemberList", &everybody).await;
+    let update = pb::MemberUpdateRequest { id: list.members[0].id, peer_ur_ls: vec![restored.peer_url.clone()] };
+    let _: pb::MemberUpdateResponse = ask(restored, "/etcdserverpb.Cluster/MemberUpdate", &update).await;
+    assert!(restored.stop());
+    restored.start();
+    let [next, .., restored] = &mut cluster.members[..] else { panic!("five members") };
+    std::fs::remove_dir_all(&next.data_dir).unwrap();
+    add_learner(restored, &next.peer_url).await;
+    let both = format!("--initial-cluster=m0={},m4={}", next.peer_url, restored.peer_url);
+    next.start_with(&[&both, "--initial-cluster-state=existing"]);
+    promote(restored, id_of(restored, &next.peer_url).await).await;
+    assert_eq!(get(next, "k").await.as_deref(), Some("before"));
+}
+
+/// Copies a directory.
+fn copy(from: &Path, to: &Path) {
+    std::fs::create_dir_all(to).unwrap();
+    for entry in std::fs::read_dir(from).unwrap() {
+        let entry = entry.unwrap();
+        let to = to.join(entry.file_name());
+        if entry.file_type().unwrap().is_dir() {
+            copy(&entry.path(), &to);
+        } else if entry.file_type().unwrap().is_file() {
+            std::fs::copy(entry.path(), &to).unwrap();
+        }
+    }
 }
 
 // However operators give their flags: a member is who they say.
