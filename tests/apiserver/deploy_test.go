@@ -8,8 +8,11 @@ import (
 	"strings"
 	"testing"
 
+	appsv1 "k8s.io/api/apps/v1"
+	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
+	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/runtime/schema"
 	"sigs.k8s.io/yaml"
 
@@ -45,6 +48,61 @@ func TestDeploy(t *testing.T) {
 		if group := object.GroupVersionKind().Group; group != "cert-manager.io" {
 			t.Errorf("%s %s is of group %q", object.GetKind(), object.GetName(), group)
 		}
+	}
+}
+
+// What docs/operations.md has operators do to the StatefulSet is what a kube-apiserver takes, in that order. Nobody makes pods of it here:
+// what members do that are started so, tests/tests/cells.rs shows.
+func TestDeployIsOperated(t *testing.T) {
+	server := harness.StartTenured(t, nil)
+	cp := startControlPlane(t, "operated", "default", server.Endpoint())
+	objects := kustomized(t, "../../deploy/kubernetes/base")
+	set := objects[slices.IndexFunc(objects, func(object *unstructured.Unstructured) bool { return object.GetKind() == "StatefulSet" })]
+	sets := cp.any.Resource(schema.GroupVersionResource{Group: "apps", Version: "v1", Resource: "statefulsets"}).Namespace("default")
+	if _, err := sets.Create(t.Context(), set, metav1.CreateOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	text, err := os.ReadFile("../../docs/operations.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var given []string
+	for _, block := range strings.Split(string(text), "```sh kubernetes\n")[1:] {
+		commands, _, _ := strings.Cut(block, "```\n")
+		for _, line := range strings.Split(commands, "\n") {
+			if strings.HasPrefix(line, "kubectl ") {
+				given = append(given, line)
+			}
+		}
+	}
+	if len(given) < 8 {
+		t.Fatalf("only %q", given)
+	}
+	kubectl := "kubectl() { command kubectl --server=" + cp.config.Host + " --insecure-skip-tls-verify --token=" + token + " \"$@\"; }\n"
+	o := &operator{dir: t.TempDir()}
+	var alone bool
+	for _, line := range given {
+		o.run(t, kubectl+line)
+		now := &appsv1.StatefulSet{}
+		found, err := sets.Get(t.Context(), set.GetName(), metav1.GetOptions{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := runtime.DefaultUnstructuredConverter.FromUnstructured(found.Object, now); err != nil {
+			t.Fatal(err)
+		}
+		spec := now.Spec
+		forced := slices.ContainsFunc(spec.Template.Spec.Containers[0].Env, func(of corev1.EnvVar) bool { return of.Name == "ETCD_FORCE_NEW_CLUSTER" })
+		if pods := *spec.Replicas; forced && pods > 1 {
+			t.Errorf("after %q %d pods have --force-new-cluster", line, pods)
+		}
+		alone = alone || forced && *spec.Replicas == 1 && spec.Ordinals != nil && spec.Ordinals.Start == 2
+		set.Object = found.Object
+	}
+	replicas, _, _ := unstructured.NestedInt64(set.Object, "spec", "replicas")
+	start, _, _ := unstructured.NestedInt64(set.Object, "spec", "ordinals", "start")
+	if !alone || replicas != 3 || start != 0 {
+		t.Errorf("the survivor was alone: %v; in the end there are %d pods from %d on", alone, replicas, start)
 	}
 }
 
