@@ -28,4 +28,18 @@ systemctl stop tenured || failed "it does not stop"
 [ "$(property Result) $(property ExecMainStatus)" = "success 0" ] || failed "it stopped with $(property Result)"
 journalctl -u tenured --no-pager -o cat | grep -q '"msg":"stopped"' || failed "it was cut off"
 echo "stopped in good order"
+
+# As one ends that its cell has removed (tests/tests/deploy.rs): every other failure is started again.
+end_with() {
+  mkdir -p /run/systemd/system/tenured.service.d
+  printf '[Service]\nExecStart=\nExecStart=/bin/sh -c "exit %s"\n' "$1" > /run/systemd/system/tenured.service.d/end.conf
+  systemctl daemon-reload
+  systemctl start tenured && failed "it started, and ended with $1"
+}
+end_with 3
+[ "$(property ActiveState)" = failed ] || failed "a removed member is $(property ActiveState)"
+end_with 1
+[ "$(property ActiveState)" = activating ] || failed "one that failed is $(property ActiveState)"
+systemctl stop tenured
+echo "not started again when it was removed"
 echo "all as it should be"
