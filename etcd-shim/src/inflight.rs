@@ -12,6 +12,9 @@
 //! bytes until there is room for twice as much, reserves that, and reads again. So answers cannot block each other half
 //! done, a tenant over its budget occupies no reading thread, and the work done twice is bounded by a factor of two.
 //!
+//! What a watcher is told of the past needs room too, and its message holds that until it was sent ([`ReplayRoom`]). Live events are
+//! shared, and counted when they are about to be sent.
+//!
 //! What must hold: the sum over a tenant's reservations is at most [`TENANT_BYTES_MAX`], over all at most
 //! [`PROCESS_BYTES_MAX`], except that an answer which is alone may be of any size, that every tenant may hold
 //! [`TENANT_FLOOR_BYTES`] whatever the others hold, and what [`Reservation::charge`] adds.
@@ -22,8 +25,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use parking_lot::Mutex;
+use tenure_storage::watch::{Reached, ReplayRoom};
 use tenure_storage::{Limit, TenantId};
-use tokio::sync::Notify;
+use tokio::sync::{Notify, Semaphore, SemaphorePermit};
 use tokio::time::Instant;
 
 use crate::cell::Tenant;
@@ -58,6 +62,10 @@ const SMALL_STEP_BYTES: usize = 16 << 10;
 
 /// A growing answer reserves this many bytes at a time.
 const STEP_BYTES: usize = 1 << 20;
+
+/// Replays of one tenant that wait for a reading thread or have one; others wait for their turn to do so. There may be as many streams
+/// that are behind as a tenant may have reads waiting, and its lists would be refused.
+const REPLAYS_MAX: usize = 32;
 
 /// Longest wait for room; then the client is told to try again.
 pub const WAIT_MAX: Duration = Duration::from_secs(5);
@@ -98,6 +106,8 @@ struct Shared {
     room_of_tenants: Box<[Room]>,
     /// Woken whenever bytes are given back, for those who have not.
     room_of_all: Room,
+    /// Turns of tenants' replays.
+    replays: Box<[Semaphore]>,
 }
 
 /// Where to wait for bytes that are given back.
@@ -205,6 +215,7 @@ impl InFlight {
             held: Mutex::default(),
             room_of_tenants: (0..SLOTS).map(|_| Room::default()).collect(),
             room_of_all: Room::default(),
+            replays: (0..SLOTS).map(|_| Semaphore::new(REPLAYS_MAX)).collect(),
         }))
     }
 
@@ -236,6 +247,19 @@ impl InFlight {
         let mut reservation = self.reservation(tenant.id());
         reservation.tenant_bytes = tenant_bytes;
         reservation
+    }
+
+    /// Waits until a replay of this tenant may ask for a reading thread. They come in the order in which they asked.
+    pub async fn replay_turn(&self, tenant: TenantId) -> Option<SemaphorePermit<'_>> {
+        // Nobody closes it.
+        self.0.replays[slot_of(tenant)].acquire().await.ok()
+    }
+
+    /// How many wait for bytes that this tenant can use.
+    #[cfg(test)]
+    pub(crate) fn waiting(&self, tenant: TenantId) -> usize {
+        let on = |short| self.0.room(short, tenant).waiting.load(Ordering::SeqCst);
+        on(Short::OfTenant) + on(Short::OfAll)
     }
 
     /// Bytes in flight of all tenants.
@@ -359,6 +383,22 @@ impl Reservation {
             self.shared.room(Short::OfTenant, self.tenant).wake();
             self.shared.room_of_all.wake();
         }
+    }
+}
+
+/// A revision that is larger than all that a tenant may have in flight would be sent only while the tenant does nothing else, and
+/// take several times its size. It counts as gone.
+impl ReplayRoom for Reservation {
+    fn try_reach(&mut self, bytes: usize) -> Reached {
+        let budget = &self.shared.budget;
+        if bytes > self.tenant_bytes.clamp(budget.tenant_bytes, budget.process_bytes) {
+            return Reached::Never;
+        }
+        if self.try_reach(bytes) { Reached::Yes } else { Reached::NotNow }
+    }
+
+    fn settle(&mut self, bytes: usize) {
+        self.settle(bytes);
     }
 }
 
@@ -489,6 +529,39 @@ mod tests {
         }
         drop(first);
         assert_eq!(waiting.await.unwrap().bytes, 8 * MIB);
+    }
+
+    /// A tenant with a small limit is told of revisions that are larger, when it has nothing else in flight.
+    #[tokio::test]
+    async fn a_replay_reaches_what_fits_and_knows_what_never_does() {
+        let in_flight = small_budget();
+        let mut other = in_flight.reservation(A);
+        assert!(other.try_reach(2 * MIB));
+        let mut limited = in_flight.reservation(A);
+        limited.tenant_bytes = MIB;
+        let mut usual = in_flight.reservation(A);
+        let reach = |room: &mut dyn ReplayRoom, bytes| room.try_reach(bytes);
+        assert_eq!(reach(&mut limited, SMALL_BYTES - 1), Reached::Yes);
+        assert_eq!(reach(&mut limited, 8 * MIB), Reached::NotNow);
+        assert_eq!(reach(&mut limited, 8 * MIB + 1), Reached::Never);
+        assert_eq!([6, 7, 9].map(|mib| reach(&mut usual, mib * MIB)), [Reached::Yes, Reached::NotNow, Reached::Never]);
+        drop((other, usual));
+        assert_eq!(reach(&mut limited, 8 * MIB), Reached::Yes);
+        ReplayRoom::settle(&mut limited, 3 * MIB);
+        assert_eq!(in_flight.bytes(), 3 * MIB);
+    }
+
+    #[tokio::test]
+    async fn replays_of_a_tenant_take_turns() {
+        let in_flight = small_budget();
+        let mut turns = Vec::new();
+        for _ in 0..REPLAYS_MAX {
+            turns.push(in_flight.replay_turn(A).await);
+        }
+        assert!(futures::poll!(std::pin::pin!(in_flight.replay_turn(A))).is_pending());
+        assert!(futures::poll!(std::pin::pin!(in_flight.replay_turn(B))).is_ready());
+        turns.pop();
+        assert!(futures::poll!(std::pin::pin!(in_flight.replay_turn(A))).is_ready());
     }
 
     #[tokio::test]

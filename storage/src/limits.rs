@@ -71,6 +71,10 @@ pub const WATCH_DELIVERY_STEP: usize = 256;
 pub const WATCH_BACKLOG_REVISIONS_MAX: usize = 1_024;
 pub const WATCH_BACKLOG_BYTES_MAX: usize = 4 << 20;
 
+/// What an event counts beside the bytes it tells: itself, its key and its allocations. Without it queues of small events would be
+/// several times as large as they look.
+pub const WATCH_EVENT_OVERHEAD_BYTES: usize = 200;
+
 /// Distinct revisions in one replayed watch response: etcd's own number.
 pub const WATCH_REPLAY_REVISIONS_MAX: usize = 1_000;
 

@@ -10,6 +10,9 @@
 //! end of a replay step, the progress timer, the loss of the leader. The waker is stored before the queue is looked at, so
 //! nothing queued is slept over.
 //!
+//! A step of replay needs room for what it finds, as ranges do, and its message takes that along. Each response is counted until it has
+//! left: until the encoder, which collects small ones, asks for more with nothing collected.
+//!
 //! Order is kept because everything for a client goes through the one queue. The pieces of a fragmented response go out
 //! before the queue is looked at again, so they are contiguous. Requests are read one per message, and not at all while the
 //! queue is full, so neither events nor requests starve the other.
@@ -27,6 +30,7 @@ use bytes::Bytes;
 use futures::task::AtomicWaker;
 use prost::Message;
 use rand::Rng;
+use tenure_storage::watch::{NoRoom, ReplayPlan, ReplayRoom};
 use tenure_storage::{CreateRefusal, Fault, KeyRange, RocksEngine, WatchMessage, WatchSpec, WatchStream};
 use tokio::time::{Instant, Interval, MissedTickBehavior};
 use tokio_stream::Stream;
@@ -52,6 +56,9 @@ pub const PROGRESS_PERIOD_MIN: Duration = Duration::from_millis(100);
 
 /// What etcd allows a response over the largest request: one event of the largest request and its frame fit.
 const FRAGMENT_OVERHEAD_BYTES: usize = 512 << 10;
+
+/// From so many bytes on the encoder hands on what it has collected. tonic's default.
+const ENCODER_BYTES: usize = 32 << 10;
 
 /// Before a replay step that found no room on the reading threads is tried again.
 const REPLAY_RETRY_AFTER: Duration = Duration::from_millis(100);
@@ -121,8 +128,10 @@ pub struct Responses<R> {
     /// What is left of a response that goes in pieces.
     pieces: VecDeque<WatchResponse>,
     in_flight: InFlight,
-    /// Of the response handed out last: it is on its way until the next one is asked for.
-    on_its_way: Option<Reservation>,
+    /// Of the responses that may not have left.
+    on_its_way: Vec<Arc<dyn ReplayRoom>>,
+    /// Bytes that the encoder has collected of them.
+    collected_bytes: usize,
     /// Set while the next response does not fit into what the tenant may have in flight.
     room: Option<Waiting<()>>,
     // Behind the watchers, which have files open: the last owner of the cell unlocks the data directory.
@@ -156,7 +165,8 @@ impl<R: Stream<Item = Result<WatchRequest, Status>> + Unpin> Responses<R> {
             leader_lost,
             pieces: VecDeque::new(),
             in_flight: options.in_flight,
-            on_its_way: None,
+            on_its_way: Vec::new(),
+            collected_bytes: 0,
             room: None,
         }
     }
@@ -186,13 +196,12 @@ impl<R: Stream<Item = Result<WatchRequest, Status>> + Unpin> Responses<R> {
         }
     }
 
-    /// One step of replay at a time, for all watchers that are behind together.
+    /// One step of replay at a time, for the watchers that are behind in turn.
     fn advance_replay(&mut self, task: &mut TaskContext<'_>) -> Result<Advance, Status> {
         if self.replay.is_none() {
-            if !self.watchers.needs_replay() {
-                return Ok(Advance::Waits);
-            }
-            self.replay = Some(Box::pin(replay_step(self.tenant.clone(), Arc::clone(&self.watchers))));
+            let Some(plan) = self.watchers.plan_replay() else { return Ok(Advance::Waits) };
+            let (tenant, watchers) = (self.tenant.clone(), Arc::clone(&self.watchers));
+            self.replay = Some(Box::pin(replay(tenant, watchers, plan, self.in_flight.clone())));
         }
         let Some(replay) = &mut self.replay else { return Ok(Advance::Waits) };
         match replay.as_mut().poll(task) {
@@ -238,6 +247,7 @@ impl<R: Stream<Item = Result<WatchRequest, Status>> + Unpin> Responses<R> {
             }
         }
         self.room = None;
+        reservation.settle(bytes);
         Some(reservation)
     }
 
@@ -245,8 +255,14 @@ impl<R: Stream<Item = Result<WatchRequest, Status>> + Unpin> Responses<R> {
         if let Some(piece) = self.pieces.pop_front() {
             return Some(piece);
         }
-        self.on_its_way = Some(self.reserve(task)?);
+        let reservation = self.reserve(task)?;
         let message = self.watchers.pop()?;
+        if !reservation.is_empty() {
+            self.on_its_way.push(Arc::new(reservation));
+        }
+        if let WatchMessage::Events { room: Some(room), .. } = &message {
+            self.on_its_way.push(Arc::clone(room));
+        }
         let (mut response, fragment) = response(&self.tenant, message);
         if fragment && response.encoded_len() >= self.response_bytes_max {
             self.pieces = cut(&response, self.response_bytes_max);
@@ -261,8 +277,8 @@ impl<R: Stream<Item = Result<WatchRequest, Status>> + Unpin> Stream for Response
 
     fn poll_next(self: Pin<&mut Self>, task: &mut TaskContext<'_>) -> Poll<Option<Self::Item>> {
         let this = self.get_mut();
-        if this.pieces.is_empty() {
-            this.on_its_way = None;
+        if this.collected_bytes == 0 && this.pieces.is_empty() {
+            this.on_its_way.clear();
         }
         this.hub_signal.register(task.waker());
         for _ in 0..SILENT_STEPS_MAX {
@@ -271,12 +287,18 @@ impl<R: Stream<Item = Result<WatchRequest, Status>> + Unpin> Stream for Response
                 Err(status) => return Poll::Ready(Some(Err(status))),
             };
             if let Some(response) = this.next_response(task) {
+                this.collected_bytes += response.encoded_len();
+                if this.collected_bytes >= ENCODER_BYTES {
+                    this.collected_bytes = 0;
+                }
                 return Poll::Ready(Some(Ok(response)));
             }
             if advance == Advance::Waits {
+                this.collected_bytes = 0;
                 return Poll::Pending;
             }
         }
+        this.collected_bytes = 0;
         task.waker().wake_by_ref();
         Poll::Pending
     }
@@ -290,15 +312,37 @@ fn progress_timer(period: Duration) -> Interval {
     timer
 }
 
-async fn replay_step(tenant: Tenant, watchers: Arc<WatchStream<RocksEngine>>) -> Result<(), Fault> {
-    match tenant.read(move |_| watchers.replay_step()).await {
-        Ok(replayed) => replayed,
-        // Nobody else knows that this watcher is behind, so it has to come back.
-        Err(error) => {
-            tracing::debug!(tenant = %tenant.id(), %error, "replay for a watch stream");
-            tokio::time::sleep(REPLAY_RETRY_AFTER).await;
-            Ok(())
-        }
+/// One step. That it returns does not mean that the watcher has moved: nobody else knows that it is behind, so it has its turn again.
+async fn replay(
+    tenant: Tenant,
+    watchers: Arc<WatchStream<RocksEngine>>,
+    plan: ReplayPlan,
+    in_flight: InFlight,
+) -> Result<(), Fault> {
+    let plan = Arc::new(plan);
+    let mut room = in_flight.of(&tenant);
+    loop {
+        let (plan, watchers) = (Arc::clone(&plan), Arc::clone(&watchers));
+        let turn = in_flight.replay_turn(tenant.id()).await;
+        let replayed = tenant.read(move |_| watchers.replay(&plan, room)).await;
+        drop(turn);
+        let given_up = match replayed {
+            Ok(Ok(Ok(()))) => return Ok(()),
+            Ok(Err(fault)) => return Err(fault),
+            Ok(Ok(Err(NoRoom { room: had, bytes }))) => {
+                room = had;
+                match room.wait_for_room(bytes).await {
+                    Ok(()) => continue,
+                    Err(error) => error,
+                }
+            }
+            Err(error) => {
+                tokio::time::sleep(REPLAY_RETRY_AFTER).await;
+                error
+            }
+        };
+        tracing::debug!(tenant = %tenant.id(), error = %given_up, "replay for a watch stream");
+        return Ok(());
     }
 }
 
@@ -347,7 +391,7 @@ fn response(tenant: &Tenant, message: WatchMessage) -> (WatchResponse, bool) {
             let cancel_reason = refusal_text(reason).to_string();
             (WatchResponse { created: true, canceled: true, cancel_reason, ..of(-1, revision) }, false)
         }
-        WatchMessage::Events { watch_id, revision, fragment, batch } => {
+        WatchMessage::Events { watch_id, revision, fragment, batch, .. } => {
             let several = batch.events.len() > 1;
             (WatchResponse { events: batch.encoded(encode_events), ..of(watch_id, revision) }, fragment && several)
         }

@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use parking_lot::Mutex;
 
 use super::index::{GroupId, RangeIndex};
-use super::{Changes, CreateRefusal, Event, EventBatch, EventKind, WatchMessage, WatchSpec};
+use super::{Changes, CreateRefusal, Event, EventBatch, EventKind, ReplayRoom, WatchMessage, WatchSpec};
 use crate::limits::{
     WATCH_BACKLOG_BYTES_MAX, WATCH_BACKLOG_REVISIONS_MAX, WATCH_CLOSE_STEP, WATCH_DIRECT_MAX, WATCH_MATCHES_MAX,
     WATCH_QUEUE_BYTES_MAX, WATCH_QUEUE_RESPONSES_MAX,
@@ -95,8 +95,12 @@ struct Group {
 struct Stream {
     queue: Arc<Queue>,
     watchers: BTreeMap<i64, Watcher>,
-    /// Those that need replay, as (next, id): the one furthest behind is first.
-    unsynced: BTreeSet<(i64, i64)>,
+    /// Those that need replay. They take turns, so that one that is years behind holds up no other.
+    unsynced: BTreeSet<i64>,
+    /// The one that had its turn last.
+    replayed_last: i64,
+    /// The last message that concerns all watchers, as in [`Watcher::told`].
+    told_all: u64,
     /// Next id to hand out; ids handed out are never reused by the server.
     next_id: i64,
     /// The revision when progress was asked for last, while that is not answered.
@@ -114,6 +118,8 @@ struct Watcher {
     fragment: bool,
     /// Whether events went out since the last tick: they are progress enough.
     sent_since_tick: bool,
+    /// The last message that concerns it, as [`Queue::push`] counts them.
+    told: u64,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -134,42 +140,83 @@ pub(super) struct Queue {
 
 #[derive(Default)]
 struct Waiting {
+    /// Goes out before all others: see the module's essay.
+    replayed: Option<WatchMessage>,
     messages: VecDeque<WatchMessage>,
+    /// Of `messages`.
     bytes: usize,
+    /// How many messages ever went through `messages`.
+    popped: u64,
 }
 
 impl Queue {
     pub(super) fn pop(&self) -> Option<WatchMessage> {
         let mut waiting = self.waiting.lock();
+        if let Some(replayed) = waiting.replayed.take() {
+            return Some(replayed);
+        }
         let message = waiting.messages.pop_front()?;
         waiting.bytes -= message.size_bytes();
+        waiting.popped += 1;
         Some(message)
     }
 
+    /// Bytes that the next message has no room for yet.
     pub(super) fn next_bytes(&self) -> Option<usize> {
-        self.waiting.lock().messages.front().map(WatchMessage::size_bytes)
+        let waiting = self.waiting.lock();
+        match waiting.replayed {
+            Some(_) => Some(0),
+            None => waiting.messages.front().map(WatchMessage::size_bytes),
+        }
     }
 
     /// At the bound no further events are taken, and the stream reads no further requests.
     pub(super) fn is_full(&self) -> bool {
-        let waiting = self.waiting.lock();
-        waiting.messages.len() >= WATCH_QUEUE_RESPONSES_MAX || waiting.bytes >= WATCH_QUEUE_BYTES_MAX
+        self.waiting.lock().is_full()
     }
 
-    fn push(&self, message: WatchMessage) {
+    /// Up to which message all have been taken out, if there is room for a replayed one.
+    fn taken_for_replay(&self) -> Option<u64> {
+        let waiting = self.waiting.lock();
+        (waiting.replayed.is_none() && !waiting.is_full()).then_some(waiting.popped)
+    }
+
+    /// Answers how many messages were queued so far, this one included. The replayed do not count.
+    fn push(&self, message: WatchMessage) -> u64 {
         let mut waiting = self.waiting.lock();
         waiting.bytes += message.size_bytes();
         waiting.messages.push_back(message);
+        let pushed = waiting.popped + waiting.messages.len() as u64;
         drop(waiting);
+        (self.waker)();
+        pushed
+    }
+
+    fn has_replayed(&self) -> bool {
+        self.waiting.lock().replayed.is_some()
+    }
+
+    fn push_replayed(&self, message: WatchMessage) {
+        let before = self.waiting.lock().replayed.replace(message);
+        assert!(before.is_none(), "one at a time is replayed");
         (self.waker)();
     }
 }
 
+impl Waiting {
+    fn is_full(&self) -> bool {
+        self.messages.len() >= WATCH_QUEUE_RESPONSES_MAX || self.bytes >= WATCH_QUEUE_BYTES_MAX
+    }
+}
+
 /// What one replay step has to read.
-pub(super) struct ReplayPlan {
+#[derive(Debug)]
+pub struct ReplayPlan {
     pub(super) watch_id: i64,
     pub(super) key: GroupKey,
     pub(super) next: i64,
+    /// As the watcher had it: another one of the same id has been told something else.
+    told: u64,
 }
 
 /// What one replay step has read.
@@ -269,6 +316,8 @@ impl Hub {
                 queue: Arc::clone(&queue),
                 watchers: BTreeMap::new(),
                 unsynced: BTreeSet::new(),
+                replayed_last: i64::MIN,
+                told_all: 0,
                 next_id: 0,
                 progress_asked: None,
             },
@@ -299,7 +348,7 @@ impl Hub {
         let Some(stream) = state.streams.get_mut(&id) else { return };
         let Some(watcher) = stream.watchers.remove(&watch_id) else { return };
         if watcher.phase == Phase::Unsynced {
-            stream.leave_unsynced(watcher.next, watch_id);
+            stream.leave_unsynced(watch_id);
         }
         stream.queue.push(WatchMessage::Canceled { watch_id, revision });
         state.leave_group(watcher.group, id, watch_id, &self.prev_kv_watchers);
@@ -333,37 +382,46 @@ impl Hub {
                 continue;
             }
             if watcher.has_all_up_to(revision) && !stream.queue.is_full() {
-                stream.queue.push(WatchMessage::Progress { watch_id: *watch_id, revision });
+                watcher.told = stream.queue.push(WatchMessage::Progress { watch_id: *watch_id, revision });
             }
         }
     }
 
-    /// The watcher of the stream that is furthest behind; `None` if none is.
+    /// The watcher of the stream whose turn it is; `None` if none is behind, or none can be replayed now.
     pub(super) fn plan_replay(&self, id: StreamId) -> Option<ReplayPlan> {
-        let state = self.state.lock();
-        let stream = state.streams.get(&id)?;
-        let (_, watch_id) = stream.unsynced.first()?;
-        let watcher = stream.watchers.get(watch_id)?;
+        let mut state = self.state.lock();
+        let State { streams, groups, .. } = &mut *state;
+        let stream = streams.get_mut(&id)?;
+        let watch_id = stream.next_to_replay()?;
+        stream.replayed_last = watch_id;
+        let watcher = stream.watchers.get(&watch_id)?;
         assert_eq!(watcher.phase, Phase::Unsynced, "only those behind are listed as behind");
-        let group = state.groups.get(watcher.group)?.as_ref()?;
-        Some(ReplayPlan { watch_id: *watch_id, key: group.key.clone(), next: watcher.next })
+        let group = groups.get(watcher.group)?.as_ref()?;
+        Some(ReplayPlan { watch_id, key: group.key.clone(), next: watcher.next, told: watcher.told })
     }
 
-    /// Queues what a replay step found, unless the watcher was cancelled (or made anew) meanwhile.
-    pub(super) fn finish_replay(&self, id: StreamId, plan: &ReplayPlan, replayed: Replayed) {
+    /// Whether [`Hub::plan_replay`] would find one.
+    pub(super) fn can_replay(&self, id: StreamId) -> bool {
+        self.state.lock().streams.get(&id).is_some_and(|stream| stream.next_to_replay().is_some())
+    }
+
+    /// Queues what a replay step found, unless the watcher was cancelled (or made anew) meanwhile. The message keeps what it needs of
+    /// the room.
+    pub(super) fn finish_replay(&self, id: StreamId, plan: &ReplayPlan, replayed: Replayed, mut room: impl ReplayRoom) {
         let mut state = self.state.lock();
         let State { revision: published, streams, groups, .. } = &mut *state;
         let published = *published;
         let Some(stream) = streams.get_mut(&id) else { return };
         let Some(watcher) = stream.watchers.get_mut(&plan.watch_id) else { return };
         let wants_this = groups[watcher.group].as_ref().is_some_and(|group| group.key == plan.key);
-        if watcher.phase != Phase::Unsynced || watcher.next != plan.next || !wants_this {
+        let is_same = (watcher.phase, watcher.next, watcher.told) == (Phase::Unsynced, plan.next, plan.told);
+        if !is_same || !wants_this || stream.queue.has_replayed() {
             return;
         }
         match replayed {
             Replayed::Compacted { compact_revision } => {
                 watcher.phase = Phase::Compacted;
-                stream.leave_unsynced(plan.next, plan.watch_id);
+                stream.leave_unsynced(plan.watch_id);
                 stream.queue.push(WatchMessage::Compacted { watch_id: plan.watch_id, compact_revision });
             }
             Replayed::Events { events, reached, revision } => {
@@ -375,14 +433,14 @@ impl Hub {
                 if synced {
                     watcher.phase = Phase::Synced;
                 }
-                stream.leave_unsynced(plan.next, plan.watch_id);
-                if !synced {
-                    stream.join_unsynced(reached + 1, plan.watch_id);
+                if synced {
+                    stream.leave_unsynced(plan.watch_id);
                 }
                 if !events.is_empty() {
                     let batch = Arc::new(EventBatch::new(events));
-                    let watch_id = plan.watch_id;
-                    stream.queue.push(WatchMessage::Events { watch_id, revision, fragment, batch });
+                    room.settle(batch.size_bytes);
+                    let (watch_id, room) = (plan.watch_id, Some(Arc::new(room) as Arc<dyn ReplayRoom>));
+                    stream.queue.push_replayed(WatchMessage::Events { watch_id, revision, fragment, batch, room });
                 }
             }
         }
@@ -448,9 +506,9 @@ impl State {
         let next = if spec.start_revision == 0 { revision + 1 } else { spec.start_revision };
         let phase = if next > revision { Phase::Synced } else { Phase::Unsynced };
         if phase == Phase::Unsynced {
-            stream.join_unsynced(next, watch_id);
+            stream.join_unsynced(watch_id);
         }
-        stream.queue.push(WatchMessage::Created { watch_id, revision });
+        let told = stream.queue.push(WatchMessage::Created { watch_id, revision });
         let WatchSpec { prev_kv, no_put, no_delete, .. } = spec;
         let key = GroupKey { range: spec.range.detached(), prev_kv, no_put, no_delete };
         let group = self.join_group(key, id, watch_id, prev_kv_watchers);
@@ -462,6 +520,7 @@ impl State {
             progress_notify: spec.progress_notify,
             fragment: spec.fragment,
             sent_since_tick: false,
+            told,
         };
         if let Some(stream) = self.streams.get_mut(&id) {
             stream.watchers.insert(watch_id, watcher);
@@ -608,23 +667,23 @@ impl State {
                 let next = watcher.next.max(delivered + 1);
                 if watcher.phase == Phase::Synced && next <= revision {
                     (watcher.phase, watcher.next) = (Phase::Unsynced, next);
-                    behind.push((next, *watch_id));
+                    behind.push(*watch_id);
                 }
             }
-            for (next, watch_id) in behind {
-                stream.join_unsynced(next, watch_id);
+            for watch_id in behind {
+                stream.join_unsynced(watch_id);
             }
             (stream.queue.waker)();
         }
     }
 
     /// Says how far a stream is, if all its watchers are.
-    fn answer_progress(&self, id: StreamId) {
+    fn answer_progress(&mut self, id: StreamId) {
         let revision = self.delivered;
-        let Some(stream) = self.streams.get(&id) else { return };
+        let Some(stream) = self.streams.get_mut(&id) else { return };
         let all_synced = stream.watchers.values().all(|watcher| watcher.has_all_up_to(revision));
         if all_synced && !stream.watchers.is_empty() {
-            stream.queue.push(WatchMessage::Progress { watch_id: -1, revision });
+            stream.told_all = stream.queue.push(WatchMessage::Progress { watch_id: -1, revision });
         }
     }
 
@@ -666,14 +725,22 @@ impl Stream {
         self.next_id - 1
     }
 
-    fn join_unsynced(&mut self, next: i64, watch_id: i64) {
-        let new = self.unsynced.insert((next, watch_id));
+    /// The watcher behind the one that had its turn last, of those of which nothing is queued.
+    fn next_to_replay(&self) -> Option<i64> {
+        let taken = self.queue.taken_for_replay().filter(|taken| self.told_all <= *taken)?;
+        let later = self.unsynced.range((Bound::Excluded(self.replayed_last), Bound::Unbounded));
+        let mut in_turn = later.chain(self.unsynced.range(..=self.replayed_last));
+        in_turn.find(|id| self.watchers.get(id).is_some_and(|watcher| watcher.told <= taken)).copied()
+    }
+
+    fn join_unsynced(&mut self, watch_id: i64) {
+        let new = self.unsynced.insert(watch_id);
         assert!(new, "a watcher falls behind once");
         self.queue.unsynced.store(self.unsynced.len(), Ordering::Relaxed);
     }
 
-    fn leave_unsynced(&mut self, next: i64, watch_id: i64) {
-        let was = self.unsynced.remove(&(next, watch_id));
+    fn leave_unsynced(&mut self, watch_id: i64) {
+        let was = self.unsynced.remove(&watch_id);
         assert!(was, "a watcher behind is listed");
         self.queue.unsynced.store(self.unsynced.len(), Ordering::Relaxed);
     }
@@ -687,7 +754,7 @@ impl Stream {
         let Some(batch) = batch.filter(|_| !self.queue.is_full()) else {
             watcher.phase = Phase::Unsynced;
             watcher.next = revision;
-            self.join_unsynced(revision, watch_id);
+            self.join_unsynced(watch_id);
             // Whoever has room to read it begins now.
             (self.queue.waker)();
             return;
@@ -695,7 +762,8 @@ impl Stream {
         watcher.sent_since_tick = true;
         watcher.next = revision + 1;
         let fragment = watcher.fragment;
-        self.queue.push(WatchMessage::Events { watch_id, revision, fragment, batch: Arc::clone(batch) });
+        let batch = Arc::clone(batch);
+        watcher.told = self.queue.push(WatchMessage::Events { watch_id, revision, fragment, batch, room: None });
     }
 }
 

@@ -6,8 +6,13 @@
 //!
 //! Life of a watcher. It is *synced* when it has been sent everything up to the hub's revision: then events go into the
 //! queue as they are applied. It is *unsynced* when it starts in the past, or when its stream's queue was full: then the
-//! stream's own task replays history in bounded steps ([`WatchStream::replay_step`]) until it has caught up. So a slow client
-//! costs its queue, not its lag, and nobody waits for it.
+//! stream's own task replays history in bounded steps ([`WatchStream::replay`]) until it has caught up. So a slow client
+//! costs its queue, not its lag, and nobody waits for it. The watchers of a stream that are behind take turns.
+//!
+//! What a step reads needs room ([`ReplayRoom`]), which its message keeps until it was sent: history is not shared as live events
+//! are, and there may be thousands of streams. A step ends with the last whole revision that there is room for. Nobody waits while
+//! holding: a stream has one replayed message at a time, and that goes out before all others. So that this changes the order of
+//! nothing that one watcher is told, a watcher is replayed only when nothing is queued that concerns it.
 //!
 //! `apply` serves the watchers of a revision itself if they are few. If they are many, the revision and all behind it wait in the
 //! hub's backlog, which the edge delivers in steps, tenants in turn ([`Store::deliver`](crate::Store::deliver)). A backlog has a bound,
@@ -31,8 +36,10 @@ use std::sync::{Arc, OnceLock};
 use bytes::Bytes;
 
 pub(crate) use self::hub::Hub;
+pub use self::hub::ReplayPlan;
 pub(crate) use self::index::RangeIndex;
-pub use self::stream::WatchStream;
+pub use self::stream::{NoRoom, Reached, ReplayRoom, WatchStream};
+use crate::limits::WATCH_EVENT_OVERHEAD_BYTES;
 use crate::types::KeyRange;
 
 /// What kind of change an event tells of.
@@ -55,7 +62,7 @@ pub struct Event {
 
 impl Event {
     fn size_bytes(&self) -> usize {
-        self.kv.len() + self.prev_kv.as_ref().map_or(0, Bytes::len) + 16
+        self.kv.len() + self.prev_kv.as_ref().map_or(0, Bytes::len) + WATCH_EVENT_OVERHEAD_BYTES
     }
 }
 
@@ -136,12 +143,15 @@ pub enum WatchMessage {
         revision: i64,
         fragment: bool,
         batch: Arc<EventBatch>,
+        /// What a replayed message holds until it was sent; live ones hold nothing.
+        room: Option<Arc<dyn ReplayRoom>>,
     },
     Canceled {
         watch_id: i64,
         revision: i64,
     },
-    /// The watcher needs history that is gone. Its id stays taken until the client cancels it.
+    /// The watcher needs history that is gone, or a revision that is too large to be sent. The next one that it can have is
+    /// `compact_revision`. Its id stays taken until the client cancels it.
     Compacted {
         watch_id: i64,
         compact_revision: i64,

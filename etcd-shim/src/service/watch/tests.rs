@@ -7,7 +7,7 @@ use tokio_stream::StreamExt;
 use tokio_stream::wrappers::UnboundedReceiverStream;
 
 use super::*;
-use crate::inflight::{Budget, OpenRequests};
+use crate::inflight::{Budget, FEW_REQUESTS, OpenRequests};
 use crate::proto::etcdserverpb::WatchProgressRequest;
 use crate::service::testing::TestCell;
 
@@ -23,13 +23,24 @@ impl Client {
     }
 
     fn with_options(tenant: &Tenant, progress_period: Duration, response_bytes_max: usize) -> Client {
+        let in_flight = InFlight::new(Budget::default(), OpenRequests::default());
+        Client::with_all_options(
+            tenant,
+            Options { progress_period, response_bytes_max, wants_leader: false, in_flight },
+        )
+    }
+
+    fn within(tenant: &Tenant, in_flight: &InFlight) -> Client {
+        let (progress_period, response_bytes_max) = (PROGRESS_PERIOD_DEFAULT, 2 << 20);
+        let in_flight = in_flight.clone();
+        Client::with_all_options(
+            tenant,
+            Options { progress_period, response_bytes_max, wants_leader: false, in_flight },
+        )
+    }
+
+    fn with_all_options(tenant: &Tenant, options: Options) -> Client {
         let (sender, receiver) = mpsc::unbounded_channel();
-        let options = Options {
-            progress_period,
-            response_bytes_max,
-            wants_leader: false,
-            in_flight: InFlight::new(Budget::default(), OpenRequests::default()),
-        };
         let responses = Responses::new(tenant.clone(), UnboundedReceiverStream::new(receiver), options);
         Client { requests: Some(sender), responses }
     }
@@ -234,6 +245,97 @@ async fn a_client_that_does_not_read_catches_up() {
     client.assert_quiet().await;
     let at = put(&tenant, "a/1", "x").await;
     assert_eq!(revision(&client.next().await), at);
+}
+
+/// Room for so many MiB.
+fn room_for(mib: usize) -> InFlight {
+    let (tenant_bytes, process_bytes) = (mib << 20, mib << 20);
+    let budget = Budget { tenant_bytes, process_bytes, tenant_floor_bytes: 0, wait_max: Duration::from_secs(5) };
+    InFlight::new(budget, OpenRequests::default())
+}
+
+/// A tenant may have thousands of streams that start in the past, of clients that do not read.
+#[tokio::test]
+async fn the_past_is_not_read_before_there_is_room_for_it() {
+    let cell = TestCell::open().await;
+    let tenant = cell.tenant("default");
+    for _ in 0..8 {
+        put(&tenant, "a/1", vec![b'x'; 300 << 10]).await;
+    }
+    let in_flight = room_for(2);
+    let answers = in_flight.hold(tenant.id(), 2 << 20).unwrap();
+    let mut client = Client::within(&tenant, &in_flight);
+    client.create(WatchCreateRequest { start_revision: 2, ..of("a/") });
+    assert!(client.next().await.created);
+    while in_flight.waiting(tenant.id()) == 0 {
+        assert!(futures::poll!(std::pin::pin!(client.next())).is_pending());
+        tokio::task::yield_now().await;
+    }
+    assert_eq!(client.responses.watchers.next_bytes(), None, "nothing was read that would have to wait");
+    drop(answers);
+    let mut seen = 0;
+    while seen < 8 {
+        let response = client.next().await;
+        let count = response.event_count();
+        assert!(in_flight.bytes() > count * (300 << 10) && in_flight.bytes() <= 2 << 20, "what is on its way counts");
+        seen += count;
+    }
+    client.assert_quiet().await;
+    assert_eq!(in_flight.bytes(), 0);
+}
+
+/// A delete may replace all that a tenant has; a watcher that has to read that is told where it can go on, and not in the middle of it.
+#[tokio::test]
+async fn a_revision_that_never_has_room_is_as_one_that_was_compacted() {
+    let cell = TestCell::open().await;
+    let tenant = cell.tenant("default");
+    for number in 0..8 {
+        put(&tenant, &format!("a/{number}"), vec![b'x'; 300 << 10]).await;
+    }
+    let range = KeyRange::HalfOpen { start: "a/".into(), end: "a0".into() };
+    let delete = Command::DeleteRange(DeleteRangeRequest { range, prev_kv: false });
+    let at = tenant.propose(delete).await.unwrap().revision;
+    let in_flight = room_for(1);
+    let mut client = Client::within(&tenant, &in_flight);
+    client.create(WatchCreateRequest { start_revision: at, prev_kv: true, ..of("a/") });
+    assert!(client.next().await.created);
+    let gone = client.next().await;
+    assert_eq!((gone.canceled, gone.watch_id, gone.compact_revision), (true, 0, at + 1));
+    client.create(WatchCreateRequest { start_revision: at, ..of("a/") });
+    assert!(client.next().await.created);
+    assert_eq!(client.next().await.event_count(), 8, "without what was there it fits");
+    client.create(WatchCreateRequest { start_revision: at + 1, prev_kv: true, ..of("a/") });
+    assert!(client.next().await.created);
+    put(&tenant, "a/1", "x").await;
+    let mut told = [client.next().await.watch_id, client.next().await.watch_id];
+    told.sort_unstable();
+    assert_eq!(told, [1, 2]);
+}
+
+/// The encoder collects small responses until there are none, or they are enough.
+#[tokio::test]
+async fn small_responses_are_counted_until_they_have_left() {
+    let cell = TestCell::open().await;
+    let tenant = cell.tenant("default");
+    let in_flight = room_for(8);
+    let _many: Vec<_> = (0..=FEW_REQUESTS).map(|_| in_flight.open_requests().open(tenant.id())).collect();
+    let mut client = Client::within(&tenant, &in_flight);
+    client.create(of("a/"));
+    assert!(client.next().await.created);
+    let event_bytes = 10 << 10;
+    for _ in 0..5 {
+        put(&tenant, "a/1", vec![b'x'; event_bytes]).await;
+    }
+    let mut counted = Vec::new();
+    for _ in 0..5 {
+        client.next().await;
+        counted.push(in_flight.bytes() / event_bytes);
+    }
+    assert_eq!(counted, [1, 2, 3, 4, 1], "after four it has enough");
+    assert!(futures::poll!(std::pin::pin!(client.next())).is_pending());
+    assert!(in_flight.bytes() > event_bytes, "it may hand that on only now");
+    assert!(futures::poll!(std::pin::pin!(client.next())).is_pending());
+    assert_eq!(in_flight.bytes(), 0);
 }
 
 #[tokio::test]

@@ -5,6 +5,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::limits::WATCHERS_PER_TENANT_MAX;
+use crate::watch::stream::Boundless;
 
 fn event(revision: i64) -> Event {
     Event { kind: EventKind::Put, key: Bytes::from_static(b"k"), kv: revision.to_string().into(), prev_kv: None }
@@ -80,15 +81,13 @@ impl Seen {
         }
     }
 
-    /// Reads history for the watch that is furthest behind, as `replay_step` does.
+    /// Reads history for the watch whose turn it is, as `replay_step` does.
     fn replay(&self, hub: &Hub, newest: i64) {
-        if let Some(plan) = hub.plan_replay(self.id)
-            && !self.queue.is_full()
-        {
+        if let Some(plan) = hub.plan_replay(self.id) {
             // In small steps, so that changes come in between.
             let reached = newest.min(plan.next + 2);
             let events = RangeInclusive::new(plan.next, reached).map(event).collect();
-            hub.finish_replay(self.id, &plan, Replayed::Events { events, reached, revision: newest });
+            hub.finish_replay(self.id, &plan, Replayed::Events { events, reached, revision: newest }, Boundless);
         }
     }
 }
@@ -163,7 +162,7 @@ fn who_wants_to_see_what_was_replaced_reads_it_if_nobody_kept_it() {
     assert!(matches!(sent[..], [WatchMessage::Events { watch_id: 1, .. }]), "{sent:?}");
     let plan = hub.plan_replay(id).unwrap();
     assert_eq!((plan.watch_id, plan.next), (0, 2));
-    hub.finish_replay(id, &plan, Replayed::Events { events: vec![event(2)], reached: 2, revision: 2 });
+    hub.finish_replay(id, &plan, Replayed::Events { events: vec![event(2)], reached: 2, revision: 2 }, Boundless);
     assert!(!hub.publish(3, changes(3)));
     assert_eq!(std::iter::from_fn(|| queue.pop()).count(), 3, "the one that was read, and the next for both");
 }
@@ -198,14 +197,65 @@ fn what_was_read_for_one_watcher_is_not_given_to_another() {
     let hub = Hub::new(5);
     let (id, queue) = hub.open_stream(Arc::new(|| {}));
     hub.create(id, WatchSpec { watch_id: 7, ..spec(3) }, WATCHERS_PER_TENANT_MAX);
+    queue.pop();
     let plan = hub.plan_replay(id).unwrap();
     hub.cancel(id, 7);
     let other = WatchSpec { range: KeyRange::Single("other".into()), watch_id: 7, ..spec(3) };
     hub.create(id, other, WATCHERS_PER_TENANT_MAX);
     while queue.pop().is_some() {}
-    hub.finish_replay(id, &plan, Replayed::Events { events: vec![event(3)], reached: 5, revision: 5 });
+    hub.finish_replay(id, &plan, Replayed::Events { events: vec![event(3)], reached: 5, revision: 5 }, Boundless);
     assert!(queue.pop().is_none());
     assert_eq!(hub.plan_replay(id).unwrap().next, 3);
+}
+
+// The same id, range and start: but its creation has not been told yet, and what is replayed goes out before what waits.
+#[test]
+fn what_was_read_for_one_watcher_does_not_overtake_the_creation_of_another() {
+    let hub = Hub::new(5);
+    let (id, queue) = hub.open_stream(Arc::new(|| {}));
+    let same = || hub.create(id, WatchSpec { watch_id: 7, ..spec(3) }, WATCHERS_PER_TENANT_MAX);
+    same();
+    queue.pop();
+    let plan = hub.plan_replay(id).unwrap();
+    hub.cancel(id, 7);
+    same();
+    hub.finish_replay(id, &plan, Replayed::Events { events: vec![event(3)], reached: 5, revision: 5 }, Boundless);
+    assert!(matches!(queue.pop(), Some(WatchMessage::Canceled { .. })));
+    assert!(hub.plan_replay(id).is_none(), "not before it is told");
+    assert!(matches!(queue.pop(), Some(WatchMessage::Created { .. })));
+    assert_eq!(hub.plan_replay(id).unwrap().next, 3);
+}
+
+// One watcher has a million revisions to read; who is behind by one does not wait for that.
+#[test]
+fn watchers_that_are_behind_take_turns() {
+    let newest = 1_000_000;
+    let hub = Hub::new(newest);
+    let mut seen = Seen::open(&hub);
+    seen.create(&hub, 1);
+    (0..3).for_each(|_| seen.create(&hub, newest));
+    seen.read();
+    for _ in 0..4 {
+        seen.replay(&hub, newest);
+        seen.read();
+    }
+    assert_eq!(seen.watches.values().map(|(_, last)| *last).collect::<Vec<_>>(), [3, newest, newest, newest]);
+}
+
+// What is replayed holds memory, so it may not wait behind what waits for memory.
+#[test]
+fn what_is_replayed_goes_out_first_and_one_at_a_time() {
+    let hub = Hub::new(5);
+    let (id, queue) = hub.open_stream(Arc::new(|| {}));
+    [0, 4, 4].iter().for_each(|start| hub.create(id, spec(*start), WATCHERS_PER_TENANT_MAX));
+    (0..3).for_each(|_| drop(queue.pop()));
+    assert!(!hub.publish(6, changes(6)));
+    let plan = hub.plan_replay(id).unwrap();
+    hub.finish_replay(id, &plan, Replayed::Events { events: vec![event(4)], reached: 4, revision: 5 }, Boundless);
+    assert!(hub.plan_replay(id).is_none(), "there is one");
+    assert!(matches!(queue.pop(), Some(WatchMessage::Events { watch_id: 1, room: Some(_), .. })));
+    assert_eq!(hub.plan_replay(id).unwrap().watch_id, 2);
+    assert!(matches!(queue.pop(), Some(WatchMessage::Events { watch_id: 0, room: None, .. })));
 }
 
 // A stream is closed in several turns of the lock; nothing of it may stay.
