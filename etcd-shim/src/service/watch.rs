@@ -32,6 +32,7 @@ use prost::Message;
 use rand::Rng;
 use tenure_storage::watch::{NoRoom, ReplayPlan, ReplayRoom};
 use tenure_storage::{CreateRefusal, Fault, KeyRange, RocksEngine, WatchMessage, WatchSpec, WatchStream};
+use tokio::runtime::Handle;
 use tokio::time::{Instant, Interval, MissedTickBehavior};
 use tokio_stream::Stream;
 use tonic::{Request, Response, Status, Streaming};
@@ -220,6 +221,7 @@ impl<R: Stream<Item = Result<WatchRequest, Status>> + Unpin> Responses<R> {
         {
             return Err(CellError::NoLeader.into());
         }
+        self.watchers.tell_progress();
         if self.progress.poll_tick(task).is_ready() {
             self.watchers.tick_progress();
             return Ok(Advance::Moved);
@@ -301,6 +303,22 @@ impl<R: Stream<Item = Result<WatchRequest, Status>> + Unpin> Stream for Response
         this.collected_bytes = 0;
         task.waker().wake_by_ref();
         Poll::Pending
+    }
+}
+
+/// A stream may have very many watchers, and this runs on a thread that serves connections.
+impl<R> Drop for Responses<R> {
+    fn drop(&mut self) {
+        let Some(mut closing) = self.watchers.close() else { return };
+        if closing.step()
+            && let Ok(runtime) = Handle::try_current()
+        {
+            runtime.spawn(async move {
+                while closing.step() {
+                    tokio::task::yield_now().await;
+                }
+            });
+        }
     }
 }
 

@@ -7,7 +7,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::ops::Bound;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use parking_lot::Mutex;
 
@@ -50,6 +50,8 @@ struct State {
     by_key: HashMap<GroupKey, GroupId>,
     index: RangeIndex,
     watchers: usize,
+    /// Of these, synced ones. While there are none nobody is interested in a revision.
+    synced: Arc<AtomicUsize>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -99,6 +101,16 @@ struct Stream {
     unsynced: BTreeSet<i64>,
     /// The one that had its turn last.
     replayed_last: i64,
+    /// Synced watchers, here and of the whole hub.
+    synced: usize,
+    synced_of_all: Arc<AtomicUsize>,
+    /// Synced watchers that begin, or have been told of something, behind what was delivered then, as (last revision that does not
+    /// concern them any more, id).
+    ahead: BTreeSet<(i64, i64)>,
+    /// Watchers that want periodic progress.
+    notified: BTreeSet<i64>,
+    /// From which of them on progress of the last tick is due.
+    due_from: Option<i64>,
     /// The last message that concerns all watchers, as in [`Watcher::told`].
     told_all: u64,
     /// Next id to hand out; ids handed out are never reused by the server.
@@ -114,12 +126,13 @@ struct Watcher {
     /// Events below it have been sent or are not wanted.
     next: i64,
     phase: Phase,
-    progress_notify: bool,
     fragment: bool,
     /// Whether events went out since the last tick: they are progress enough.
     sent_since_tick: bool,
     /// The last message that concerns it, as [`Queue::push`] counts them.
     told: u64,
+    /// Its entry in [`Stream::ahead`].
+    ahead_to: Option<i64>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -135,6 +148,8 @@ pub(super) struct Queue {
     waiting: Mutex<Waiting>,
     /// Watchers of the stream that need replay.
     pub(super) unsynced: AtomicUsize,
+    /// Whether a tick's progress is due to some.
+    pub(super) owes_progress: AtomicBool,
     waker: Waker,
 }
 
@@ -209,6 +224,12 @@ impl Waiting {
     }
 }
 
+/// Watchers of a stream that is not there any more.
+pub(super) struct Closed {
+    id: StreamId,
+    watchers: std::collections::btree_map::IntoIter<i64, Watcher>,
+}
+
 /// What one replay step has to read.
 #[derive(Debug)]
 pub struct ReplayPlan {
@@ -247,6 +268,7 @@ impl Hub {
             by_key: HashMap::new(),
             index: RangeIndex::default(),
             watchers: 0,
+            synced: Arc::default(),
         };
         Hub { state: Mutex::new(state), prev_kv_watchers: AtomicUsize::new(0) }
     }
@@ -306,9 +328,15 @@ impl Hub {
     }
 
     pub(super) fn open_stream(&self, waker: Waker) -> (StreamId, Arc<Queue>) {
-        let queue = Arc::new(Queue { waiting: Mutex::default(), unsynced: AtomicUsize::new(0), waker });
+        let queue = Arc::new(Queue {
+            waiting: Mutex::default(),
+            unsynced: AtomicUsize::new(0),
+            owes_progress: AtomicBool::new(false),
+            waker,
+        });
         let mut state = self.state.lock();
         let id = state.next_stream;
+        let synced_of_all = Arc::clone(&state.synced);
         state.next_stream += 1;
         state.streams.insert(
             id,
@@ -317,6 +345,11 @@ impl Hub {
                 watchers: BTreeMap::new(),
                 unsynced: BTreeSet::new(),
                 replayed_last: i64::MIN,
+                synced: 0,
+                synced_of_all,
+                ahead: BTreeSet::new(),
+                notified: BTreeSet::new(),
+                due_from: None,
                 told_all: 0,
                 next_id: 0,
                 progress_asked: None,
@@ -325,17 +358,21 @@ impl Hub {
         (id, queue)
     }
 
-    pub(super) fn close_stream(&self, id: StreamId) {
-        let Some(stream) = self.state.lock().streams.remove(&id) else { return };
-        // A tenant's writes wait for the lock, and a stream may have a million watchers.
-        let mut watchers = stream.watchers.into_iter();
-        loop {
-            let mut state = self.state.lock();
-            for _ in 0..WATCH_CLOSE_STEP {
-                let Some((watch_id, watcher)) = watchers.next() else { return };
-                state.leave_group(watcher.group, id, watch_id, &self.prev_kv_watchers);
-            }
+    /// Takes a stream out, so that it gets nothing more. Its watchers are to be forgotten in steps: a tenant's writes wait for the lock,
+    /// and a stream may have a million. `None`: it was taken out before.
+    pub(super) fn close_stream(&self, id: StreamId) -> Option<Closed> {
+        let mut stream = self.state.lock().streams.remove(&id)?;
+        stream.synced_of_all.fetch_sub(stream.synced, Ordering::Relaxed);
+        Some(Closed { id, watchers: std::mem::take(&mut stream.watchers).into_iter() })
+    }
+
+    /// Forgets some watchers. Answers whether there are more.
+    pub(super) fn forget_some(&self, closed: &mut Closed) -> bool {
+        let mut state = self.state.lock();
+        for (watch_id, watcher) in closed.watchers.by_ref().take(WATCH_CLOSE_STEP) {
+            state.leave_group(watcher.group, closed.id, watch_id, &self.prev_kv_watchers);
         }
+        closed.watchers.len() > 0
     }
 
     pub(super) fn create(&self, id: StreamId, spec: WatchSpec, watchers_max: usize) {
@@ -347,9 +384,15 @@ impl Hub {
         let revision = state.revision;
         let Some(stream) = state.streams.get_mut(&id) else { return };
         let Some(watcher) = stream.watchers.remove(&watch_id) else { return };
-        if watcher.phase == Phase::Unsynced {
-            stream.leave_unsynced(watch_id);
+        match watcher.phase {
+            Phase::Synced => stream.leave_synced(),
+            Phase::Unsynced => stream.leave_unsynced(watch_id),
+            Phase::Compacted => {}
         }
+        if let Some(revision) = watcher.ahead_to {
+            stream.ahead.remove(&(revision, watch_id));
+        }
+        stream.notified.remove(&watch_id);
         stream.queue.push(WatchMessage::Canceled { watch_id, revision });
         state.leave_group(watcher.group, id, watch_id, &self.prev_kv_watchers);
     }
@@ -369,22 +412,38 @@ impl Hub {
         }
     }
 
-    /// While something waits nobody is told: the next tick may.
+    /// Progress is due to all that want it. If it still is to some since the last tick, that goes on where it is.
     pub(super) fn tick_progress(&self, id: StreamId) {
+        if let Some(stream) = self.state.lock().streams.get_mut(&id) {
+            stream.due_from.get_or_insert(i64::MIN);
+            stream.queue.owes_progress.store(true, Ordering::Relaxed);
+        }
+        self.tell_progress(id);
+    }
+
+    /// Tells of progress what there is room for, up to what was delivered. In turns of the lock: a stream may have very many watchers.
+    pub(super) fn tell_progress(&self, id: StreamId) {
+        while self.tell_some_progress(id).is_some_and(|more| more) {}
+    }
+
+    /// Answers whether there is more to tell, and room.
+    fn tell_some_progress(&self, id: StreamId) -> Option<bool> {
         let mut state = self.state.lock();
-        let revision = state.revision;
-        if !state.backlog.is_empty() {
-            return;
-        }
-        let Some(stream) = state.streams.get_mut(&id) else { return };
-        for (watch_id, watcher) in &mut stream.watchers {
-            if !watcher.progress_notify || std::mem::take(&mut watcher.sent_since_tick) {
-                continue;
+        let revision = state.delivered;
+        let Stream { notified, watchers, queue, due_from, .. } = state.streams.get_mut(&id)?;
+        for (visited, watch_id) in notified.range((*due_from)?..).enumerate() {
+            if visited == WATCH_CLOSE_STEP || queue.is_full() {
+                *due_from = Some(*watch_id);
+                return Some(!queue.is_full());
             }
-            if watcher.has_all_up_to(revision) && !stream.queue.is_full() {
-                watcher.told = stream.queue.push(WatchMessage::Progress { watch_id: *watch_id, revision });
+            let watcher = watchers.get_mut(watch_id)?;
+            if !std::mem::take(&mut watcher.sent_since_tick) && watcher.has_all_up_to(revision) {
+                watcher.told = queue.push(WatchMessage::Progress { watch_id: *watch_id, revision });
             }
         }
+        *due_from = None;
+        queue.owes_progress.store(false, Ordering::Relaxed);
+        Some(false)
     }
 
     /// The watcher of the stream whose turn it is; `None` if none is behind, or none can be replayed now.
@@ -409,8 +468,8 @@ impl Hub {
     /// the room.
     pub(super) fn finish_replay(&self, id: StreamId, plan: &ReplayPlan, replayed: Replayed, mut room: impl ReplayRoom) {
         let mut state = self.state.lock();
-        let State { revision: published, streams, groups, .. } = &mut *state;
-        let published = *published;
+        let State { revision: published, delivered, streams, groups, .. } = &mut *state;
+        let (published, delivered) = (*published, *delivered);
         let Some(stream) = streams.get_mut(&id) else { return };
         let Some(watcher) = stream.watchers.get_mut(&plan.watch_id) else { return };
         let wants_this = groups[watcher.group].as_ref().is_some_and(|group| group.key == plan.key);
@@ -435,6 +494,7 @@ impl Hub {
                 }
                 if synced {
                     stream.leave_unsynced(plan.watch_id);
+                    stream.join_synced(plan.watch_id, delivered);
                 }
                 if !events.is_empty() {
                     let batch = Arc::new(EventBatch::new(events));
@@ -485,7 +545,7 @@ impl Delivery {
 impl State {
     fn create(&mut self, id: StreamId, spec: WatchSpec, watchers_max: usize, prev_kv_watchers: &AtomicUsize) {
         let revision = self.revision;
-        let watchers = self.watchers;
+        let (watchers, delivered) = (self.watchers, self.delivered);
         let Some(stream) = self.streams.get_mut(&id) else { return };
         let refusal = if spec.start_revision < 0 {
             Some(CreateRefusal::Compacted)
@@ -517,13 +577,19 @@ impl State {
             start_revision: spec.start_revision,
             next,
             phase,
-            progress_notify: spec.progress_notify,
             fragment: spec.fragment,
             sent_since_tick: false,
             told,
+            ahead_to: None,
         };
         if let Some(stream) = self.streams.get_mut(&id) {
             stream.watchers.insert(watch_id, watcher);
+            if spec.progress_notify {
+                stream.notified.insert(watch_id);
+            }
+            if phase == Phase::Synced {
+                stream.join_synced(watch_id, delivered);
+            }
         }
     }
 
@@ -569,7 +635,8 @@ impl State {
     /// Which group wants which of these events; `None`: too many want too much.
     fn matches(&self, events: &[Event]) -> Option<Vec<(GroupId, usize)>> {
         let mut matches: Vec<(GroupId, usize)> = Vec::new();
-        if self.watchers == 0 {
+        if self.synced.load(Ordering::Relaxed) == 0 {
+            // Whoever is behind reads it.
             return Some(matches);
         }
         for (position, event) in events.iter().enumerate() {
@@ -659,7 +726,7 @@ impl State {
         self.delivered = revision;
         for stream in self.streams.values_mut() {
             stream.progress_asked = None;
-            if stream.unsynced.len() == stream.watchers.len() {
+            if stream.synced == 0 {
                 continue;
             }
             let mut behind = Vec::new();
@@ -671,6 +738,7 @@ impl State {
                 }
             }
             for watch_id in behind {
+                stream.leave_synced();
                 stream.join_unsynced(watch_id);
             }
             (stream.queue.waker)();
@@ -681,8 +749,7 @@ impl State {
     fn answer_progress(&mut self, id: StreamId) {
         let revision = self.delivered;
         let Some(stream) = self.streams.get_mut(&id) else { return };
-        let all_synced = stream.watchers.values().all(|watcher| watcher.has_all_up_to(revision));
-        if all_synced && !stream.watchers.is_empty() {
+        if stream.has_all_up_to(revision) && !stream.watchers.is_empty() {
             stream.told_all = stream.queue.push(WatchMessage::Progress { watch_id: -1, revision });
         }
     }
@@ -733,6 +800,36 @@ impl Stream {
         in_turn.find(|id| self.watchers.get(id).is_some_and(|watcher| watcher.told <= taken)).copied()
     }
 
+    /// Whether every watcher has. Asked where nothing is delivered in part: then all that are not ahead have the same.
+    fn has_all_up_to(&mut self, revision: i64) -> bool {
+        while let Some((reached, watch_id)) = self.ahead.first().copied()
+            && reached <= revision
+        {
+            self.ahead.remove(&(reached, watch_id));
+            if let Some(watcher) = self.watchers.get_mut(&watch_id) {
+                watcher.ahead_to = None;
+            }
+        }
+        self.synced == self.watchers.len() && self.ahead.is_empty()
+    }
+
+    fn join_synced(&mut self, watch_id: i64, delivered: i64) {
+        self.synced += 1;
+        self.synced_of_all.fetch_add(1, Ordering::Relaxed);
+        let Some(watcher) = self.watchers.get_mut(&watch_id) else { return };
+        let reached = watcher.start_revision.max(watcher.next - 1);
+        let entry = (reached > delivered).then_some(reached);
+        if let Some(before) = std::mem::replace(&mut watcher.ahead_to, entry) {
+            self.ahead.remove(&(before, watch_id));
+        }
+        self.ahead.extend(entry.map(|reached| (reached, watch_id)));
+    }
+
+    fn leave_synced(&mut self) {
+        self.synced -= 1;
+        self.synced_of_all.fetch_sub(1, Ordering::Relaxed);
+    }
+
     fn join_unsynced(&mut self, watch_id: i64) {
         let new = self.unsynced.insert(watch_id);
         assert!(new, "a watcher falls behind once");
@@ -754,6 +851,7 @@ impl Stream {
         let Some(batch) = batch.filter(|_| !self.queue.is_full()) else {
             watcher.phase = Phase::Unsynced;
             watcher.next = revision;
+            self.leave_synced();
             self.join_unsynced(watch_id);
             // Whoever has room to read it begins now.
             (self.queue.waker)();

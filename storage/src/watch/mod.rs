@@ -38,7 +38,7 @@ use bytes::Bytes;
 pub(crate) use self::hub::Hub;
 pub use self::hub::ReplayPlan;
 pub(crate) use self::index::RangeIndex;
-pub use self::stream::{NoRoom, Reached, ReplayRoom, WatchStream};
+pub use self::stream::{Closing, NoRoom, Reached, ReplayRoom, WatchStream};
 use crate::limits::WATCH_EVENT_OVERHEAD_BYTES;
 use crate::types::KeyRange;
 

@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 
 use bytes::Bytes;
 
-use super::hub::{GroupKey, Queue, ReplayPlan, Replayed, StreamId};
+use super::hub::{Closed, GroupKey, Queue, ReplayPlan, Replayed, StreamId};
 use super::{Event, EventKind, WatchMessage, WatchSpec};
 use crate::engine::{Cursor, Engine, Family, Reader};
 use crate::error::Fault;
@@ -89,6 +89,13 @@ impl<E: Engine> WatchStream<E> {
         self.tenant.hub.tick_progress(self.id);
     }
 
+    /// Goes on with what a tick could not queue, if that is due and there is room. Cheap if not.
+    pub fn tell_progress(&self) {
+        if self.queue.owes_progress.load(Ordering::Relaxed) && !self.queue.is_full() {
+            self.tenant.hub.tell_progress(self.id);
+        }
+    }
+
     /// The next message to send. Never blocks.
     pub fn pop(&self) -> Option<WatchMessage> {
         self.queue.pop()
@@ -144,9 +151,37 @@ impl<E: Engine> WatchStream<E> {
     }
 }
 
+impl<E: Engine> WatchStream<E> {
+    /// Ends all watchers as dropping the stream does, but leaves it to the caller to do that in steps: there may be very many. `None`:
+    /// it was closed before.
+    pub fn close(&self) -> Option<Closing> {
+        let closed = self.tenant.hub.close_stream(self.id)?;
+        Some(Closing { tenant: Arc::clone(&self.tenant), closed })
+    }
+}
+
 impl<E: Engine> Drop for WatchStream<E> {
     fn drop(&mut self) {
-        self.tenant.hub.close_stream(self.id);
+        drop(self.close());
+    }
+}
+
+/// Watchers of a stream that was closed. Dropping it forgets those that are left.
+pub struct Closing {
+    tenant: Arc<Tenant>,
+    closed: Closed,
+}
+
+impl Closing {
+    /// Forgets some: some tens of microseconds. Answers whether there are more.
+    pub fn step(&mut self) -> bool {
+        self.tenant.hub.forget_some(&mut self.closed)
+    }
+}
+
+impl Drop for Closing {
+    fn drop(&mut self) {
+        while self.step() {}
     }
 }
 

@@ -1,6 +1,6 @@
 //! Watch streams over a cell, against what etcd 3.7 answered (contract 1.2).
 
-use tenure_storage::limits::WATCH_QUEUE_RESPONSES_MAX;
+use tenure_storage::limits::{WATCH_CLOSE_STEP, WATCH_QUEUE_RESPONSES_MAX};
 use tenure_storage::{Command, DeleteRangeRequest, LeaseId, PutRequest};
 use tokio::sync::mpsc;
 use tokio_stream::StreamExt;
@@ -134,6 +134,26 @@ async fn a_watcher_lives_from_create_to_cancel() {
     client.cancel(0);
     client.request_progress();
     client.assert_quiet().await;
+}
+
+/// A stream may have a million watchers; who ends it does not hold up what else its thread has to do.
+#[tokio::test]
+async fn a_stream_of_many_watchers_ends_in_steps() {
+    let cell = TestCell::open().await;
+    let tenant = cell.tenant("default");
+    let mut client = Client::connect(&tenant);
+    let watchers = 3 * WATCH_CLOSE_STEP;
+    for _ in 0..watchers {
+        client.create(of("a/"));
+        client.next().await;
+    }
+    drop(client);
+    let mut left = Vec::new();
+    while tenant.reader().watch_counts().1 > 0 {
+        left.push(tenant.reader().watch_counts());
+        tokio::task::yield_now().await;
+    }
+    assert_eq!(left, [(0, watchers - WATCH_CLOSE_STEP), (0, watchers - 2 * WATCH_CLOSE_STEP)]);
 }
 
 #[tokio::test]

@@ -258,6 +258,108 @@ fn what_is_replayed_goes_out_first_and_one_at_a_time() {
     assert!(matches!(queue.pop(), Some(WatchMessage::Events { watch_id: 0, room: None, .. })));
 }
 
+fn progress(queue: &Queue) -> Vec<(i64, i64)> {
+    let told = std::iter::from_fn(|| queue.pop()).filter_map(|message| match message {
+        WatchMessage::Progress { watch_id, revision } => Some((watch_id, revision)),
+        WatchMessage::Created { .. }
+        | WatchMessage::Refused { .. }
+        | WatchMessage::Events { .. }
+        | WatchMessage::Canceled { .. }
+        | WatchMessage::Compacted { .. } => None,
+    });
+    told.collect()
+}
+
+// A tenant that writes all the time has a backlog at every tick. Whoever waits behind it has all before it.
+#[test]
+fn a_tick_tells_how_far_a_backlog_has_been_delivered() {
+    let hub = Hub::serving_at_once(1, 0);
+    let (id, queue) = hub.open_stream(Arc::new(|| {}));
+    let idle = WatchSpec { range: KeyRange::Single("idle".into()), progress_notify: true, ..spec(0) };
+    for spec in [idle, WatchSpec { progress_notify: true, ..spec(0) }] {
+        hub.create(id, spec, WATCHERS_PER_TENANT_MAX);
+    }
+    for revision in 2..5 {
+        let _ = hub.publish(revision, changes(revision));
+    }
+    assert!(hub.deliver(2));
+    queue.pop();
+    hub.tick_progress(id);
+    assert_eq!(progress(&queue), [(0, 3)], "the other one was sent events");
+    hub.tick_progress(id);
+    assert_eq!(progress(&queue), [(0, 3), (1, 3)]);
+}
+
+#[test]
+fn a_tick_reaches_more_watchers_than_the_queue_holds() {
+    let hub = Hub::new(1);
+    let (id, queue) = hub.open_stream(Arc::new(|| {}));
+    let watchers = i64::try_from(3 * WATCH_QUEUE_RESPONSES_MAX).unwrap();
+    for _ in 0..watchers {
+        hub.create(id, WatchSpec { progress_notify: true, ..spec(0) }, WATCHERS_PER_TENANT_MAX);
+        queue.pop();
+    }
+    hub.tick_progress(id);
+    let mut told = Vec::new();
+    while queue.owes_progress.load(Ordering::Relaxed) {
+        told.extend(progress(&queue));
+        // The next tick may come before that.
+        hub.tick_progress(id);
+    }
+    told.extend(progress(&queue));
+    assert!(told.iter().map(|(watch_id, _)| *watch_id).eq(0..watchers), "each once: {told:?}");
+}
+
+// Progress of a stream is told from counts, not by asking each of its watchers.
+#[test]
+fn watchers_of_the_future_hold_up_progress_until_it_comes() {
+    let hub = Hub::new(5);
+    let (id, queue) = hub.open_stream(Arc::new(|| {}));
+    let asked = || {
+        hub.request_progress(id);
+        progress(&queue)
+    };
+    hub.create(id, spec(0), WATCHERS_PER_TENANT_MAX);
+    assert_eq!(asked(), [(-1, 5)]);
+    [7, 100, 4].iter().for_each(|start| hub.create(id, spec(*start), WATCHERS_PER_TENANT_MAX));
+    assert_eq!(asked(), []);
+    hub.cancel(id, 2);
+    hub.cancel(id, 3);
+    assert_eq!(asked(), []);
+    assert!(!hub.publish(6, changes(6)));
+    assert_eq!(asked(), []);
+    assert!(!hub.publish(7, changes(7)));
+    assert_eq!(asked(), [(-1, 7)]);
+    hub.create(id, spec(7), WATCHERS_PER_TENANT_MAX);
+    assert_eq!(asked(), [], "it has to be told of that first");
+    let plan = hub.plan_replay(id).unwrap();
+    // Its view was newer than what was handed in.
+    hub.finish_replay(id, &plan, Replayed::Events { events: vec![event(7)], reached: 8, revision: 8 }, Boundless);
+    assert_eq!(asked(), [], "one knows more than the others");
+    assert!(!hub.publish(8, changes(8)));
+    assert_eq!(asked(), [(-1, 8)]);
+}
+
+// While all are behind there is nothing to look for, however many they are.
+#[test]
+fn nothing_is_matched_while_nobody_is_synced() {
+    let hub = Hub::new(5);
+    let (id, queue) = hub.open_stream(Arc::new(|| {}));
+    hub.create(id, spec(0), WATCHERS_PER_TENANT_MAX);
+    hub.create(id, spec(3), WATCHERS_PER_TENANT_MAX);
+    let matches = || hub.state.lock().matches(&[event(6)]).unwrap().len();
+    assert_eq!(matches(), 1);
+    hub.skip_to(6);
+    assert_eq!(matches(), 0);
+    (0..2).for_each(|_| drop(queue.pop()));
+    let plan = hub.plan_replay(id).unwrap();
+    hub.finish_replay(id, &plan, Replayed::Events { events: vec![], reached: 6, revision: 6 }, Boundless);
+    assert_eq!(matches(), 1);
+    hub.cancel(id, 0);
+    hub.cancel(id, 1);
+    assert_eq!((matches(), hub.state.lock().synced.load(Ordering::Relaxed)), (0, 0));
+}
+
 // A stream is closed in several turns of the lock; nothing of it may stay.
 #[test]
 fn a_stream_of_many_watchers_is_closed_whole() {
@@ -267,7 +369,8 @@ fn a_stream_of_many_watchers_is_closed_whole() {
         let range = KeyRange::HalfOpen { start: "a".into(), end: format!("b{end}").into() };
         hub.create(id, WatchSpec { range, prev_kv: true, ..spec(0) }, WATCHERS_PER_TENANT_MAX);
     }
-    hub.close_stream(id);
+    let mut closed = hub.close_stream(id).unwrap();
+    assert!(hub.forget_some(&mut closed) && hub.forget_some(&mut closed) && !hub.forget_some(&mut closed));
     assert_eq!(hub.counts(), (0, 0));
     assert!(!hub.wants_prev_kv() && !hub.publish(2, changes(2)));
 }
@@ -327,7 +430,8 @@ proptest! {
                 Step::Replay(stream) => streams[stream].replay(&hub, newest),
                 Step::Read(stream) => streams[stream].read(),
                 Step::Reopen(stream) => {
-                    hub.close_stream(streams[stream].id);
+                    let mut closed = hub.close_stream(streams[stream].id).unwrap();
+                    while hub.forget_some(&mut closed) {}
                     streams[stream] = Seen::open(&hub);
                 }
             }
