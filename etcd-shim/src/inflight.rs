@@ -128,7 +128,7 @@ impl Room {
 
 /// What there is too little of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Short {
+pub enum Short {
     OfTenant,
     OfAll,
 }
@@ -237,7 +237,8 @@ impl InFlight {
     pub fn reservation(&self, tenant: TenantId) -> Reservation {
         let tenant_bytes = self.0.budget.tenant_bytes;
         let counted_from_bytes = if self.0.open.are_few(tenant) { SMALL_BYTES } else { TINY_BYTES };
-        Reservation { shared: Arc::clone(&self.0), tenant, tenant_bytes, counted_from_bytes, bytes: 0, deadline: None }
+        let shared = Arc::clone(&self.0);
+        Reservation { shared, tenant, tenant_bytes, counted_from_bytes, bytes: 0, short: None, deadline: None }
     }
 
     /// The same, within the limit of a tenant's own.
@@ -278,6 +279,8 @@ pub struct Reservation {
     /// An answer of fewer bytes is not counted.
     counted_from_bytes: usize,
     bytes: usize,
+    /// What there was too little of when it could not grow last.
+    short: Option<Short>,
     /// Set at the first wait, so that an answer that waits several times waits [`WAIT_MAX`] altogether.
     deadline: Option<Instant>,
 }
@@ -290,7 +293,8 @@ impl Reservation {
             return true;
         }
         let wanted = bytes.next_multiple_of(if bytes < SMALL_BYTES { SMALL_STEP_BYTES } else { STEP_BYTES });
-        self.try_hold(wanted).is_ok()
+        self.short = self.try_hold(wanted).err();
+        self.short.is_none()
     }
 
     fn try_hold(&mut self, wanted: usize) -> Result<(), Short> {
@@ -313,18 +317,21 @@ impl Reservation {
         Ok(())
     }
 
-    /// Resolves when some bytes have been given back after the first poll; whether they are enough is for the caller to try.
-    /// Poll once, try, and only then wait: so no wake-up is missed.
+    /// Resolves when some bytes have been given back, after the first poll, of what [`Reservation::try_reach`] last found too little of;
+    /// whether they are enough is for the caller to try. Poll once, try, and only then wait: so no wake-up is missed. If what there
+    /// is too little of is another thing by then, it has to be asked for anew.
     pub fn room(&self) -> impl Future<Output = ()> + Send + use<> {
-        let (shared, tenant) = (Arc::clone(&self.shared), self.tenant);
+        let (shared, tenant, short) = (Arc::clone(&self.shared), self.tenant, self.short.unwrap_or(Short::OfAll));
         async move {
-            let [own, of_all] = [Short::OfTenant, Short::OfAll].map(|short| shared.room(short, tenant));
-            let _waits = (Waits::on(own), Waits::on(of_all));
-            tokio::select! {
-                () = own.given_back.notified() => {}
-                () = of_all.given_back.notified() => {}
-            }
+            let room = shared.room(short, tenant);
+            let _waits = Waits::on(room);
+            room.given_back.notified().await;
         }
+    }
+
+    /// What [`Reservation::try_reach`] last found too little of.
+    pub fn short(&self) -> Option<Short> {
+        self.short
     }
 
     /// Covers an answer that already exists and cannot be taken back, without asking. Others then wait for longer.
@@ -549,6 +556,28 @@ mod tests {
         assert_eq!(reach(&mut limited, 8 * MIB), Reached::Yes);
         ReplayRoom::settle(&mut limited, 3 * MIB);
         assert_eq!(in_flight.bytes(), 3 * MIB);
+    }
+
+    /// A neighbour gives bytes back with every answer. They are of no use to who has used up its own.
+    #[tokio::test]
+    async fn room_is_waited_for_where_it_is_short() {
+        let in_flight = small_budget();
+        let [mut own, mut of_b] = [A, B].map(|tenant| in_flight.reservation(tenant));
+        assert!(own.try_reach(8 * MIB) && of_b.try_reach(3 * MIB));
+        let mut more = in_flight.reservation(A);
+        assert!(!more.try_reach(2 * MIB));
+        assert_eq!(more.short(), Some(Short::OfTenant));
+        let mut room = std::pin::pin!(more.room());
+        assert!(futures::poll!(room.as_mut()).is_pending());
+        of_b.settle(0);
+        assert!(futures::poll!(room.as_mut()).is_pending());
+        own.settle(7 * MIB);
+        assert!(futures::poll!(room).is_ready());
+        let mut of_c = in_flight.reservation(TenantId(3));
+        assert!(of_c.try_reach(5 * MIB) && !more.try_reach(MIB + 1));
+        assert!(!in_flight.reservation(B).try_reach(3 * MIB));
+        own.settle(5 * MIB);
+        assert!(more.try_reach(MIB + 1));
     }
 
     #[tokio::test]

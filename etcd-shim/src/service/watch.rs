@@ -40,7 +40,7 @@ use tonic::{Request, Response, Status, Streaming};
 use crate::cell::Tenant;
 use crate::cell_error::CellError;
 use crate::convert::from_proto;
-use crate::inflight::{InFlight, Reservation};
+use crate::inflight::{InFlight, Reservation, Short};
 use crate::proto::etcdserverpb::watch_create_request::FilterType;
 use crate::proto::etcdserverpb::watch_request::RequestUnion;
 use crate::proto::etcdserverpb::watch_server::Watch;
@@ -62,7 +62,7 @@ const FRAGMENT_OVERHEAD_BYTES: usize = 512 << 10;
 const ENCODER_BYTES: usize = 32 << 10;
 
 /// Before a replay step that found no room on the reading threads is tried again.
-const REPLAY_RETRY_AFTER: Duration = Duration::from_millis(100);
+pub(crate) const REPLAY_RETRY_AFTER: Duration = Duration::from_millis(100);
 
 /// Steps of a poll that bring nothing to send, before other streams get their turn: a client may send requests that are
 /// not answered as fast as they can be read.
@@ -133,8 +133,8 @@ pub struct Responses<R> {
     on_its_way: Vec<Arc<dyn ReplayRoom>>,
     /// Bytes that the encoder has collected of them.
     collected_bytes: usize,
-    /// Set while the next response does not fit into what the tenant may have in flight.
-    room: Option<Waiting<()>>,
+    /// Set while the next response does not fit into what may be in flight, with what there is too little of.
+    room: Option<(Option<Short>, Waiting<()>)>,
     // Behind the watchers, which have files open: the last owner of the cell unlocks the data directory.
     tenant: Tenant,
 }
@@ -240,12 +240,16 @@ impl<R: Stream<Item = Result<WatchRequest, Status>> + Unpin> Responses<R> {
         let bytes = self.watchers.next_bytes()?;
         let mut reservation = self.in_flight.of(&self.tenant);
         while !reservation.try_reach(bytes) {
-            let is_new = self.room.is_none();
-            let room = self.room.get_or_insert_with(|| Box::pin(reservation.room()));
-            match room.as_mut().poll(task) {
-                Poll::Ready(()) => self.room = None,
-                Poll::Pending if is_new => {}
-                Poll::Pending => return None,
+            let short = reservation.short();
+            let before = self.room.take_if(|(of, _)| *of == short);
+            let is_new = before.is_none();
+            let mut room = before.map_or_else(|| Box::pin(reservation.room()) as Waiting<()>, |(_, room)| room);
+            if room.as_mut().poll(task).is_ready() {
+                continue;
+            }
+            self.room = Some((short, room));
+            if !is_new {
+                return None;
             }
         }
         self.room = None;
