@@ -19,7 +19,8 @@ use bytes::Bytes;
 use tenure_storage::limits::TXN_DEPTH_MAX;
 use tenure_storage::{
     Command, CreateRefusal, DeleteRangeRequest, Event, EventKind, Fault, KeyRange, LeaseId, Outcome, PutRequest,
-    RangeRequest, Reply, RocksEngine, TxnOp, TxnOpReply, TxnRequest, WatchMessage, WatchSpec, WatchStream, key_value,
+    RangeRequest, Refusal, Reply, RocksEngine, TxnOp, TxnOpReply, TxnRequest, WatchMessage, WatchSpec, WatchStream,
+    key_value,
 };
 use tokio::sync::Notify;
 
@@ -27,6 +28,7 @@ use crate::cell::{Granted, Tenant};
 use crate::cell_error::CellError;
 use crate::check::{CheckError, LEASE_TTL_SECONDS_MAX};
 use crate::lessor::Remaining;
+use crate::service::watch::REPLAY_RETRY_AFTER;
 
 /// Why a call failed.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -388,7 +390,7 @@ impl Watcher {
     /// cancelled without losing any.
     ///
     /// # Errors
-    /// [`WatchError`]; the watch has ended then.
+    /// [`WatchError`]; the watch has ended then. So it does when its tenant is deleted.
     pub async fn next(&mut self) -> Result<Vec<WatchEvent>, WatchError> {
         loop {
             match self.stream.pop() {
@@ -401,10 +403,17 @@ impl Watcher {
                 }
                 Some(WatchMessage::Refused { reason, .. }) => return Err(WatchError::Refused(reason)),
                 Some(WatchMessage::Created { .. } | WatchMessage::Canceled { .. } | WatchMessage::Progress { .. }) => {}
+                None if self.tenant.reader().is_deleted() => {
+                    return Err(CellError::from(Refusal::TenantNotFound).into());
+                }
                 None if self.stream.needs_replay() => {
                     let stream = Arc::clone(&self.stream);
-                    let replayed = self.tenant.read(move |_| stream.replay_step()).await?;
-                    replayed.map_err(|fault| self.tenant.report(fault))?;
+                    match self.tenant.read(move |_| stream.replay_step()).await {
+                        Ok(replayed) => replayed.map_err(|fault| self.tenant.report(fault))?,
+                        // Others of the tenant read very much at the moment.
+                        Err(CellError::TooManyRequests) => tokio::time::sleep(REPLAY_RETRY_AFTER).await,
+                        Err(error) => return Err(error.into()),
+                    }
                 }
                 None => self.signal.notified().await,
             }

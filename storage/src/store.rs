@@ -108,9 +108,10 @@ impl Tenant {
         }
     }
 
-    /// Its rows are about to go.
+    /// Its rows are about to go. Who waits for its events looks for itself whether there will be any more.
     pub(crate) fn end(&self) {
         self.is_deleted.store(true, Ordering::Release);
+        self.hub.wake_streams();
     }
 
     pub(crate) fn publish(&self, row: &TenantRow) {

@@ -135,3 +135,44 @@ async fn leases_carry_keys_away() {
     assert!(!client.keep_alive(lease.id).await.unwrap());
     assert!(client.revoke_lease(lease.id).await.is_err());
 }
+
+#[tokio::test]
+async fn a_watch_ends_with_its_tenant() {
+    let cell = TestCell::open().await;
+    let (tenant, admin) = (cell.tenant("other"), cell.context().cell);
+    let client = Client::new(tenant.clone());
+    let mut waiting = client.watch(WatchOptions::new(prefix())).unwrap();
+    let mut behind = client.watch(WatchOptions { start_revision: 1, ..WatchOptions::new(prefix()) }).unwrap();
+    let waits = tokio::spawn(async move { waiting.next().await });
+    tokio::task::yield_now().await;
+    admin.delete_tenant(&tenant).await.unwrap();
+    for ended in [waits.await.unwrap(), behind.next().await] {
+        assert!(matches!(ended, Err(WatchError::Cell(CellError::Refused(Refusal::TenantNotFound)))), "{ended:?}");
+    }
+}
+
+/// Reads of a tenant are refused when too many wait; that passes, and a watch has to go on.
+#[tokio::test]
+async fn a_watch_outlives_a_moment_of_too_many_reads() {
+    let cell = TestCell::open().await;
+    let tenant = cell.tenant("default");
+    let client = Client::new(tenant.clone());
+    client.put("a/1", "x").await.unwrap();
+    let mut watcher = client.watch(WatchOptions { start_revision: 2, ..WatchOptions::new(prefix()) }).unwrap();
+    let (open, gate) = std::sync::mpsc::channel::<()>();
+    let gate = Arc::new(std::sync::Mutex::new(gate));
+    let mut reads = Vec::new();
+    loop {
+        let gate = Arc::clone(&gate);
+        reads.push(Box::pin(tenant.read(move |_| {
+            let _ = gate.lock().map(|gate| gate.recv());
+        })));
+        if let std::task::Poll::Ready(refused) = futures::poll!(reads.last_mut().unwrap()) {
+            assert!(matches!(refused, Err(CellError::TooManyRequests)), "{refused:?}");
+            break;
+        }
+    }
+    assert!(futures::poll!(std::pin::pin!(watcher.next())).is_pending(), "it tries again");
+    drop((open, reads));
+    assert_eq!(watcher.next().await.unwrap().len(), 1);
+}

@@ -327,6 +327,13 @@ impl Hub {
         }
     }
 
+    /// Wakes whoever serves a stream: its tenant is gone.
+    pub(crate) fn wake_streams(&self) {
+        for stream in self.state.lock().streams.values() {
+            (stream.queue.waker)();
+        }
+    }
+
     pub(super) fn open_stream(&self, waker: Waker) -> (StreamId, Arc<Queue>) {
         let queue = Arc::new(Queue {
             waiting: Mutex::default(),
