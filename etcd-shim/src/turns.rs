@@ -8,8 +8,8 @@
 //!
 //! What a tenant has used lately is the time that threads were at work for it ([`Recent`]), of which half is forgotten every
 //! [`HALF_LIFE`]. It falls into one of [`LEVELS`] classes, each four times as much as the one before. A tenant that is held back uses
-//! less, so what it does next is of a lower class before long; what waits in a higher one gets one place in [`FROM_BUSIEST_EVERY`]: nobody
-//! waits for ever. While no quiet tenant does anything nobody is held.
+//! less, so what it does next is of a lower class before long; one place in [`TO_LONGEST_EVERY`] goes to whoever has waited longest, of
+//! whatever class: nobody waits for ever. While no quiet tenant does anything nobody is held.
 //!
 //! A turn is short: an answer of many megabytes is written in pieces, one a turn ([`Paced`]).
 //!
@@ -46,9 +46,9 @@ const HELD_FOR: Duration = Duration::from_secs(1);
 /// Places for each thread that polls: one that is polled, and one that is ready when it was.
 const PLACES_PER_THREAD: usize = 2;
 
-/// One place in so many goes to the highest class that waits, so that what was held in it is not held for as long as lower ones have
-/// enough to do.
-const FROM_BUSIEST_EVERY: u64 = 16;
+/// One place in so many goes to whoever has waited longest, so that what was held in a high class is not held for as long as lower
+/// ones have enough to do.
+const TO_LONGEST_EVERY: u64 = 16;
 
 /// Bytes that one turn may write: about a tenth of a millisecond.
 const TURN_BYTES_MAX: usize = 256 << 10;
@@ -145,8 +145,22 @@ struct Held {
     taken: usize,
     /// Places that went from one to the next.
     given: u64,
-    /// By class, from 1.
-    waiting: [VecDeque<Arc<Woken>>; LEVELS - 1],
+    /// Tasks that ever had to wait.
+    numbered: u64,
+    /// By class, from 1, with their numbers.
+    waiting: [VecDeque<(u64, Arc<Woken>)>; LEVELS - 1],
+}
+
+impl Held {
+    fn next(&mut self) -> Option<Arc<Woken>> {
+        self.given = self.given.wrapping_add(1);
+        let waiting = self.waiting.iter_mut().filter(|class| !class.is_empty());
+        let class = match self.given % TO_LONGEST_EVERY {
+            0 => waiting.min_by_key(|class| class.front().map(|(number, _)| *number)),
+            _ => { waiting }.next(),
+        };
+        Some(class?.pop_front()?.1)
+    }
 }
 
 impl Default for Turns {
@@ -203,7 +217,9 @@ impl Turns {
             return Taken::Place;
         }
         let class = usize::from(level).clamp(1, LEVELS - 1) - 1;
-        held.waiting[class].push_back(Arc::clone(task));
+        held.numbered += 1;
+        let number = held.numbered;
+        held.waiting[class].push_back((number, Arc::clone(task)));
         Taken::Turn
     }
 
@@ -212,12 +228,7 @@ impl Turns {
         let next = {
             let mut held = self.held.lock();
             loop {
-                held.given = held.given.wrapping_add(1);
-                let next = match held.given % FROM_BUSIEST_EVERY {
-                    0 => held.waiting.iter_mut().rev().find_map(VecDeque::pop_front),
-                    _ => held.waiting.iter_mut().find_map(VecDeque::pop_front),
-                };
-                let Some(next) = next else {
+                let Some(next) = held.next() else {
                     held.taken -= 1;
                     break None;
                 };
@@ -490,7 +501,8 @@ mod tests {
     #[test]
     fn what_was_held_in_a_high_class_comes_to_its_turn() {
         let turns = Arc::new(Turns::with_places(1));
-        let (busier, busy) = (that_used(Duration::from_secs(1_000)), that_used(Duration::from_nanos(2 * QUIET_NS)));
+        let (busiest, busy) = (that_used(Duration::from_secs(1_000)), that_used(Duration::from_nanos(2 * QUIET_NS)));
+        let busier = that_used(Duration::from_nanos(12 * QUIET_NS));
         let mut quiet = Task::of(&turns, &Arc::default());
         quiet.poll();
         quiet.turn.waker.wake_by_ref();
@@ -501,16 +513,23 @@ mod tests {
             task.turn.waker.wake_by_ref();
             task
         };
-        let mut placed = held(&busier);
-        let waits = held(&busier);
-        for turns_taken in 0.. {
-            let next = held(&busy);
-            placed.poll();
-            if waits.woken() > 0 {
-                break;
+        // Also between those that use less and those that use more.
+        for class in [&busiest, &busier] {
+            let mut placed = held(&busiest);
+            let waits = held(class);
+            let mut others = Vec::new();
+            for turns_taken in 0.. {
+                others.push(held(&busiest));
+                let next = held(&busy);
+                placed.poll();
+                if waits.woken() > 0 {
+                    break;
+                }
+                assert!(turns_taken < 2 * TO_LONGEST_EVERY, "it is passed again and again");
+                placed = if next.woken() > 0 { next } else { others.remove(0) };
             }
-            assert!(turns_taken < 2 * FROM_BUSIEST_EVERY, "it is passed again and again");
-            placed = next;
+            drop((placed, waits, others));
+            assert_eq!(turns.held.lock().taken, 0);
         }
     }
 
