@@ -2,8 +2,8 @@
 //!
 //! The HTTP/2 library answers pings by itself and tells nobody, so this stands between it and the socket and reads along: the
 //! nine bytes before each frame, in both directions. A ping is a strike if it comes sooner than the minimum after the one before,
-//! or, while no request is open, sooner than two hours. Sending headers or data forgives all strikes. After the third the
-//! client gets GOAWAY with ENHANCE_YOUR_CALM and `too_many_pings`, which makes it double its own interval, and the
+//! or, while no request is open, sooner than two hours. Sending headers or data forgives all strikes with the next ping, which is none
+//! whenever it comes. After the third the client gets GOAWAY with ENHANCE_YOUR_CALM and `too_many_pings`, which makes it double its own interval, and the
 //! connection ends.
 //!
 //! HTTP/1 has no frames: what does not start with HTTP/2's preface is passed on unread.
@@ -88,7 +88,7 @@ impl<S> PingGuard<S> {
             requests,
             received: Frames::of_client(),
             sent: Frames::of_server(),
-            policy: Policy { min_interval, last_ping: None, strikes: 0 },
+            policy: Policy { min_interval, last_ping: None, strikes: 0, forgives_next: false },
             farewell: None,
             silence_ends: Some(Box::pin(sleep(silence_max))),
         }
@@ -109,6 +109,8 @@ struct Policy {
     min_interval: Duration,
     last_ping: Option<Instant>,
     strikes: u32,
+    /// Headers or data were sent since the last ping.
+    forgives_next: bool,
 }
 
 impl Policy {
@@ -117,12 +119,16 @@ impl Policy {
         let allowed_after = if idle { IDLE_PING_INTERVAL } else { self.min_interval };
         let too_soon = self.last_ping.is_some_and(|last| now.duration_since(last) < allowed_after);
         self.last_ping = Some(now);
+        if std::mem::take(&mut self.forgives_next) {
+            self.strikes = 0;
+            return false;
+        }
         self.strikes += u32::from(too_soon);
         self.strikes > STRIKES_MAX
     }
 
     fn forgive(&mut self) {
-        self.strikes = 0;
+        self.forgives_next = true;
     }
 }
 
@@ -324,7 +330,10 @@ mod tests {
 
     #[test]
     fn the_third_strike_ends_it() {
-        let mut policy = Policy { min_interval: Duration::from_secs(5), last_ping: None, strikes: 0 };
+        let policy =
+            || Policy { min_interval: Duration::from_secs(5), last_ping: None, strikes: 0, forgives_next: false };
+        let mut idle = policy();
+        let mut policy = policy();
         let start = Instant::now();
         let at = |seconds| start + Duration::from_secs(seconds);
         for seconds in [0, 5, 10, 15] {
@@ -332,9 +341,9 @@ mod tests {
         }
         assert!(!policy.ping(at(16), false) && !policy.ping(at(17), false), "two strikes");
         policy.forgive();
-        assert!(!policy.ping(at(18), false) && !policy.ping(at(19), false), "forgiven");
-        assert!(policy.ping(at(20), false));
-        let mut idle = Policy { min_interval: Duration::from_secs(5), last_ping: None, strikes: 0 };
+        assert!(!policy.ping(at(18), false), "forgiven, and not looked at");
+        assert!(!policy.ping(at(19), false) && !policy.ping(at(20), false), "two strikes again");
+        assert!(policy.ping(at(21), false));
         assert!([0, 10, 20].iter().all(|seconds| !idle.ping(at(*seconds), true)));
         assert!(idle.ping(at(30), true), "an idle client has no reason to ping");
     }
