@@ -5,6 +5,9 @@
 //! waits meanwhile is bounded by `response_bytes_in_flight`, by what a watcher may be behind, and by flow control. A tenant with a
 //! limit writes [`WRITE_BYTES_MAX`] at a time, and looks before each write what all its connections owe together.
 //!
+//! What keeps a connection alive is not held: the answer to a ping would else come too late on a connection that has sent nothing, because
+//! of what others of the tenant were sent.
+//!
 //! The limit is looked up with each write, and every [`LOOK_AGAIN`] while one waits: it may change while a connection lasts.
 //! Without one a write costs that look.
 
@@ -22,6 +25,10 @@ use crate::throttle::TenantUse;
 
 /// What one write of a limited tenant takes.
 const WRITE_BYTES_MAX: usize = 64 << 10;
+
+/// Writes up to this are let pass, and counted: the answer to a ping, to settings, or room that the client is given to send. Answers and
+/// events are larger.
+const CONTROL_BYTES_MAX: usize = 48;
 
 /// Longest wait until it is looked again what is owed.
 const LOOK_AGAIN: Duration = Duration::from_millis(100);
@@ -64,16 +71,20 @@ impl<S: AsyncWrite + Unpin> SendRate<S> {
     fn write(
         &mut self,
         task: &mut Context<'_>,
+        bytes: usize,
         write: impl FnOnce(Pin<&mut S>, &mut Context<'_>, usize) -> Poll<io::Result<usize>>,
     ) -> Poll<io::Result<usize>> {
         loop {
+            let Some(receiver) = self.receiver.as_ref().filter(|receiver| receiver.is_limited()) else {
+                return write(Pin::new(&mut self.stream), task, usize::MAX);
+            };
+            if bytes <= CONTROL_BYTES_MAX {
+                break;
+            }
             if let Some(waits) = &mut self.waits {
                 ready!(waits.as_mut().poll(task));
                 self.waits = None;
             }
-            let Some(receiver) = self.receiver.as_ref().filter(|receiver| receiver.is_limited()) else {
-                return write(Pin::new(&mut self.stream), task, usize::MAX);
-            };
             let Some(until) = receiver.sent(0) else { break };
             self.waits = Some(Box::pin(sleep_until(until)));
         }
@@ -93,7 +104,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for SendRate<S> {
 
 impl<S: AsyncWrite + Unpin> AsyncWrite for SendRate<S> {
     fn poll_write(mut self: Pin<&mut Self>, task: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        self.write(task, |stream, task, most| stream.poll_write(task, &bytes[..bytes.len().min(most)]))
+        self.write(task, bytes.len(), |stream, task, most| stream.poll_write(task, &bytes[..bytes.len().min(most)]))
     }
 
     // One slice at a time if there is a bound: the others would be cut somewhere in the middle.
@@ -102,8 +113,8 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for SendRate<S> {
         task: &mut Context<'_>,
         slices: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        self.write(task, |stream, task, most| {
-            let bytes: usize = slices.iter().map(|slice| slice.len()).sum();
+        let bytes: usize = slices.iter().map(|slice| slice.len()).sum();
+        self.write(task, bytes, |stream, task, most| {
             if bytes <= most {
                 return stream.poll_write_vectored(task, slices);
             }
@@ -122,5 +133,35 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for SendRate<S> {
 
     fn poll_shutdown(mut self: Pin<&mut Self>, task: &mut Context<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut self.stream).poll_shutdown(task)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tenure_storage::Limit;
+
+    use super::*;
+    use crate::cell::TenantUpdate;
+    use crate::service::testing::TestCell;
+
+    /// A client that hears nothing after a ping takes its connection for dead, whatever another one of its tenant is sent.
+    #[tokio::test]
+    async fn what_is_owed_does_not_hold_the_answer_to_a_ping() {
+        let cell = TestCell::open().await;
+        let tenant = cell.tenant("other");
+        let limits = vec![(Limit::ResponseBytesPerSecond, Some(1))];
+        cell.context().cell.update_tenant(&tenant, TenantUpdate { limits, ..Default::default() }).await.unwrap();
+        let receiver = Receiver { tenant, used: Arc::default() };
+        let mut list = SendRate::new(Vec::new(), Some(receiver.clone()));
+        let mut watch = SendRate::new(Vec::new(), Some(receiver));
+        let write = async |stream: &mut SendRate<Vec<u8>>, bytes| {
+            let bytes = vec![0; bytes];
+            let written = std::future::poll_fn(|task| Pin::new(&mut *stream).poll_write(task, &bytes));
+            matches!(futures::poll!(std::pin::pin!(written)), Poll::Ready(Ok(_)))
+        };
+        assert!(write(&mut list, 1 << 20).await);
+        assert!(!write(&mut list, 1 << 20).await && !write(&mut watch, 100).await, "both wait");
+        assert!(write(&mut watch, 17).await && write(&mut watch, 17).await);
+        assert!(!write(&mut watch, 100).await);
     }
 }
