@@ -95,6 +95,12 @@ const UNSEEN_RESETS_MAX: usize = 10_000;
 /// Mistakes about streams in all the life of a connection, before it is ended. kube-apiservers keep theirs for weeks.
 const STREAM_ERRORS_MAX: usize = 1_000_000;
 
+/// How long a connection is idle before the system probes it, and between probes: as etcd's listeners.
+const PROBE_INTERVAL: Duration = Duration::from_secs(30);
+
+/// Probes without an answer that end it.
+const PROBES_MAX: u32 = 9;
+
 /// What one connection may do. The defaults are etcd's, but for the requests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ConnectionLimits {
@@ -325,7 +331,7 @@ pub async fn serve(listener: Listener, services: Services, mut stop: watch::Rece
     loop {
         let accepted = tokio::select! {
             _ = stop.wait_for(|stop| *stop > Stop::NotYet) => break,
-            accepted = accept(&socket, &slots) => accepted,
+            accepted = accept(&socket, &slots, shared.1.limits.keepalive_timeout) => accepted,
         };
         match accepted {
             Ok((stream, slot)) => {
@@ -409,17 +415,36 @@ enum Stream {
     Unix(UnixStream),
 }
 
-async fn accept(socket: &Socket, slots: &Arc<Semaphore>) -> io::Result<(Stream, OwnedSemaphorePermit)> {
+async fn accept(
+    socket: &Socket,
+    slots: &Arc<Semaphore>,
+    unanswered_max: Duration,
+) -> io::Result<(Stream, OwnedSemaphorePermit)> {
     let slot = Arc::clone(slots).acquire_owned().await.map_err(io::Error::other)?;
     let stream = match socket {
         Socket::Tcp(listener) => {
             let (stream, _) = listener.accept().await?;
             stream.set_nodelay(true)?;
+            if let Err(error) = notice_loss(&stream, unanswered_max) {
+                tracing::debug!(%error, "keepalive of a connection");
+            }
             Stream::Tcp(stream)
         }
         Socket::Unix(listener, _) => Stream::Unix(listener.accept().await?.0),
     };
     Ok((stream, slot))
+}
+
+/// Lets the system look whether the other machine is still there, also while HTTP/2 does not: one that lost its power says nothing. It
+/// also may not leave what it was sent unacknowledged, or its window closed, for longer than `unanswered_max`.
+fn notice_loss(stream: &TcpStream, unanswered_max: Duration) -> rustix::io::Result<()> {
+    use rustix::net::sockopt;
+
+    sockopt::set_tcp_keepidle(stream, PROBE_INTERVAL)?;
+    sockopt::set_tcp_keepintvl(stream, PROBE_INTERVAL)?;
+    sockopt::set_tcp_keepcnt(stream, PROBES_MAX)?;
+    sockopt::set_socket_keepalive(stream, true)?;
+    sockopt::set_tcp_user_timeout(stream, u32::try_from(unanswered_max.as_millis()).unwrap_or(u32::MAX))
 }
 
 /// Whether connections are to let their requests end and take no others.
@@ -893,6 +918,23 @@ mod tests {
     use std::os::unix::fs::PermissionsExt as _;
 
     use super::*;
+
+    // A machine that loses its power says nothing: its connections would be kept, and what is on its way to it.
+    #[tokio::test]
+    async fn the_system_looks_whether_clients_are_there() {
+        use rustix::net::sockopt;
+
+        let socket = Socket::Tcp(bind_tcp(&"http://127.0.0.1:0".parse().unwrap()).await.unwrap());
+        let Socket::Tcp(listener) = &socket else { unreachable!() };
+        let _client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        let (stream, _slot) = accept(&socket, &Arc::new(Semaphore::new(1)), Duration::from_secs(20)).await.unwrap();
+        let Stream::Tcp(stream) = stream else { unreachable!() };
+        assert!(sockopt::socket_keepalive(&stream).unwrap());
+        let probes = [sockopt::tcp_keepidle(&stream).unwrap(), sockopt::tcp_keepintvl(&stream).unwrap()];
+        assert_eq!(probes, [Duration::from_secs(30); 2]);
+        assert_eq!(sockopt::tcp_keepcnt(&stream).unwrap(), 9);
+        assert_eq!(sockopt::tcp_user_timeout(&stream).unwrap(), 20_000);
+    }
 
     // Whoever gets in between the file and its mode is an administrator for good: so there must be nothing in between. Nobody sets the
     // mode of the file here: it has it from the moment it exists.
