@@ -100,7 +100,8 @@ sim: needs
 	TENURE_SIM_FIRST=$(FIRST) TENURE_SIM_SEEDS=$(SEEDS) cargo test --release --locked --workspace --lib sim::tests::no_seed
 
 lint: needs
-	cargo fmt --all --check
+	cargo fmt --all --check && cargo fmt --manifest-path fuzz/Cargo.toml --check
+	cargo metadata --locked --format-version 1 --manifest-path fuzz/Cargo.toml > /dev/null
 	cargo clippy --release --locked --workspace --all-targets -- -D warnings
 
 # What the build needs beside Rust: a C++ compiler for RocksDB and libclang for its bindings.

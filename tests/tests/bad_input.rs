@@ -748,6 +748,66 @@ async fn many_watches_that_nobody_reads_are_bounded_in_bytes() {
     drop(unread);
 }
 
+/// What is read of the past is shared with nobody: the clients take that their watch is there, and nothing of what it tells.
+#[tokio::test(flavor = "multi_thread")]
+async fn watches_of_the_past_that_nobody_reads_are_bounded_in_bytes() {
+    const PUTS: usize = 12;
+    let mut scene = Scene::open().await;
+    fill(&Connection::open(scene.acme()).await, PUTS).await;
+    scene.measure_from_here();
+    let everything = pb::WatchCreateRequest { start_revision: 2, ..watch_everything() };
+    let mut unread = unread(scene.acme(), WATCH, &create(everything), 600, false).await;
+    for call in &mut unread {
+        let created: WatchResponse = soon("a watch", call.answers.message()).await.unwrap();
+        assert!(created.created);
+    }
+    for _ in 0..3 {
+        scene.neighbour.works().await;
+    }
+    let mut late = unread.pop().unwrap();
+    drop(unread);
+    let mut seen = 0;
+    while seen < PUTS {
+        let response: WatchResponse = soon("events", late.answers.message()).await.unwrap();
+        seen += response.event_count();
+    }
+    scene.close(2 * 256 * MIB + ENGINE_BYTES).await;
+}
+
+/// One delete of all that a tenant has, which each watcher has to read for itself if it wants to see what was there.
+#[tokio::test(flavor = "multi_thread")]
+async fn watchers_of_a_revision_that_replaced_very_much_are_served_one_after_the_other() {
+    const STREAMS: usize = 18;
+    const KEYS: usize = 200;
+    let mut scene = Scene::open().await;
+    let acme = Connection::open(scene.acme()).await;
+    fill(&acme, KEYS).await;
+    let watch = create(pb::WatchCreateRequest { prev_kv: true, ..watch_everything() });
+    let mut unread = unread(scene.acme(), WATCH, &watch, STREAMS, false).await;
+    for call in &mut unread {
+        let created: WatchResponse = soon("a watch", call.answers.message()).await.unwrap();
+        assert!(created.created);
+    }
+    scene.measure_from_here();
+    let delete = pb::DeleteRangeRequest { key: "\0".into(), range_end: "\0".into(), prev_kv: false };
+    soon("a delete", acme.unary::<_, pb::DeleteRangeResponse>(DELETE_RANGE, &delete)).await.unwrap();
+    for _ in 0..3 {
+        scene.neighbour.works().await;
+    }
+    // Whoever reads makes room for the next.
+    for mut call in unread {
+        let response: WatchResponse = soon("the delete", call.answers.message()).await.unwrap();
+        assert_eq!(response.event_count(), KEYS);
+        scene.neighbour.works().await;
+    }
+    // What two of them have on their way, and one of them several times while it is written.
+    scene.close(3 * 256 * MIB + ENGINE_BYTES).await;
+}
+
+fn watch_everything() -> pb::WatchCreateRequest {
+    pb::WatchCreateRequest { key: "\0".into(), range_end: "\0".into(), ..Default::default() }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn connections_that_say_nothing_cost_little() {
     const EACH: usize = 150;
