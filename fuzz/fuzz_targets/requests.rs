@@ -21,7 +21,10 @@ use tenure_etcd_shim::convert::{from_proto, to_proto};
 use tenure_etcd_shim::proto::etcdserverpb as pb;
 use tenure_etcd_shim::proto::etcdserverpb::compare::TargetUnion;
 use tenure_etcd_shim::proto::etcdserverpb::request_op::Request;
-use tenure_storage::{Command, Envelope, KeyRange, LeaseId, MemoryEngine, NoObserver, Outcome, RangeReply, ReadError, Refusal, Reply, StateMachine, TenantId, TenantReader, WatchMessage, WatchSpec, WatchStream, TenantCommand};
+use tenure_storage::{
+    Command, Envelope, KeyRange, LeaseId, MemoryEngine, NoObserver, Outcome, RangeReply, ReadError, Refusal, Reply,
+    StateMachine, TenantCommand, TenantId, TenantReader, WatchMessage, WatchSpec, WatchStream,
+};
 
 use self::model::{Event, Model, checks};
 
