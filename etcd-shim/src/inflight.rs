@@ -1,4 +1,5 @@
-//! How many bytes of answers may be in memory at once.
+//! How many bytes of answers may be in memory at once. A member has three such budgets, each of its own: answers on their way to clients, requests
+//! of which a part has come ([`crate::request_body`]), and replies of applied commands that nobody has fetched ([`crate::cell`]).
 //!
 //! A range answer has no limit of its own, so a few clients that ask for everything, or that ask and do not read, could
 //! fill the memory of all. Every answer of some size therefore holds a [`Reservation`], which grows with it and lives until
