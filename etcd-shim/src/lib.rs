@@ -14,6 +14,7 @@ pub mod client;
 pub mod codec;
 mod config_file;
 pub mod convert;
+mod cork;
 pub mod data_dir;
 mod delivery;
 pub mod disk;

@@ -33,6 +33,7 @@ use crate::admin::AdminService;
 use crate::audit::{Caller, Line};
 use crate::authorities;
 use crate::cell::{Cell, DEFAULT_TENANT, Tenant};
+use crate::cork::cork;
 use crate::gate;
 use crate::gate::Running;
 use crate::handshakes::Handshakes;
@@ -812,7 +813,7 @@ async fn served<S>(
     let limits = services.limits;
     let used = alive.share.as_ref().map(|(_, used)| Arc::clone(used));
     let open = OpenRequests::default();
-    let stream = Paced(SendRate::new(stream, receiver));
+    let (stream, uncork) = cork(Paced(SendRate::new(stream, receiver)));
     let io = TokioIo::new(PingGuard::new(stream, open.clone(), limits.ping_interval_min, HEADER_TIMEOUT));
     let mut builder = auto::Builder::new(alive);
     // The other protocol ends the connection.
@@ -879,8 +880,10 @@ async fn served<S>(
         }
     });
     let connection = builder.serve_connection(io, service).into_owned();
-    if let Err(error) = until_left(connection, leaving).await {
-        tracing::debug!(%error, "connection ended");
+    match uncork.around(until_left(connection, leaving)).await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => tracing::debug!(%error, "connection ended"),
+        Err(error) => tracing::debug!(%error, "connection broken"),
     }
 }
 
