@@ -29,6 +29,7 @@ pub mod lessor;
 pub mod listen;
 pub mod logging;
 mod metrics;
+mod own_requests;
 pub mod ping_guard;
 pub mod priority;
 pub mod proto;

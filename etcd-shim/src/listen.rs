@@ -5,6 +5,7 @@
 //! HTTP/2 and its content type says so. An error on a connection ends that connection only. Clients that ping too often are
 //! sent away, see [`crate::ping_guard`].
 
+use std::future::poll_fn;
 use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -39,6 +40,7 @@ use crate::gate::Running;
 use crate::handshakes::Handshakes;
 use crate::http_endpoints::{Endpoints, HttpAccess, too_many_requests};
 use crate::inflight::InFlight;
+use crate::own_requests::{Driver, Kind, OwnRequests};
 use crate::ping_guard::{OpenRequests, PingGuard};
 use crate::request_body::CountedBody;
 use crate::rpc_metrics::RpcMetrics;
@@ -326,7 +328,7 @@ pub async fn serve(listener: Listener, services: Services, mut stop: watch::Rece
     let (drain, draining) = watch::channel(false);
     let (cut, cutting) = watch::channel(false);
     let (sender, mut ended) = mpsc::channel(1);
-    let alive = Alive { _sender: sender, share: None };
+    let alive = Alive { _sender: sender, share: None, own: None };
     let Listener { socket, terms } = listener;
     let shared = Arc::new((terms, services));
     loop {
@@ -377,6 +379,8 @@ struct Alive {
     _sender: mpsc::Sender<std::convert::Infallible>,
     /// Of a tenant's connection: how its tasks take turns with those of others.
     share: Option<(Arc<Turns>, Arc<TenantUse>)>,
+    /// Of a client's connection: its requests that are no tasks.
+    own: Option<Arc<OwnRequests>>,
 }
 
 /// Runs the requests of an HTTP/2 connection.
@@ -386,6 +390,11 @@ where
     F::Output: Send + 'static,
 {
     fn execute(&self, request: F) {
+        let request = match &self.own {
+            Some(own) => own.begin(request),
+            None => Some(Box::pin(request)),
+        };
+        let Some(request) = request else { return };
         let alive = self.clone();
         match alive.share.clone() {
             Some((turns, used)) => {
@@ -458,13 +467,17 @@ async fn told(mut draining: Draining) {
 }
 
 /// Drives a connection to its end. Once it is `leaving` its client is told to send nothing more on it, and running requests go on.
-async fn until_left<C: GracefulConnection>(connection: C, leaving: impl Future<Output = ()>) -> Result<(), C::Error> {
+async fn until_left<C: GracefulConnection>(
+    connection: C,
+    leaving: impl Future<Output = ()>,
+    mut driver: Driver,
+) -> Result<(), C::Error> {
     let mut connection = pin!(connection);
     tokio::select! {
-        ended = connection.as_mut() => return ended,
+        ended = poll_fn(|task| driver.poll(task, connection.as_mut())) => return ended,
         () = leaving => connection.as_mut().graceful_shutdown(),
     }
-    connection.await
+    poll_fn(|task| driver.poll(task, connection.as_mut())).await
 }
 
 async fn connection(terms: &Terms, services: &Services, stream: Stream, draining: Draining, alive: Alive) {
@@ -794,7 +807,8 @@ where
         }
     });
     let connection = builder.serve_connection(TokioIo::new(stream), service).into_owned();
-    if let Err(error) = until_left(connection, told(draining)).await {
+    let driver = Arc::<OwnRequests>::default().driver();
+    if let Err(error) = until_left(connection, told(draining), driver).await {
         tracing::debug!(%error, "connection of an administrator ended");
     }
 }
@@ -815,7 +829,9 @@ async fn served<S>(
     let open = OpenRequests::default();
     let (stream, uncork) = cork(Paced(SendRate::new(stream, receiver)));
     let io = TokioIo::new(PingGuard::new(stream, open.clone(), limits.ping_interval_min, HEADER_TIMEOUT));
-    let mut builder = auto::Builder::new(alive);
+    let own = Arc::<OwnRequests>::default();
+    let driver = own.driver();
+    let mut builder = auto::Builder::new(Alive { own: Some(Arc::clone(&own)), ..alive });
     // The other protocol ends the connection.
     match terms.serves {
         Serves::Everything | Serves::Metrics | Serves::Admin => {}
@@ -840,6 +856,7 @@ async fn served<S>(
     // The connection's own, so that its requests count no references that those of others count too.
     let shared = Arc::new((services.clone(), used));
     let service = hyper::service::service_fn(move |mut request: Request<Incoming>| {
+        own.next_is(Kind::of(request.uri().path()));
         let shared = Arc::clone(&shared);
         let open = open.open();
         let tenant = identity.tenant_in(&shared.0.cell);
@@ -880,7 +897,7 @@ async fn served<S>(
         }
     });
     let connection = builder.serve_connection(io, service).into_owned();
-    match uncork.around(until_left(connection, leaving)).await {
+    match uncork.around(until_left(connection, leaving, driver)).await {
         Ok(Ok(())) => {}
         Ok(Err(error)) => tracing::debug!(%error, "connection ended"),
         Err(error) => tracing::debug!(%error, "connection broken"),

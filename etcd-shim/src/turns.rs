@@ -11,7 +11,8 @@
 //! less, so what it does next is of a lower class before long; one place in [`TO_LONGEST_EVERY`] goes to whoever has waited longest, of
 //! whatever class: nobody waits for ever. While no quiet tenant does anything nobody is held.
 //!
-//! A turn is short: an answer of many megabytes is written in pieces, one a turn ([`Paced`]).
+//! A turn is short: an answer of many megabytes is written in pieces, one a turn ([`Paced`]), and of the requests that a connection brings
+//! no more than some are begun in its own turn ([`may_begin_here`]).
 //!
 //! What must hold: where somebody waits all places are taken, and each is given on when its task was polled or dropped. What waits is
 //! bounded by the tasks there are, which connections and streams bound.
@@ -53,9 +54,22 @@ const TO_LONGEST_EVERY: u64 = 16;
 /// Bytes that one turn may write: about a tenth of a millisecond.
 const TURN_BYTES_MAX: usize = 256 << 10;
 
+/// Requests that one turn may begin: of those that take no longer, about as much.
+const TURN_REQUESTS_MAX: usize = 16;
+
 thread_local! {
     /// What the task that this thread polls may still write in its turn; `None`: it has no turn, and no bound.
     static MAY_WRITE: Cell<Option<usize>> = const { Cell::new(None) };
+    /// Requests that it may still begin in its turn.
+    static MAY_BEGIN: Cell<usize> = const { Cell::new(0) };
+}
+
+/// Whether the task that this thread polls may begin one more request in its own turn, rather than leave that to a task of the
+/// request's.
+pub(crate) fn may_begin_here() -> bool {
+    let left = MAY_BEGIN.get();
+    MAY_BEGIN.set(left.saturating_sub(1));
+    left > 0
 }
 
 /// What holds during a turn, also one that panics.
@@ -64,6 +78,7 @@ struct Bound;
 impl Bound {
     fn set() -> Self {
         MAY_WRITE.set(Some(TURN_BYTES_MAX));
+        MAY_BEGIN.set(TURN_REQUESTS_MAX);
         Bound
     }
 }
@@ -71,6 +86,7 @@ impl Bound {
 impl Drop for Bound {
     fn drop(&mut self) {
         MAY_WRITE.set(None);
+        MAY_BEGIN.set(0);
     }
 }
 

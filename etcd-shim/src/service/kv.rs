@@ -18,6 +18,7 @@ use crate::cell::Tenant;
 use crate::check::{self, TxnPath};
 use crate::convert::{from_proto, to_proto};
 use crate::inflight::Reservation;
+use crate::own_requests::this_is_short;
 use crate::proto::etcdserverpb::kv_server::Kv;
 use crate::proto::etcdserverpb::{
     CompactionRequest, CompactionResponse, DeleteRangeRequest, DeleteRangeResponse, PutRequest, PutResponse,
@@ -79,6 +80,9 @@ impl Kv for KvService {
         };
         let request = request.into_inner();
         check::range(&request)?;
+        if request.range_end.is_empty() {
+            this_is_short();
+        }
         if !request.serializable {
             tenant.read_barrier().await?;
         }
