@@ -102,7 +102,7 @@ fn a_millisecond_is_seen() {
 #[test]
 fn what_is_not_done_is_an_error() {
     let load = Load {
-        workload: Workload::KubeTxn,
+        workload: Workload::LeaseGrant,
         clients: 1,
         connections: 1,
         keys: 10,
