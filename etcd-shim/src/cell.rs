@@ -39,7 +39,7 @@ use tenure_storage::{
     Command, Envelope, Fault, Labels, MembersCommand, Observer, Outcome, Refusal, RocksEngine, StateMachine, Store,
     TenantId, TenantLimits, TenantPhase, TenantReader,
 };
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, timeout_at};
 
@@ -77,6 +77,10 @@ const READ_GRACE: Duration = Duration::from_secs(1);
 const SNAPSHOT_BYTES_PER_SECOND: u64 = 128 << 20;
 
 /// How often a member that starts looks at what its peers say of it.
+/// Replays of one tenant that wait for a reading thread or have one; others wait for their turn to do so. There may be as many streams
+/// that are behind as a tenant may have reads waiting, and its lists would be refused.
+const REPLAYS_MAX: usize = 32;
+
 const LOOK_AT_PEERS_PERIOD: Duration = Duration::from_millis(100);
 
 /// The lane of commands that belong to no tenant.
@@ -125,6 +129,8 @@ struct TenantParts {
     cluster_id: u64,
     reader: TenantReader<RocksEngine>,
     read_ns: AtomicU64,
+    /// Turns of its replays.
+    replays: Semaphore,
 }
 
 /// Engine compactions go one after the other; who comes while one waits shares that one's.
@@ -287,6 +293,7 @@ impl Cell {
             cluster_id: self.0.cluster_id_of(id, name),
             reader: self.0.store.reader(id)?,
             read_ns: AtomicU64::new(0),
+            replays: Semaphore::new(REPLAYS_MAX),
         });
         self.0.tenants.write().insert(name.to_string(), Arc::clone(&parts));
         Some(Tenant::new(parts, Arc::clone(&self.0)))

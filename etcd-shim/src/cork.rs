@@ -75,9 +75,9 @@ impl<S: AsyncWrite + Unpin> Corked<S> {
     fn poll_uncork(&mut self, task: &mut Context<'_>) -> Poll<io::Result<()>> {
         if !self.held.is_empty() {
             ready!(self.poll_write_with(task, &[]))?;
-            if self.held.capacity() > KEPT_BYTES_MAX {
-                self.held = Vec::new();
-            }
+        }
+        if self.held.capacity() > KEPT_BYTES_MAX {
+            self.held = Vec::new();
         }
         if self.is_written {
             ready!(Pin::new(&mut self.stream).poll_flush(task))?;

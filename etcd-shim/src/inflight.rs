@@ -28,7 +28,7 @@ use std::time::Duration;
 use parking_lot::Mutex;
 use tenure_storage::watch::{Reached, ReplayRoom};
 use tenure_storage::{Limit, TenantId};
-use tokio::sync::{Notify, Semaphore, SemaphorePermit};
+use tokio::sync::Notify;
 use tokio::time::Instant;
 
 use crate::cell::Tenant;
@@ -64,12 +64,11 @@ const SMALL_STEP_BYTES: usize = 16 << 10;
 /// A growing answer reserves this many bytes at a time.
 const STEP_BYTES: usize = 1 << 20;
 
-/// Replays of one tenant that wait for a reading thread or have one; others wait for their turn to do so. There may be as many streams
-/// that are behind as a tenant may have reads waiting, and its lists would be refused.
-const REPLAYS_MAX: usize = 32;
-
 /// Longest wait for room; then the client is told to try again.
 pub const WAIT_MAX: Duration = Duration::from_secs(5);
+
+/// Longest wait of a replay: other watchers of its stream may need less room.
+const REPLAY_WAIT_MAX: Duration = Duration::from_millis(500);
 
 const _: () = assert!(TENANT_FLOOR_BYTES <= TENANT_BYTES_MAX && TENANT_BYTES_MAX <= PROCESS_BYTES_MAX);
 
@@ -107,8 +106,6 @@ struct Shared {
     room_of_tenants: Box<[Room]>,
     /// Woken whenever bytes are given back, for those who have not.
     room_of_all: Room,
-    /// Turns of tenants' replays.
-    replays: Box<[Semaphore]>,
 }
 
 /// Where to wait for bytes that are given back.
@@ -216,7 +213,6 @@ impl InFlight {
             held: Mutex::default(),
             room_of_tenants: (0..SLOTS).map(|_| Room::default()).collect(),
             room_of_all: Room::default(),
-            replays: (0..SLOTS).map(|_| Semaphore::new(REPLAYS_MAX)).collect(),
         }))
     }
 
@@ -249,12 +245,6 @@ impl InFlight {
         let mut reservation = self.reservation(tenant.id());
         reservation.tenant_bytes = tenant_bytes;
         reservation
-    }
-
-    /// Waits until a replay of this tenant may ask for a reading thread. They come in the order in which they asked.
-    pub async fn replay_turn(&self, tenant: TenantId) -> Option<SemaphorePermit<'_>> {
-        // Nobody closes it.
-        self.0.replays[slot_of(tenant)].acquire().await.ok()
     }
 
     /// How many wait for bytes that this tenant can use.
@@ -348,11 +338,25 @@ impl Reservation {
     /// # Errors
     /// [`CellError::TimeoutRead`] after [`WAIT_MAX`].
     pub async fn wait_for_room(&mut self, did_not_fit_bytes: usize) -> Result<(), CellError> {
-        self.give_back(self.bytes);
-        let budget = self.shared.budget;
         let twice = did_not_fit_bytes.saturating_mul(2).min(self.tenant_bytes);
-        let wanted = twice.max(did_not_fit_bytes).next_multiple_of(STEP_BYTES);
-        let deadline = *self.deadline.get_or_insert_with(|| Instant::now() + budget.wait_max);
+        let wait_max = self.shared.budget.wait_max;
+        let deadline = *self.deadline.get_or_insert_with(|| Instant::now() + wait_max);
+        self.wait_until(twice.max(did_not_fit_bytes), deadline).await
+    }
+
+    /// As [`Reservation::wait_for_room`], for a watcher, which may try as often as it likes: no longer than [`REPLAY_WAIT_MAX`], and for no more
+    /// than an eighth of what its tenant may have beyond what did not fit, or it would have to wait until its tenant has nothing else.
+    ///
+    /// # Errors
+    /// [`CellError::TimeoutRead`].
+    pub async fn wait_for_replay(&mut self, did_not_fit_bytes: usize) -> Result<(), CellError> {
+        let wanted = did_not_fit_bytes.saturating_add(did_not_fit_bytes.min(self.tenant_bytes / 8));
+        self.wait_until(wanted, Instant::now() + REPLAY_WAIT_MAX.min(self.shared.budget.wait_max)).await
+    }
+
+    async fn wait_until(&mut self, bytes: usize, deadline: Instant) -> Result<(), CellError> {
+        self.give_back(self.bytes);
+        let wanted = bytes.next_multiple_of(STEP_BYTES);
         let shared = Arc::clone(&self.shared);
         let Err(mut short) = self.try_hold(wanted) else { return Ok(()) };
         loop {
@@ -581,17 +585,16 @@ mod tests {
         assert!(more.try_reach(MIB + 1));
     }
 
+    /// What is always in use by others may be little, and then a revision that fits beside it has its turn.
     #[tokio::test]
-    async fn replays_of_a_tenant_take_turns() {
+    async fn a_replay_does_not_wait_until_its_tenant_has_nothing_else() {
         let in_flight = small_budget();
-        let mut turns = Vec::new();
-        for _ in 0..REPLAYS_MAX {
-            turns.push(in_flight.replay_turn(A).await);
-        }
-        assert!(futures::poll!(std::pin::pin!(in_flight.replay_turn(A))).is_pending());
-        assert!(futures::poll!(std::pin::pin!(in_flight.replay_turn(B))).is_ready());
-        turns.pop();
-        assert!(futures::poll!(std::pin::pin!(in_flight.replay_turn(A))).is_ready());
+        let mut other = in_flight.reservation(A);
+        assert!(other.try_reach(MIB));
+        let mut replay = in_flight.reservation(A);
+        replay.wait_for_replay(5 * MIB).await.unwrap();
+        assert_eq!(replay.bytes, 6 * MIB);
+        assert!(in_flight.reservation(A).wait_for_room(5 * MIB).await.is_err());
     }
 
     #[tokio::test]

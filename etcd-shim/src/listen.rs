@@ -40,7 +40,7 @@ use crate::gate::Running;
 use crate::handshakes::Handshakes;
 use crate::http_endpoints::{Endpoints, HttpAccess, too_many_requests};
 use crate::inflight::InFlight;
-use crate::own_requests::{Driver, Kind, OwnRequests};
+use crate::own_requests::{Driver, OwnRequests, may_be_short};
 use crate::ping_guard::{OpenRequests, PingGuard};
 use crate::request_body::CountedBody;
 use crate::rpc_metrics::RpcMetrics;
@@ -103,6 +103,10 @@ const PROBE_INTERVAL: Duration = Duration::from_secs(30);
 
 /// Probes without an answer that end it.
 const PROBES_MAX: u32 = 9;
+
+/// How long what was sent may stay unacknowledged, or the other's window closed. It takes the place of the probes' number for the system,
+/// so it must leave time for all of them.
+const UNANSWERED_MAX: Duration = PROBE_INTERVAL.saturating_mul(PROBES_MAX + 1);
 
 /// What one connection may do. The defaults are etcd's, but for the requests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -334,7 +338,7 @@ pub async fn serve(listener: Listener, services: Services, mut stop: watch::Rece
     loop {
         let accepted = tokio::select! {
             _ = stop.wait_for(|stop| *stop > Stop::NotYet) => break,
-            accepted = accept(&socket, &slots, shared.1.limits.keepalive_timeout) => accepted,
+            accepted = accept(&socket, &slots) => accepted,
         };
         match accepted {
             Ok((stream, slot)) => {
@@ -425,17 +429,13 @@ enum Stream {
     Unix(UnixStream),
 }
 
-async fn accept(
-    socket: &Socket,
-    slots: &Arc<Semaphore>,
-    unanswered_max: Duration,
-) -> io::Result<(Stream, OwnedSemaphorePermit)> {
+async fn accept(socket: &Socket, slots: &Arc<Semaphore>) -> io::Result<(Stream, OwnedSemaphorePermit)> {
     let slot = Arc::clone(slots).acquire_owned().await.map_err(io::Error::other)?;
     let stream = match socket {
         Socket::Tcp(listener) => {
             let (stream, _) = listener.accept().await?;
             stream.set_nodelay(true)?;
-            if let Err(error) = notice_loss(&stream, unanswered_max) {
+            if let Err(error) = notice_loss(&stream) {
                 tracing::debug!(%error, "keepalive of a connection");
             }
             Stream::Tcp(stream)
@@ -446,15 +446,15 @@ async fn accept(
 }
 
 /// Lets the system look whether the other machine is still there, also while HTTP/2 does not: one that lost its power says nothing. It
-/// also may not leave what it was sent unacknowledged, or its window closed, for longer than `unanswered_max`.
-fn notice_loss(stream: &TcpStream, unanswered_max: Duration) -> rustix::io::Result<()> {
+/// also may not leave what it was sent unacknowledged for ever.
+fn notice_loss(stream: &TcpStream) -> rustix::io::Result<()> {
     use rustix::net::sockopt;
 
     sockopt::set_tcp_keepidle(stream, PROBE_INTERVAL)?;
     sockopt::set_tcp_keepintvl(stream, PROBE_INTERVAL)?;
     sockopt::set_tcp_keepcnt(stream, PROBES_MAX)?;
     sockopt::set_socket_keepalive(stream, true)?;
-    sockopt::set_tcp_user_timeout(stream, u32::try_from(unanswered_max.as_millis()).unwrap_or(u32::MAX))
+    sockopt::set_tcp_user_timeout(stream, u32::try_from(UNANSWERED_MAX.as_millis()).unwrap_or(u32::MAX))
 }
 
 /// Whether connections are to let their requests end and take no others.
@@ -856,7 +856,7 @@ async fn served<S>(
     // The connection's own, so that its requests count no references that those of others count too.
     let shared = Arc::new((services.clone(), used));
     let service = hyper::service::service_fn(move |mut request: Request<Incoming>| {
-        own.next_is(Kind::of(request.uri().path()));
+        own.next_is(may_be_short(&request));
         let shared = Arc::clone(&shared);
         let open = open.open();
         let tenant = identity.tenant_in(&shared.0.cell);
@@ -947,13 +947,13 @@ mod tests {
         let socket = Socket::Tcp(bind_tcp(&"http://127.0.0.1:0".parse().unwrap()).await.unwrap());
         let Socket::Tcp(listener) = &socket else { unreachable!() };
         let _client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
-        let (stream, _slot) = accept(&socket, &Arc::new(Semaphore::new(1)), Duration::from_secs(20)).await.unwrap();
+        let (stream, _slot) = accept(&socket, &Arc::new(Semaphore::new(1))).await.unwrap();
         let Stream::Tcp(stream) = stream else { unreachable!() };
         assert!(sockopt::socket_keepalive(&stream).unwrap());
         let probes = [sockopt::tcp_keepidle(&stream).unwrap(), sockopt::tcp_keepintvl(&stream).unwrap()];
         assert_eq!(probes, [Duration::from_secs(30); 2]);
         assert_eq!(sockopt::tcp_keepcnt(&stream).unwrap(), 9);
-        assert_eq!(sockopt::tcp_user_timeout(&stream).unwrap(), 20_000);
+        assert_eq!(sockopt::tcp_user_timeout(&stream).unwrap(), 300_000, "all probes have their time");
     }
 
     // Whoever gets in between the file and its mode is an administrator for good: so there must be nothing in between. Nobody sets the

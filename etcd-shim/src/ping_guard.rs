@@ -251,7 +251,8 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for PingGuard<S> {
     fn poll_write(mut self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         let this = &mut *self;
         if this.farewell.is_some() {
-            return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()));
+            // Nothing comes after it. The connection ends when it is written, as if the client had left; an error would end it before.
+            return Poll::Ready(Ok(bytes.len()));
         }
         let written = Pin::new(&mut this.stream).poll_write(context, bytes);
         if let Poll::Ready(Ok(written)) = written

@@ -12,7 +12,7 @@
 //! whatever class: nobody waits for ever. While no quiet tenant does anything nobody is held.
 //!
 //! A turn is short: an answer of many megabytes is written in pieces, one a turn ([`Paced`]), and of the requests that a connection brings
-//! no more than some are begun in its own turn ([`may_begin_here`]).
+//! as many are polled in its own turn as there is time for ([`may_go_on_here`]).
 //!
 //! What must hold: where somebody waits all places are taken, and each is given on when its task was polled or dropped. What waits is
 //! bounded by the tasks there are, which connections and streams bound.
@@ -54,31 +54,45 @@ const TO_LONGEST_EVERY: u64 = 16;
 /// Bytes that one turn may write: about a tenth of a millisecond.
 const TURN_BYTES_MAX: usize = 256 << 10;
 
-/// Requests that one turn may begin: of those that take no longer, about as much.
-const TURN_REQUESTS_MAX: usize = 16;
+/// A turn polls no further request of its connection when it has lasted for so long.
+const TURN_TIME_MAX: Duration = Duration::from_micros(200);
 
 thread_local! {
     /// What the task that this thread polls may still write in its turn; `None`: it has no turn, and no bound.
     static MAY_WRITE: Cell<Option<usize>> = const { Cell::new(None) };
-    /// Requests that it may still begin in its turn.
-    static MAY_BEGIN: Cell<usize> = const { Cell::new(0) };
+    /// How long it may go on to poll requests in its turn.
+    static GOES_ON: Cell<GoesOn> = const { Cell::new(GoesOn::Nowhere) };
 }
 
-/// Whether the task that this thread polls may begin one more request in its own turn, rather than leave that to a task of the
-/// request's.
-pub(crate) fn may_begin_here() -> bool {
-    let left = MAY_BEGIN.get();
-    MAY_BEGIN.set(left.saturating_sub(1));
-    left > 0
+#[derive(Clone, Copy)]
+enum GoesOn {
+    /// It has no turn.
+    Nowhere,
+    /// It has polled none so far: one it may, whatever came before. Its turn began then.
+    Since(Instant),
+    Until(Instant),
+}
+
+/// Whether the task that this thread polls may poll one more request in its own turn, rather than leave that to a task of the
+/// request's, or to its next turn.
+pub(crate) fn may_go_on_here() -> bool {
+    match GOES_ON.get() {
+        GoesOn::Nowhere => false,
+        GoesOn::Since(began) => {
+            GOES_ON.set(GoesOn::Until(began + TURN_TIME_MAX));
+            true
+        }
+        GoesOn::Until(end) => Instant::now() < end,
+    }
 }
 
 /// What holds during a turn, also one that panics.
 struct Bound;
 
 impl Bound {
-    fn set() -> Self {
+    fn set(began: Instant) -> Self {
         MAY_WRITE.set(Some(TURN_BYTES_MAX));
-        MAY_BEGIN.set(TURN_REQUESTS_MAX);
+        GOES_ON.set(GoesOn::Since(began));
         Bound
     }
 }
@@ -86,7 +100,7 @@ impl Bound {
 impl Drop for Bound {
     fn drop(&mut self) {
         MAY_WRITE.set(None);
-        MAY_BEGIN.set(0);
+        GOES_ON.set(GoesOn::Nowhere);
     }
 }
 
@@ -430,7 +444,7 @@ impl Turn {
         let change = |state| (state != HELD).then_some(WAITS);
         let before = woken.state.fetch_update(Ordering::AcqRel, Ordering::Acquire, change);
         let place = (before == Ok(PLACED)).then(|| Place(&woken.turns));
-        let bound = Bound::set();
+        let bound = Bound::set(began);
         let polled = future.poll(&mut Context::from_waker(&self.waker));
         drop(bound);
         drop(place);

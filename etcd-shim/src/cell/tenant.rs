@@ -8,6 +8,7 @@ use rand::Rng;
 use tenure_storage::{
     Command, Fault, LeaseId, Limit, Outcome, Profile, ReadError, Refusal, RocksEngine, TenantId, TenantReader,
 };
+use tokio::sync::SemaphorePermit;
 
 use super::{Inner, TenantParts};
 use crate::cell_error::CellError;
@@ -175,6 +176,12 @@ impl Tenant {
             answer
         };
         self.0.cell.read_pool.run(self.id(), timed).await
+    }
+
+    /// Waits until a replay of this tenant may ask for a reading thread. They come in the order in which they asked.
+    pub(crate) async fn replay_turn(&self) -> Option<SemaphorePermit<'_>> {
+        // Nobody closes it.
+        self.0.parts.replays.acquire().await.ok()
     }
 
     /// Rewrites the engine's files without what was deleted. It is one engine for all tenants, so calls that come while

@@ -8,6 +8,7 @@ mod stream;
 #[cfg(test)]
 mod tests;
 
+use prost::Message as _;
 use tenure_storage::limits::{RECLAIM_ROWS_MAX, TXN_REPLY_BYTES_MAX};
 use tenure_storage::{Command, KeyRange, Reply, TxnOp};
 use tonic::{Request, Response, Status};
@@ -81,7 +82,7 @@ impl Kv for KvService {
         let request = request.into_inner();
         check::range(&request)?;
         if request.range_end.is_empty() {
-            this_is_short();
+            this_is_short(request.key.len());
         }
         if !request.serializable {
             tenant.read_barrier().await?;
@@ -111,6 +112,9 @@ impl Kv for KvService {
         self.context.check_quota(&tenant, check::put_cost(&request)).await?;
         check::put(&request)?;
         check::size(&request, self.context.request_bytes_max(&tenant))?;
+        if !request.prev_kv {
+            this_is_short(request.key.len() + request.value.len());
+        }
         let (header, reply) = write(&tenant, Command::Put(from_proto::put(request))).await?;
         let Reply::Put { prev_kv } = reply else { return Err(mismatched_reply("Put")) };
         if prev_kv.is_none() {
@@ -149,7 +153,11 @@ impl Kv for KvService {
             TxnPath::Write => {}
         }
         check::size(&request, self.context.request_bytes_max(&tenant))?;
+        let bytes = request.encoded_len();
         let request = from_proto::txn(request)?;
+        if !may_answer_much(&request) {
+            this_is_short(bytes);
+        }
         let reservation = self.reserve_for_txn(&tenant, &request).await?;
         let (header, reply) = write(&tenant, Command::Txn(request)).await?;
         let Reply::Txn(reply) = reply else { return Err(mismatched_reply("Txn")) };

@@ -17,6 +17,7 @@ use crate::cell_error::CellError;
 use crate::check;
 use crate::inflight::Reservation;
 use crate::lessor::Remaining;
+use crate::own_requests::this_is_short;
 use crate::proto::etcdserverpb::lease_server::Lease;
 use crate::proto::etcdserverpb::{
     LeaseGrantRequest, LeaseGrantResponse, LeaseKeepAliveRequest, LeaseKeepAliveResponse, LeaseLeasesRequest,
@@ -90,6 +91,7 @@ impl Lease for LeaseService {
         let request = request.into_inner();
         self.context.check_quota(&tenant, LEASE_COST_BYTES).await?;
         check::lease_grant(&request)?;
+        this_is_short(0);
         let granted = tenant.grant_lease(LeaseId(request.id), request.ttl).await?;
         Ok(Response::new(LeaseGrantResponse {
             header: Some(header(&tenant, granted.revision)),
@@ -105,6 +107,7 @@ impl Lease for LeaseService {
     ) -> Result<Response<LeaseRevokeResponse>, Status> {
         let tenant = self.context.tenant_of(&request)?;
         let id = LeaseId(request.into_inner().id);
+        this_is_short(0);
         let revision = tenant.revoke_lease(id).await?;
         Ok(Response::new(LeaseRevokeResponse { header: Some(header(&tenant, revision)) }))
     }

@@ -33,6 +33,7 @@ use rand::Rng;
 use tenure_storage::watch::{NoRoom, ReplayPlan, ReplayRoom};
 use tenure_storage::{CreateRefusal, Fault, KeyRange, RocksEngine, WatchMessage, WatchSpec, WatchStream};
 use tokio::runtime::Handle;
+use tokio::task::JoinHandle;
 use tokio::time::{Instant, Interval, MissedTickBehavior};
 use tokio_stream::Stream;
 use tonic::{Request, Response, Status, Streaming};
@@ -60,6 +61,9 @@ const FRAGMENT_OVERHEAD_BYTES: usize = 512 << 10;
 
 /// From so many bytes on the encoder hands on what it has collected. tonic's default.
 const ENCODER_BYTES: usize = 32 << 10;
+
+/// gRPC's, before each message.
+const FRAME_HEADER_BYTES: usize = 5;
 
 /// Before a replay step that found no room on the reading threads is tried again.
 pub(crate) const REPLAY_RETRY_AFTER: Duration = Duration::from_millis(100);
@@ -202,7 +206,9 @@ impl<R: Stream<Item = Result<WatchRequest, Status>> + Unpin> Responses<R> {
         if self.replay.is_none() {
             let Some(plan) = self.watchers.plan_replay() else { return Ok(Advance::Waits) };
             let (tenant, watchers) = (self.tenant.clone(), Arc::clone(&self.watchers));
-            self.replay = Some(Box::pin(replay(tenant, watchers, plan, self.in_flight.clone())));
+            // A task of its own: this stream is not polled while its client takes nothing, and a step holds what others wait for.
+            let step = AbortOnDrop(tokio::spawn(replay(tenant, watchers, plan, self.in_flight.clone())));
+            self.replay = Some(Box::pin(step));
         }
         let Some(replay) = &mut self.replay else { return Ok(Advance::Waits) };
         match replay.as_mut().poll(task) {
@@ -221,12 +227,11 @@ impl<R: Stream<Item = Result<WatchRequest, Status>> + Unpin> Responses<R> {
         {
             return Err(CellError::NoLeader.into());
         }
-        self.watchers.tell_progress();
         if self.progress.poll_tick(task).is_ready() {
             self.watchers.tick_progress();
             return Ok(Advance::Moved);
         }
-        Ok(Advance::Waits)
+        Ok(if self.watchers.tell_progress() { Advance::Moved } else { Advance::Waits })
     }
 
     fn advance(&mut self, task: &mut TaskContext<'_>) -> Result<Advance, Status> {
@@ -293,7 +298,7 @@ impl<R: Stream<Item = Result<WatchRequest, Status>> + Unpin> Stream for Response
                 Err(status) => return Poll::Ready(Some(Err(status))),
             };
             if let Some(response) = this.next_response(task) {
-                this.collected_bytes += response.encoded_len();
+                this.collected_bytes += FRAME_HEADER_BYTES + response.encoded_len();
                 if this.collected_bytes >= ENCODER_BYTES {
                     this.collected_bytes = 0;
                 }
@@ -334,6 +339,24 @@ fn progress_timer(period: Duration) -> Interval {
     timer
 }
 
+/// A task that ends with whoever waits for it.
+struct AbortOnDrop(JoinHandle<Result<(), Fault>>);
+
+impl Future for AbortOnDrop {
+    type Output = Result<(), Fault>;
+
+    fn poll(mut self: Pin<&mut Self>, task: &mut TaskContext<'_>) -> Poll<Self::Output> {
+        // It panics only where it has said so, and is polled no more once it was aborted.
+        Pin::new(&mut self.0).poll(task).map(|ended| ended.unwrap_or(Ok(())))
+    }
+}
+
+impl Drop for AbortOnDrop {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
 /// One step. That it returns does not mean that the watcher has moved: nobody else knows that it is behind, so it has its turn again.
 async fn replay(
     tenant: Tenant,
@@ -345,7 +368,7 @@ async fn replay(
     let mut room = in_flight.of(&tenant);
     loop {
         let (plan, watchers) = (Arc::clone(&plan), Arc::clone(&watchers));
-        let turn = in_flight.replay_turn(tenant.id()).await;
+        let turn = tenant.replay_turn().await;
         let replayed = tenant.read(move |_| watchers.replay(&plan, room)).await;
         drop(turn);
         let given_up = match replayed {
@@ -353,7 +376,7 @@ async fn replay(
             Ok(Err(fault)) => return Err(fault),
             Ok(Ok(Err(NoRoom { room: had, bytes }))) => {
                 room = had;
-                match room.wait_for_room(bytes).await {
+                match room.wait_for_replay(bytes).await {
                     Ok(()) => continue,
                     Err(error) => error,
                 }

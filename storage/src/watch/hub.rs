@@ -419,7 +419,7 @@ impl Hub {
         }
     }
 
-    /// Progress is due to all that want it. If it still is to some since the last tick, that goes on where it is.
+    /// Progress is due to all that want it, and told to the first of them. If it still is to some since the last tick, that goes on where it is.
     pub(super) fn tick_progress(&self, id: StreamId) {
         if let Some(stream) = self.state.lock().streams.get_mut(&id) {
             stream.due_from.get_or_insert(i64::MIN);
@@ -428,12 +428,11 @@ impl Hub {
         self.tell_progress(id);
     }
 
-    /// Tells of progress what there is room for, up to what was delivered. In turns of the lock: a stream may have very many watchers.
-    pub(super) fn tell_progress(&self, id: StreamId) {
-        while self.tell_some_progress(id).is_some_and(|more| more) {}
+    /// Tells some watchers of progress, up to what was delivered. Answers whether there are more, and room.
+    pub(super) fn tell_progress(&self, id: StreamId) -> bool {
+        self.tell_some_progress(id).unwrap_or(false)
     }
 
-    /// Answers whether there is more to tell, and room.
     fn tell_some_progress(&self, id: StreamId) -> Option<bool> {
         let mut state = self.state.lock();
         let revision = state.delivered;
@@ -808,16 +807,8 @@ impl Stream {
     }
 
     /// Whether every watcher has. Asked where nothing is delivered in part: then all that are not ahead have the same.
-    fn has_all_up_to(&mut self, revision: i64) -> bool {
-        while let Some((reached, watch_id)) = self.ahead.first().copied()
-            && reached <= revision
-        {
-            self.ahead.remove(&(reached, watch_id));
-            if let Some(watcher) = self.watchers.get_mut(&watch_id) {
-                watcher.ahead_to = None;
-            }
-        }
-        self.synced == self.watchers.len() && self.ahead.is_empty()
+    fn has_all_up_to(&self, revision: i64) -> bool {
+        self.synced == self.watchers.len() && self.ahead.last().is_none_or(|(reached, _)| *reached <= revision)
     }
 
     fn join_synced(&mut self, watch_id: i64, delivered: i64) {

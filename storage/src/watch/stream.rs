@@ -89,11 +89,11 @@ impl<E: Engine> WatchStream<E> {
         self.tenant.hub.tick_progress(self.id);
     }
 
-    /// Goes on with what a tick could not queue, if that is due and there is room. Cheap if not.
-    pub fn tell_progress(&self) {
-        if self.queue.owes_progress.load(Ordering::Relaxed) && !self.queue.is_full() {
-            self.tenant.hub.tell_progress(self.id);
-        }
+    /// Goes on with what a tick has not told yet, if there is room: with some of it. Answers whether there is more, and room. Cheap if
+    /// nothing is due.
+    pub fn tell_progress(&self) -> bool {
+        let is_due = self.queue.owes_progress.load(Ordering::Relaxed) && !self.queue.is_full();
+        is_due && self.tenant.hub.tell_progress(self.id)
     }
 
     /// The next message to send. Never blocks.
@@ -238,7 +238,7 @@ fn replay<R: Reader>(
                 }
                 Reached::NotNow => return Ok(Step::NoRoom { bytes }),
                 Reached::Never => {
-                    tracing::debug!(%tenant, revision = at.main, "too large a revision for a watcher that is behind");
+                    tracing::warn!(%tenant, revision = at.main, "a revision is too large for a watcher to be told of");
                     return gone_below(at.main + 1);
                 }
             }

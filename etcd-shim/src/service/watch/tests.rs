@@ -304,6 +304,30 @@ async fn the_past_is_not_read_before_there_is_room_for_it() {
     assert_eq!(in_flight.bytes(), 0);
 }
 
+/// A stream whose client takes nothing is not polled. What its replay has taken, a turn or room, would be kept from all others.
+#[tokio::test]
+async fn replays_of_streams_that_nobody_polls_hold_up_no_other() {
+    let cell = TestCell::open().await;
+    let tenant = cell.tenant("default");
+    put(&tenant, "a/1", "v").await;
+    let mut stuck = Vec::new();
+    for _ in 0..40 {
+        let mut client = Client::connect(&tenant);
+        client.create(WatchCreateRequest { start_revision: 2, ..of("a/") });
+        assert!(client.next().await.created);
+        assert!(futures::poll!(std::pin::pin!(client.next())).is_pending(), "its replay has begun");
+        stuck.push(client);
+    }
+    let mut client = Client::connect(&tenant);
+    client.create(WatchCreateRequest { start_revision: 2, ..of("a/") });
+    let events = async {
+        assert!(client.next().await.created);
+        client.next().await
+    };
+    let events = tokio::time::timeout(Duration::from_secs(20), events).await.expect("it has its turn");
+    assert_eq!(events.event_count(), 1);
+}
+
 /// A delete may replace all that a tenant has; a watcher that has to read that is told where it can go on, and not in the middle of it.
 #[tokio::test]
 async fn a_revision_that_never_has_room_is_as_one_that_was_compacted() {
