@@ -1,6 +1,6 @@
 //! etcd's command line: one or two dashes, `--f v`, `--f=v`, bare booleans, `ETCD_*` variables behind the flags.
 //!
-//! Every flag of etcd is known. Those that mean nothing for one member are taken with a warning; what is asked for and not
+//! Every flag of etcd is known. Those that mean nothing here are taken with a warning; what is asked for and not
 //! built is refused by name, because whoever set it relies on it. Everything wrong is one line; the program then exits with 1.
 //! A configuration file stands for all of them: see [`crate::config_file`].
 
