@@ -76,11 +76,11 @@ const READ_GRACE: Duration = Duration::from_secs(1);
 /// How fast a copy of the state is sent to a member, so that it takes no more than a part of disk and link.
 const SNAPSHOT_BYTES_PER_SECOND: u64 = 128 << 20;
 
-/// How often a member that starts looks at what its peers say of it.
 /// Replays of one tenant that wait for a reading thread or have one; others wait for their turn to do so. There may be as many streams
 /// that are behind as a tenant may have reads waiting, and its lists would be refused.
 const REPLAYS_MAX: usize = 32;
 
+/// How often a member that starts looks at what its peers say of it.
 const LOOK_AT_PEERS_PERIOD: Duration = Duration::from_millis(100);
 
 /// The lane of commands that belong to no tenant.

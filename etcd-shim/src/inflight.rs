@@ -341,7 +341,7 @@ impl Reservation {
         let twice = did_not_fit_bytes.saturating_mul(2).min(self.tenant_bytes);
         let wait_max = self.shared.budget.wait_max;
         let deadline = *self.deadline.get_or_insert_with(|| Instant::now() + wait_max);
-        self.wait_until(twice.max(did_not_fit_bytes), deadline).await
+        self.wait_until(twice.max(did_not_fit_bytes).next_multiple_of(STEP_BYTES), deadline).await
     }
 
     /// As [`Reservation::wait_for_room`], for a watcher, which may try as often as it likes: no longer than [`REPLAY_WAIT_MAX`], and for no more
@@ -350,13 +350,13 @@ impl Reservation {
     /// # Errors
     /// [`CellError::TimeoutRead`].
     pub async fn wait_for_replay(&mut self, did_not_fit_bytes: usize) -> Result<(), CellError> {
-        let wanted = did_not_fit_bytes.saturating_add(did_not_fit_bytes.min(self.tenant_bytes / 8));
+        let more = did_not_fit_bytes.saturating_add(did_not_fit_bytes.min(self.tenant_bytes / 8));
+        let wanted = more.next_multiple_of(STEP_BYTES).min(self.tenant_bytes).max(did_not_fit_bytes);
         self.wait_until(wanted, Instant::now() + REPLAY_WAIT_MAX.min(self.shared.budget.wait_max)).await
     }
 
-    async fn wait_until(&mut self, bytes: usize, deadline: Instant) -> Result<(), CellError> {
+    async fn wait_until(&mut self, wanted: usize, deadline: Instant) -> Result<(), CellError> {
         self.give_back(self.bytes);
-        let wanted = bytes.next_multiple_of(STEP_BYTES);
         let shared = Arc::clone(&self.shared);
         let Err(mut short) = self.try_hold(wanted) else { return Ok(()) };
         loop {
@@ -594,6 +594,12 @@ mod tests {
         let mut replay = in_flight.reservation(A);
         replay.wait_for_replay(5 * MIB).await.unwrap();
         assert_eq!(replay.bytes, 6 * MIB);
+        replay.wait_for_replay(7 * MIB).await.unwrap_err();
+        other.settle(0);
+        replay.wait_for_replay(8 * MIB).await.unwrap();
+        assert_eq!(replay.bytes, 8 * MIB, "no more than there can be");
+        replay.settle(0);
+        assert!(other.try_reach(MIB));
         assert!(in_flight.reservation(A).wait_for_room(5 * MIB).await.is_err());
     }
 

@@ -36,6 +36,9 @@ const STRIKES_MAX: u32 = 2;
 /// How often a client without an open request may ping.
 const IDLE_PING_INTERVAL: Duration = Duration::from_secs(2 * 3600);
 
+/// How long a client may take to read its farewell.
+const FAREWELL_MAX: Duration = Duration::from_secs(5);
+
 /// GOAWAY on stream 0: last stream 2^31-1, code ENHANCE_YOUR_CALM, and the text that clients look for.
 const GOAWAY: &[u8] = b"\x00\x00\x16\x07\x00\x00\x00\x00\x00\x7f\xff\xff\xff\x00\x00\x00\x0btoo_many_pings";
 
@@ -75,6 +78,8 @@ pub struct PingGuard<S> {
     policy: Policy,
     /// What is left of the farewell, once it has begun.
     farewell: Option<&'static [u8]>,
+    /// Then it ends, whether the client takes it or not.
+    farewell_ends: Option<Pin<Box<Sleep>>>,
     /// Until then the client has to have said what it speaks; `None` once it has.
     silence_ends: Option<Pin<Box<Sleep>>>,
 }
@@ -90,6 +95,7 @@ impl<S> PingGuard<S> {
             sent: Frames::of_server(),
             policy: Policy { min_interval, last_ping: None, strikes: 0, forgives_next: false },
             farewell: None,
+            farewell_ends: None,
             silence_ends: Some(Box::pin(sleep(silence_max))),
         }
     }
@@ -199,7 +205,14 @@ impl Frames {
 
 impl<S: AsyncWrite + Unpin> PingGuard<S> {
     /// Writes what can be written of the farewell, then ends the connection.
+    ///
+    /// # Errors
+    /// The client took too long.
     fn poll_farewell(&mut self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let ends = self.farewell_ends.get_or_insert_with(|| Box::pin(sleep(FAREWELL_MAX)));
+        if ends.as_mut().poll(context).is_ready() {
+            return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
+        }
         while let Some(rest) = self.farewell.filter(|rest| !rest.is_empty()) {
             match Pin::new(&mut self.stream).poll_write(context, rest) {
                 Poll::Ready(Ok(written)) if written > 0 => self.farewell = rest.get(written..),
@@ -273,6 +286,9 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for PingGuard<S> {
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if self.farewell.is_some() {
+            return self.poll_farewell(context);
+        }
         Pin::new(&mut self.stream).poll_shutdown(context)
     }
 }

@@ -72,6 +72,20 @@ fn may_answer_much(txn: &tenure_storage::TxnRequest) -> bool {
     branch(&txn.success) || branch(&txn.failure)
 }
 
+/// Whether a txn's answer holds a value at most.
+fn answers_little(txn: &tenure_storage::TxnRequest) -> bool {
+    let values = |ops: &[TxnOp]| {
+        let values = ops.iter().map(|op| match op {
+            TxnOp::Range(range) => usize::from(!range.count_only),
+            TxnOp::Put(put) => usize::from(put.prev_kv),
+            TxnOp::DeleteRange(delete) => usize::from(delete.prev_kv),
+            TxnOp::Txn(_) => SMALL_TXN_KEYS,
+        });
+        values.sum::<usize>()
+    };
+    !may_answer_much(txn) && values(&txn.success).max(values(&txn.failure)) <= 1
+}
+
 #[tonic::async_trait]
 impl Kv for KvService {
     async fn range(&self, request: Request<RangeRequest>) -> Result<Response<RangeResponse>, Status> {
@@ -155,7 +169,7 @@ impl Kv for KvService {
         check::size(&request, self.context.request_bytes_max(&tenant))?;
         let bytes = request.encoded_len();
         let request = from_proto::txn(request)?;
-        if !may_answer_much(&request) {
+        if answers_little(&request) {
             this_is_short(bytes);
         }
         let reservation = self.reserve_for_txn(&tenant, &request).await?;

@@ -30,7 +30,7 @@ use bytes::Bytes;
 use futures::task::AtomicWaker;
 use prost::Message;
 use rand::Rng;
-use tenure_storage::watch::{NoRoom, ReplayPlan, ReplayRoom};
+use tenure_storage::watch::{NoRoom, ReplayPlan, ReplayPosition, ReplayRoom};
 use tenure_storage::{CreateRefusal, Fault, KeyRange, RocksEngine, WatchMessage, WatchSpec, WatchStream};
 use tokio::runtime::Handle;
 use tokio::task::JoinHandle;
@@ -127,7 +127,9 @@ pub struct Responses<R> {
     requests: Option<R>,
     watchers: Arc<WatchStream<RocksEngine>>,
     hub_signal: Arc<AtomicWaker>,
-    replay: Option<Waiting<Result<(), Fault>>>,
+    replay: Option<AbortOnDrop>,
+    /// By the watcher that had no room last.
+    wanted: Option<Wanted>,
     progress: Interval,
     leader_lost: Option<Waiting<()>>,
     /// What is left of a response that goes in pieces.
@@ -166,6 +168,7 @@ impl<R: Stream<Item = Result<WatchRequest, Status>> + Unpin> Responses<R> {
             watchers,
             hub_signal,
             replay: None,
+            wanted: None,
             progress: progress_timer(options.progress_period),
             leader_lost,
             pieces: VecDeque::new(),
@@ -205,15 +208,17 @@ impl<R: Stream<Item = Result<WatchRequest, Status>> + Unpin> Responses<R> {
     fn advance_replay(&mut self, task: &mut TaskContext<'_>) -> Result<Advance, Status> {
         if self.replay.is_none() {
             let Some(plan) = self.watchers.plan_replay() else { return Ok(Advance::Waits) };
-            let (tenant, watchers) = (self.tenant.clone(), Arc::clone(&self.watchers));
+            let (tenant, in_flight) = (self.tenant.clone(), self.in_flight.clone());
+            let step = Step { watchers: Arc::clone(&self.watchers), in_flight, tenant };
             // A task of its own: this stream is not polled while its client takes nothing, and a step holds what others wait for.
-            let step = AbortOnDrop(tokio::spawn(replay(tenant, watchers, plan, self.in_flight.clone())));
-            self.replay = Some(Box::pin(step));
+            let wanted = self.wanted.filter(|wanted| wanted.at == plan.position());
+            self.replay = Some(AbortOnDrop(tokio::spawn(step.run(plan, wanted))));
         }
         let Some(replay) = &mut self.replay else { return Ok(Advance::Waits) };
-        match replay.as_mut().poll(task) {
-            Poll::Ready(Ok(())) => {
+        match Pin::new(replay).poll(task) {
+            Poll::Ready(Ok(wanted)) => {
                 self.replay = None;
+                self.wanted = wanted.or(self.wanted);
                 Ok(Advance::Moved)
             }
             Poll::Ready(Err(fault)) => Err(self.tenant.report(fault).into()),
@@ -340,14 +345,18 @@ fn progress_timer(period: Duration) -> Interval {
 }
 
 /// A task that ends with whoever waits for it.
-struct AbortOnDrop(JoinHandle<Result<(), Fault>>);
+struct AbortOnDrop(JoinHandle<Result<Option<Wanted>, Fault>>);
 
 impl Future for AbortOnDrop {
-    type Output = Result<(), Fault>;
+    type Output = Result<Option<Wanted>, Fault>;
 
     fn poll(mut self: Pin<&mut Self>, task: &mut TaskContext<'_>) -> Poll<Self::Output> {
-        // It panics only where it has said so, and is polled no more once it was aborted.
-        Pin::new(&mut self.0).poll(task).map(|ended| ended.unwrap_or(Ok(())))
+        Pin::new(&mut self.0).poll(task).map(|ended| match ended {
+            Ok(ended) => ended,
+            Err(error) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
+            // The runtime ends.
+            Err(_) => Ok(None),
+        })
     }
 }
 
@@ -357,37 +366,52 @@ impl Drop for AbortOnDrop {
     }
 }
 
-/// One step. That it returns does not mean that the watcher has moved: nobody else knows that it is behind, so it has its turn again.
-async fn replay(
-    tenant: Tenant,
+/// What a step of replay reads with.
+struct Step {
     watchers: Arc<WatchStream<RocksEngine>>,
-    plan: ReplayPlan,
     in_flight: InFlight,
-) -> Result<(), Fault> {
-    let plan = Arc::new(plan);
-    let mut room = in_flight.of(&tenant);
-    loop {
-        let (plan, watchers) = (Arc::clone(&plan), Arc::clone(&watchers));
-        let turn = tenant.replay_turn().await;
-        let replayed = tenant.read(move |_| watchers.replay(&plan, room)).await;
-        drop(turn);
-        let given_up = match replayed {
-            Ok(Ok(Ok(()))) => return Ok(()),
-            Ok(Err(fault)) => return Err(fault),
-            Ok(Ok(Err(NoRoom { room: had, bytes }))) => {
-                room = had;
-                match room.wait_for_replay(bytes).await {
-                    Ok(()) => continue,
-                    Err(error) => error,
+    // Last, as in `Responses`.
+    tenant: Tenant,
+}
+
+/// The room that a watcher needs before its next revision can be read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Wanted {
+    at: ReplayPosition,
+    bytes: usize,
+}
+
+impl Step {
+    /// One step. That it returns does not mean that the watcher has moved: nobody else knows that it is behind, so it has its turn again.
+    /// Then what it answers here is waited for first: nothing is read twice while there is no room.
+    async fn run(self, plan: ReplayPlan, mut wanted: Option<Wanted>) -> Result<Option<Wanted>, Fault> {
+        let plan = Arc::new(plan);
+        let mut room = self.in_flight.of(&self.tenant);
+        loop {
+            if let Some(wanted) = wanted
+                && let Err(error) = room.wait_for_replay(wanted.bytes).await
+            {
+                tracing::debug!(tenant = %self.tenant.id(), %error, "room for a replay");
+                return Ok(Some(wanted));
+            }
+            let (read, watchers) = (Arc::clone(&plan), Arc::clone(&self.watchers));
+            let turn = self.tenant.replay_turn().await;
+            let replayed = self.tenant.read(move |_| watchers.replay(&read, room)).await;
+            drop(turn);
+            match replayed {
+                Ok(Ok(Ok(()))) => return Ok(None),
+                Ok(Ok(Err(NoRoom { room: had, bytes }))) => {
+                    room = had;
+                    wanted = Some(Wanted { at: plan.position(), bytes });
+                }
+                Ok(Err(fault)) => return Err(fault),
+                Err(error) => {
+                    tracing::debug!(tenant = %self.tenant.id(), %error, "replay for a watch stream");
+                    tokio::time::sleep(REPLAY_RETRY_AFTER).await;
+                    return Ok(wanted);
                 }
             }
-            Err(error) => {
-                tokio::time::sleep(REPLAY_RETRY_AFTER).await;
-                error
-            }
-        };
-        tracing::debug!(tenant = %tenant.id(), error = %given_up, "replay for a watch stream");
-        return Ok(());
+        }
     }
 }
 

@@ -240,6 +240,19 @@ pub struct ReplayPlan {
     told: u64,
 }
 
+/// What a replay step begins at: of which watcher, and at which revision.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ReplayPosition {
+    watch_id: i64,
+    next: i64,
+}
+
+impl ReplayPlan {
+    pub fn position(&self) -> ReplayPosition {
+        ReplayPosition { watch_id: self.watch_id, next: self.next }
+    }
+}
+
 /// What one replay step has read.
 pub(super) enum Replayed {
     /// Events from `next` on, with nothing left out up to and including `reached`.

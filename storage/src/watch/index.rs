@@ -12,6 +12,12 @@ use crate::types::KeyRange;
 
 pub(crate) type GroupId = usize;
 
+/// So few entries are worth no rebuild.
+const RECENT_MIN: usize = 32;
+
+/// A tree keeps memory for so many times its entries, if it had them once.
+const SPARE_FACTOR_MAX: usize = 4;
+
 #[derive(Default)]
 pub(crate) struct RangeIndex {
     single: HashMap<Bytes, Vec<GroupId>>,
@@ -34,6 +40,13 @@ struct Node {
     interval: Interval,
     /// Greatest end in the subtree rooted here.
     end_max: Option<Bytes>,
+}
+
+impl Node {
+    fn placeholder() -> Self {
+        let interval = Interval { start: Bytes::new(), end: None, group: 0, removed: false };
+        Node { interval, end_max: None }
+    }
 }
 
 impl Interval {
@@ -61,7 +74,7 @@ impl RangeIndex {
 
     fn insert_interval(&mut self, start: &Bytes, end: Option<Bytes>, group: GroupId) {
         self.recent.push(Interval { start: start.clone(), end, group, removed: false });
-        if self.recent.len() > 32 + self.tree.len().isqrt() {
+        if self.recent.len() > RECENT_MIN + self.tree.len().isqrt() {
             self.rebuild();
         }
     }
@@ -85,19 +98,37 @@ impl RangeIndex {
             node.interval.removed = true;
             self.dead += 1;
         }
-        if self.dead > 32 + self.tree.len() / 2 {
+        if self.dead > RECENT_MIN + self.tree.len() / 2 {
             self.rebuild();
         }
     }
 
     fn rebuild(&mut self) {
-        let old = std::mem::take(&mut self.tree).into_iter().map(|node| node.interval);
-        let mut all: Vec<Interval> = old.filter(|interval| !interval.removed).collect();
-        all.append(&mut self.recent);
-        all.sort_unstable_by(|a, b| a.order().cmp(&b.order()));
-        self.tree = all.into_iter().map(|interval| Node { interval, end_max: Some(Bytes::new()) }).collect();
+        self.tree.retain(|node| !node.interval.removed);
         self.dead = 0;
+        self.merge_recent();
+        if self.tree.capacity() > SPARE_FACTOR_MAX * self.tree.len() + RECENT_MIN {
+            self.tree.shrink_to(2 * self.tree.len());
+        }
         set_end_max(&mut self.tree);
+    }
+
+    /// Puts the recent ones where they belong in the tree, from the greatest on: in its own memory, because a tree is rebuilt very often
+    /// while it grows.
+    fn merge_recent(&mut self) {
+        self.recent.sort_unstable_by(|a, b| a.order().cmp(&b.order()));
+        let mut old = self.tree.len();
+        let mut free = old + self.recent.len();
+        self.tree.resize_with(free, Node::placeholder);
+        while let Some(interval) = self.recent.pop() {
+            while old > 0 && self.tree[old - 1].interval.order() > interval.order() {
+                self.tree.swap(old - 1, free - 1);
+                (old, free) = (old - 1, free - 1);
+            }
+            free -= 1;
+            self.tree[free].interval = interval;
+        }
+        assert_eq!(old, free, "each has its place");
     }
 
     /// Calls `visit` with every group that covers `key`, in no particular order.

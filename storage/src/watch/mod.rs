@@ -36,7 +36,7 @@ use std::sync::{Arc, OnceLock};
 use bytes::Bytes;
 
 pub(crate) use self::hub::Hub;
-pub use self::hub::ReplayPlan;
+pub use self::hub::{ReplayPlan, ReplayPosition};
 pub(crate) use self::index::RangeIndex;
 pub use self::stream::{Closing, NoRoom, Reached, ReplayRoom, WatchStream};
 use crate::limits::WATCH_EVENT_OVERHEAD_BYTES;

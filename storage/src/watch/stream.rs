@@ -238,7 +238,7 @@ fn replay<R: Reader>(
                 }
                 Reached::NotNow => return Ok(Step::NoRoom { bytes }),
                 Reached::Never => {
-                    tracing::warn!(%tenant, revision = at.main, "a revision is too large for a watcher to be told of");
+                    tracing::debug!(%tenant, revision = at.main, "a revision is too large for a watcher to be told of");
                     return gone_below(at.main + 1);
                 }
             }
