@@ -113,11 +113,11 @@ pub fn lease_grant(request: &LeaseGrantRequest) -> Result<(), CheckError> {
     if request.ttl > LEASE_TTL_SECONDS_MAX { Err(CheckError::LeaseTtlTooLarge) } else { Ok(()) }
 }
 
-/// Checks the size of a write whose protobuf form is `request`, against `--max-request-bytes`.
-pub fn size(request: &impl Message, max_request_bytes: usize) -> Result<(), CheckError> {
+/// Checks the size of a write whose protobuf form is `request`, against `--max-request-bytes`. Gives its length.
+pub fn size(request: &impl Message, max_request_bytes: usize) -> Result<usize, CheckError> {
     let request_bytes = request.encoded_len();
     let in_log = ENVELOPE_BYTES.saturating_add(encoded_len_varint(request_bytes as u64)).saturating_add(request_bytes);
-    if in_log > max_request_bytes { Err(CheckError::RequestTooLarge) } else { Ok(()) }
+    if in_log > max_request_bytes { Err(CheckError::RequestTooLarge) } else { Ok(request_bytes) }
 }
 
 /// Checks a txn: operations and their number first, level by level, duplicates last.

@@ -197,7 +197,7 @@ fn the_largest_put_is_etcds() {
             PutRequest { key: Bytes::from_static(b"big"), value: vec![0; bytes].into(), ..Default::default() };
         (request.encoded_len(), size(&request, 1_572_864))
     };
-    assert_eq!(put(1_572_838), (1_572_847, Ok(())));
+    assert_eq!(put(1_572_838), (1_572_847, Ok(1_572_847)));
     assert_eq!(put(1_572_839), (1_572_848, Err(CheckError::RequestTooLarge)));
 }
 

@@ -8,7 +8,6 @@ mod stream;
 #[cfg(test)]
 mod tests;
 
-use prost::Message as _;
 use tenure_storage::limits::{RECLAIM_ROWS_MAX, TXN_REPLY_BYTES_MAX};
 use tenure_storage::{Command, KeyRange, Reply, TxnOp};
 use tonic::{Request, Response, Status};
@@ -125,9 +124,9 @@ impl Kv for KvService {
         let request = request.into_inner();
         self.context.check_quota(&tenant, check::put_cost(&request)).await?;
         check::put(&request)?;
-        check::size(&request, self.context.request_bytes_max(&tenant))?;
+        let bytes = check::size(&request, self.context.request_bytes_max(&tenant))?;
         if !request.prev_kv {
-            this_is_short(request.key.len() + request.value.len());
+            this_is_short(bytes);
         }
         let (header, reply) = write(&tenant, Command::Put(from_proto::put(request))).await?;
         let Reply::Put { prev_kv } = reply else { return Err(mismatched_reply("Put")) };
@@ -166,8 +165,7 @@ impl Kv for KvService {
             }
             TxnPath::Write => {}
         }
-        check::size(&request, self.context.request_bytes_max(&tenant))?;
-        let bytes = request.encoded_len();
+        let bytes = check::size(&request, self.context.request_bytes_max(&tenant))?;
         let request = from_proto::txn(request)?;
         if answers_little(&request) {
             this_is_short(bytes);

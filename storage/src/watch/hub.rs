@@ -240,16 +240,17 @@ pub struct ReplayPlan {
     told: u64,
 }
 
-/// What a replay step begins at: of which watcher, and at which revision.
+/// What a replay step begins at: of which watcher, and at which revision. Another watcher that gets the id was told something else.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ReplayPosition {
     watch_id: i64,
     next: i64,
+    told: u64,
 }
 
 impl ReplayPlan {
     pub fn position(&self) -> ReplayPosition {
-        ReplayPosition { watch_id: self.watch_id, next: self.next }
+        ReplayPosition { watch_id: self.watch_id, next: self.next, told: self.told }
     }
 }
 
