@@ -8,6 +8,9 @@
 //! ([`this_is_short`]), and polled when it is woken. What may be large, or comes in a number beyond [`KEPT_MAX`], is a task as ever: its answer
 //! is made beside those of the connection's others, and the connection can be ended meanwhile.
 //!
+//! An answer wakes the connection's task, which has it in hand: [`Woken`] keeps that from the runtime, which would poll the task once more and wake
+//! another thread in case there is more to do.
+//!
 //! What must hold: whoever gets a request after it was polled here polls it once more, because until then nobody is told when it is woken.
 //! A turn ends when its time is over ([`may_go_on_here`]). A request that panics ends alone. When the connection ends so do the requests
 //! that it keeps.
@@ -20,10 +23,11 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::task::{Context, Poll, Waker};
+use std::task::{Context, Poll, Wake, Waker};
 
 use futures::FutureExt as _;
 use futures::stream::{FuturesUnordered, StreamExt as _};
+use futures::task::AtomicWaker;
 use http::{HeaderValue, Request};
 use parking_lot::Mutex;
 
@@ -103,7 +107,7 @@ impl OwnRequests {
 
     /// What drives the connection and its requests.
     pub(crate) fn driver(self: &Arc<Self>) -> Driver {
-        Driver { own: Arc::clone(self), kept: FuturesUnordered::new() }
+        Driver { own: Arc::clone(self), kept: FuturesUnordered::new(), woken: Arc::default() }
     }
 }
 
@@ -112,6 +116,28 @@ pub(crate) struct Driver {
     own: Arc<OwnRequests>,
     /// And one that never ends: a set whose members have all been polled wakes its task for nothing.
     kept: FuturesUnordered<Kept>,
+    woken: Arc<Woken>,
+}
+
+/// Wakes the task of a connection, unless it will find out by itself.
+#[derive(Default)]
+struct Woken {
+    task: AtomicWaker,
+    /// The task is being polled, and polls all that it drives once more after it has taken this back.
+    is_polled_next: AtomicBool,
+}
+
+impl Wake for Woken {
+    fn wake(self: Arc<Self>) {
+        self.wake_by_ref();
+    }
+
+    fn wake_by_ref(self: &Arc<Self>) {
+        // Not a mere load: where this comes before the task's own change, the polls that follow see what it was woken for.
+        if !self.is_polled_next.fetch_or(false, Ordering::AcqRel) {
+            self.task.wake();
+        }
+    }
 }
 
 impl Driver {
@@ -121,17 +147,21 @@ impl Driver {
         task: &mut Context<'_>,
         connection: Pin<&mut C>,
     ) -> Poll<C::Output> {
-        // Before the connection, which writes what they answer.
-        self.poll_kept(task);
-        let polled = connection.poll(task);
+        self.woken.task.register(task.waker());
+        let waker = Waker::from(Arc::clone(&self.woken));
+        let mut task = Context::from_waker(&waker);
+        // Before the connection, which writes what they answer. The library wakes the connection with each answer, and the request too: the
+        // task would be polled once more for nothing, and another thread woken to see whether there is more (decision 0003).
+        self.woken.is_polled_next.store(true, Ordering::Relaxed);
+        self.poll_kept(&mut task);
+        self.woken.is_polled_next.swap(false, Ordering::AcqRel);
+        let polled = connection.poll(&mut task);
         let begun = std::mem::take(&mut *self.own.begun.lock());
-        if !begun.is_empty() {
-            if self.kept.is_empty() {
-                self.kept.push(Box::pin(std::future::pending()));
-            }
-            self.kept.extend(begun);
-            self.poll_kept(task);
+        if !begun.is_empty() && self.kept.is_empty() {
+            self.kept.push(Box::pin(std::future::pending()));
         }
+        self.kept.extend(begun);
+        self.poll_kept(&mut task);
         polled
     }
 
@@ -242,6 +272,53 @@ mod tests {
         replies.into_iter().for_each(|reply| reply.send(()).unwrap());
         driven.await;
         assert_eq!(own.kept.load(Ordering::Relaxed), 0);
+    }
+
+    /// Counts wakes.
+    #[derive(Default)]
+    struct Runtime(AtomicUsize);
+
+    impl Wake for Runtime {
+        fn wake(self: Arc<Self>) {
+            self.0.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// A task that was woken for what it did itself was polled twice for each answer, and a second thread of the runtime woken.
+    #[tokio::test]
+    async fn an_answer_that_the_connection_is_about_to_write_wakes_nobody() {
+        let own = Arc::<OwnRequests>::default();
+        let mut driver = own.driver();
+        let (reply, waits) = oneshot::channel::<()>();
+        let woken_by_answer = Arc::new(Mutex::new(None::<Waker>));
+        let connection_of = Arc::clone(&woken_by_answer);
+        let mut request = Some(async move {
+            short(waits).await;
+            // As the library does: the connection is to write, and the request to go on.
+            connection_of.lock().take().unwrap().wake();
+            poll_fn(|task| {
+                task.waker().wake_by_ref();
+                Poll::Ready(())
+            })
+            .await;
+        });
+        let mut connection = std::pin::pin!(poll_fn(|task| {
+            request.take().into_iter().for_each(|request| assert!(begin(&own, request)));
+            *woken_by_answer.lock() = Some(task.waker().clone());
+            Poll::<()>::Pending
+        }));
+        let runtime = Arc::<Runtime>::default();
+        let waker = Waker::from(Arc::clone(&runtime));
+        let mut driven = std::pin::pin!(in_a_turn(poll_fn(|task| driver.poll(task, connection.as_mut()))));
+        let mut poll = || assert!(driven.as_mut().poll(&mut Context::from_waker(&waker)).is_pending());
+        poll();
+        reply.send(()).unwrap();
+        assert_eq!(runtime.0.load(Ordering::Relaxed), 1, "the reply is worth a turn");
+        poll();
+        assert_eq!(own.kept.load(Ordering::Relaxed), 0);
+        assert_eq!(runtime.0.load(Ordering::Relaxed), 1);
+        woken_by_answer.lock().take().unwrap().wake();
+        assert_eq!(runtime.0.load(Ordering::Relaxed), 2, "what comes between turns is");
     }
 
     #[tokio::test]

@@ -98,8 +98,8 @@ pub struct Config {
     /// What a command counts for in a lane's turn, in batches and in `inflight_bytes_max`: at least its length, more if it does far more than it
     /// says. Queues count lengths. The same on all members, or the leader's counts. Default: its length.
     pub cost_bytes: fn(&Bytes) -> usize,
-    /// Where replies are given. On the runtime of those who wait, one wake-up from the apply thread serves all replies of a
-    /// round; without, each is its own.
+    /// Where replies are sent. On the runtime of those who wait, one wake-up from the apply thread serves all replies of a
+    /// round; without, each is its own. The member has a pipe for it.
     pub reply_runtime: Option<tokio::runtime::Handle>,
     /// What happens when this member cannot go on. `None`: log and abort the process.
     pub fault_handler: Option<FaultHandler>,

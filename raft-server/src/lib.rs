@@ -49,6 +49,7 @@ mod pending;
 mod proposals;
 mod read_index;
 mod ready;
+mod replies;
 mod server;
 mod shared;
 #[cfg(test)]

@@ -26,6 +26,7 @@ use crate::logger;
 use crate::node::{DiskWatch, Event, Node, Snapshots};
 use crate::proposals::Waiting;
 use crate::read_index::ReadRounds;
+use crate::replies::Replies;
 use crate::shared::{Leadership, ProposalQueue, Shared, StatusCells};
 use crate::transport::Transport;
 use crate::writer::{self, WriteQueue, Written};
@@ -149,7 +150,7 @@ pub(crate) fn assemble<S: StateMachine>(
         events: event_sender,
         stopping: AtomicBool::new(false),
         faulted: AtomicBool::new(false),
-        reply_runtime: config.reply_runtime.clone(),
+        replies: Replies::on(config.reply_runtime.as_ref()).map_err(Fault::from)?,
     });
     let writes = Arc::new(WriteQueue::default());
     let apply = Arc::new(ApplySignal::default());

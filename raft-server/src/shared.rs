@@ -14,6 +14,7 @@ use crate::metrics::Metrics;
 use crate::node::Event;
 use crate::proposals::{Proposal, ReplySender, Waiter, Waiting};
 use crate::read_index::{ReadSender, Readers};
+use crate::replies::Replies;
 use crate::snapshot::Outgoing;
 
 /// Who leads, as this member knows. Sent when any of it changes.
@@ -99,7 +100,7 @@ pub(crate) struct Shared<R> {
     pub(crate) events: EventSender<Event<R>>,
     pub(crate) stopping: AtomicBool,
     pub(crate) faulted: AtomicBool,
-    pub(crate) reply_runtime: Option<tokio::runtime::Handle>,
+    pub(crate) replies: Replies,
 }
 
 /// Replies and where they go.
@@ -142,31 +143,21 @@ impl<R: Send + 'static> Shared<R> {
     pub(crate) fn complete(&self, answered: Answered<R>) {
         // Before they hear of it; those who went away have counted themselves.
         self.metrics.proposals_pending.fetch_sub(answered.len().cast_signed() as i64, Ordering::Relaxed);
-        let (metrics, several) = (Arc::clone(&self.metrics), answered.len() > 1);
-        let send = move || {
+        let metrics = Arc::clone(&self.metrics);
+        self.replies.give(answered.len(), move || {
             let gone = send_replies(answered);
             metrics.proposals_pending.fetch_add(gone, Ordering::Relaxed);
-        };
-        self.reply(several, send);
+        });
     }
 
     /// Answers readers, who may read what is applied up to here. What waits on the runtime is bounded as they are, by `read_waiters_max`.
     pub(crate) fn allow_reads(&self, readers: Vec<ReadSender>, applied_index: u64) {
-        self.reply(readers.len() > 1, move || {
+        self.replies.give(readers.len(), move || {
             for reader in readers {
                 // A reader that went away needs no answer.
                 let _ = reader.send(Ok(applied_index));
             }
         });
-    }
-
-    /// Several replies go to the runtime together, and are sent there: each of those who wait is woken by a thread that may run it.
-    fn reply(&self, several: bool, send: impl FnOnce() + Send + 'static) {
-        match &self.reply_runtime {
-            // Dropped with its runtime, it drops the senders, and who waits learns that.
-            Some(runtime) if several => drop(runtime.spawn(async move { send() })),
-            Some(_) | None => send(),
-        }
     }
 
     /// Refuses proposals. Those of other members hear of it there.
