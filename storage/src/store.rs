@@ -261,7 +261,7 @@ impl<E: Engine> Store<E> {
     /// Any [`Fault`] ends this member.
     pub fn compact_tenant(&self, tenant: TenantId) -> Result<(), Fault> {
         let bounds = key::tenant_bounds(tenant);
-        self.engine.compact_range(&bounds.lower, &bounds.upper)
+        self.engine.give_back(&bounds.lower, &bounds.upper)
     }
 
     /// The read side of one tenant; `None` if there is no such tenant.

@@ -91,7 +91,7 @@ impl Engine for MemoryEngine {
 
     fn stop_compacting(&self) {}
 
-    fn compact_range(&self, _: &[u8], _: &[u8]) -> Result<(), Fault> {
+    fn give_back(&self, _: &[u8], _: &[u8]) -> Result<(), Fault> {
         Ok(())
     }
 

@@ -48,9 +48,9 @@ impl<A: Engine, B: Engine> Engine for Mirror<A, B> {
         self.1.compact()
     }
 
-    fn compact_range(&self, lower: &[u8], upper: &[u8]) -> Result<(), Fault> {
-        self.0.compact_range(lower, upper)?;
-        self.1.compact_range(lower, upper)
+    fn give_back(&self, lower: &[u8], upper: &[u8]) -> Result<(), Fault> {
+        self.0.give_back(lower, upper)?;
+        self.1.give_back(lower, upper)
     }
 
     fn stop_compacting(&self) {

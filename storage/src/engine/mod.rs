@@ -136,13 +136,13 @@ pub trait Engine: Send + Sync + 'static {
     /// As [`Engine::write`].
     fn compact(&self) -> Result<(), Fault>;
 
-    /// As [`Engine::compact`], of the keys in `[lower, upper)` of every family alone.
+    /// Gives back the space of `[lower, upper)` of every family, in which nothing is left. Views that were opened before see what they saw.
     ///
     /// # Errors
-    /// As [`Engine::write`].
-    fn compact_range(&self, lower: &[u8], upper: &[u8]) -> Result<(), Fault>;
+    /// As [`Engine::write`]; [`Fault::Corrupt`] if there is a key in it.
+    fn give_back(&self, lower: &[u8], upper: &[u8]) -> Result<(), Fault>;
 
-    /// Ends what [`Engine::compact`] and [`Engine::compact_range`] are doing: they return soon, with their work half done, which is as good as
+    /// Ends what [`Engine::compact`] and [`Engine::give_back`] are doing: they return soon, with their work half done, which is as good as
     /// not begun. For an engine that is flushed and not written to any more.
     fn stop_compacting(&self);
 

@@ -12,7 +12,7 @@
 //! engine from removing what they read. Nothing needs to be remembered: after a crash the number of a file's names says
 //! as much as before.
 //!
-//! Bounds: what waits is at most [`WAITING_BYTES`]; more than that goes as files go everywhere, at once. Left out: files that live for less
+//! Bounds: what waits is at most [`WAITING_BYTES`], or half of what the disk has free; more than that goes as files go everywhere, at once. Left out: files that live for less
 //! than a round, which are small; file systems without second names, or that do not count them, where this ends.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -149,9 +149,10 @@ impl Rounds {
         }
         dead.sort();
         let mut waiting = dead.iter().map(|(_, bytes, _)| bytes).sum::<u64>();
+        let may_wait = if waiting > WAITING_BYTES { WAITING_BYTES.max(free_bytes(&removed)? / 2) } else { waiting };
         let mut paths = Vec::new();
         for (_, bytes, path) in dead {
-            if waiting > WAITING_BYTES {
+            if waiting > may_wait {
                 fs::remove_file(&path)?;
                 waiting -= bytes;
             } else {
@@ -191,6 +192,11 @@ impl Rounds {
         }
         Ok(files)
     }
+}
+
+fn free_bytes(dir: &Path) -> io::Result<u64> {
+    let disk = rustix::fs::statvfs(dir)?;
+    Ok(disk.f_bavail.saturating_mul(disk.f_frsize))
 }
 
 /// Whether the file is of those that are large and written once.

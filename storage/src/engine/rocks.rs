@@ -6,9 +6,11 @@
 //! A snapshot of another member takes the place of the whole database: it is opened beside the old one, and a small file that
 //! names the one in use is switched. Views that are open go on with the old one until they end.
 
+use std::ffi::CStr;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
 use bytes::Bytes;
@@ -84,6 +86,16 @@ const ACTIVE_NEW: &str = "ACTIVE.new";
 /// What the directories of databases that came from elsewhere are called, with a number behind it.
 const NAME_PREFIX: &str = "db-";
 
+/// RocksDB's words for what was ended with all its work in the background.
+const STOPPED: &str = "Shutdown in progress";
+
+/// RocksDB's name for the number of the oldest snapshot; 0: there is none.
+const OLDEST_VIEW: &CStr = c"rocksdb.oldest-snapshot-sequence";
+
+/// How long a cleared range's files wait for views from before that, and how often is looked.
+const VIEWS_PATIENCE: Duration = Duration::from_secs(5);
+const VIEWS_LOOK: Duration = Duration::from_millis(10);
+
 impl RocksEngine {
     /// Opens or creates the database in `dir`.
     ///
@@ -124,6 +136,34 @@ impl RocksEngine {
         Ok(())
     }
 
+    /// Removes the files that have keys of this range alone, in which nothing is left, without reading them: a rewrite reads all there was. Not if
+    /// somebody reads what was there for longer than `patience`.
+    fn drop_files(&self, lower: &[u8], upper: &[u8], patience: Duration) -> Result<(), Fault> {
+        let current = self.current();
+        let cleared_at = current.db.latest_sequence_number();
+        let deadline = Instant::now() + patience;
+        while current.oldest_view()?.is_some_and(|oldest| oldest < cleared_at) {
+            if Instant::now() >= deadline {
+                return Ok(());
+            }
+            std::thread::sleep(VIEWS_LOOK);
+        }
+        let view = self.view();
+        let mut again = WriteBatch::default();
+        for family in Family::ALL {
+            if let Some((key, _)) = view.cursor(family, lower, upper)?.entry() {
+                return Err(Fault::Corrupt { what: "a key in a cleared range", key: key.to_vec() });
+            }
+            // What says that the range was cleared may be in such a file, and what it was said of in one that stays.
+            again.delete_range_cf(current.handle(family), lower, upper);
+        }
+        drop(view);
+        for family in Family::ALL {
+            current.db.delete_file_in_range_cf(current.handle(family), lower, upper).map_err(fault)?;
+        }
+        current.db.write_opt(again, &self.no_wal).map_err(fault)
+    }
+
     fn flush_all(&self, wait: bool) -> Result<(), Fault> {
         let mut options = FlushOptions::default();
         options.set_wait(wait);
@@ -137,6 +177,12 @@ impl Database {
     fn get(&self, family: Family, key: &[u8], options: &ReadOptions) -> Result<Option<Bytes>, Fault> {
         let value = self.db.get_pinned_cf_opt(self.handle(family), key, options).map_err(fault)?;
         Ok(value.map(|value| Bytes::copy_from_slice(&value)))
+    }
+
+    /// The sequence number of the oldest view there is.
+    fn oldest_view(&self) -> Result<Option<u64>, Fault> {
+        let oldest = self.db.property_int_value(OLDEST_VIEW).map_err(fault)?;
+        Ok(oldest.filter(|oldest| *oldest > 0))
     }
 
     fn handle(&self, family: Family) -> &ColumnFamily {
@@ -245,6 +291,7 @@ fn family_options(family: Family, cache: &Cache, write_buffer_bytes: usize) -> O
     cf.set_compression_type(DBCompressionType::Lz4);
     cf.set_bottommost_compression_type(DBCompressionType::Zstd);
     cf.set_write_buffer_size(write_buffer_bytes / 2);
+    cf.set_target_file_size_base(write_buffer_bytes as u64);
     cf.set_level_compaction_dynamic_level_bytes(true);
     cf
 }
@@ -303,8 +350,17 @@ impl Engine for RocksEngine {
         self.rewrite(None)
     }
 
-    fn compact_range(&self, lower: &[u8], upper: &[u8]) -> Result<(), Fault> {
-        self.rewrite(Some((lower, upper)))
+    fn give_back(&self, lower: &[u8], upper: &[u8]) -> Result<(), Fault> {
+        // That the range was cleared is on the disk before files go.
+        let given_back = self
+            .flush_all(true)
+            .and_then(|()| self.drop_files(lower, upper, VIEWS_PATIENCE))
+            .and_then(|()| self.rewrite(Some((lower, upper))));
+        match given_back {
+            // Ended by `stop_compacting`.
+            Err(Fault::Engine(error)) if error.starts_with(STOPPED) => Ok(()),
+            given_back => given_back,
+        }
     }
 
     fn stop_compacting(&self) {
@@ -475,6 +531,82 @@ impl RocksLog {
 mod tests {
     use super::*;
     use crate::engine::MemoryEngine;
+
+    /// Files of a range that was cleared go without being read. What is beside the range must stay, a view must see what it saw, and
+    /// nothing may come back: not with what said that it is gone, and not after a crash at any point.
+    #[test]
+    fn a_cleared_range_gives_its_files_back() {
+        let dir = tempfile::tempdir().unwrap();
+        let options = RocksOptions { write_buffer_bytes: 64 << 10, ..RocksOptions::default() };
+        let engine = RocksEngine::open(dir.path(), &options).unwrap();
+        let key = |tenant: u8, number: u32| [&[tenant][..], &number.to_be_bytes()].concat();
+        // Not to be compressed.
+        let value = |number: u32| {
+            let next = |state: &mut u32| {
+                *state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                Some(state.to_be_bytes())
+            };
+            Bytes::from_iter(std::iter::repeat_n((), 128).scan(number, |state, ()| next(state)).flatten())
+        };
+        let count = |engine: &RocksEngine, tenant: u8| {
+            let view = engine.view();
+            let mut cursor = view.cursor(Family::Kv, &[tenant], &[tenant + 1]).unwrap();
+            let mut count = 0;
+            while let Some((at, found)) = cursor.entry() {
+                assert_eq!((at, found), (&key(tenant, count)[..], &value(count)[..]));
+                count += 1;
+                cursor.advance().unwrap();
+            }
+            count
+        };
+        // Older and newer files, and some that have keys of two tenants.
+        for round in 0..3 {
+            for number in 0..1_000 {
+                let mut batch = Batch::default();
+                for tenant in 1..=3 {
+                    if round == 0 || tenant == 2 {
+                        batch.put(Family::Kv, key(tenant, number), value(number));
+                        batch.put(Family::Head, key(tenant, number), Bytes::from_static(b"head"));
+                    }
+                }
+                engine.write(&batch).unwrap();
+            }
+            engine.flush().unwrap();
+            if round < 2 {
+                engine.compact().unwrap();
+            }
+        }
+        let clear = |tenant: u8| {
+            let mut batch = Batch::default();
+            batch.clear_range(vec![tenant], vec![tenant + 1]);
+            engine.write(&batch).unwrap();
+            engine.flush().unwrap();
+        };
+        let live_bytes = || engine.current().db.live_files().unwrap().iter().map(|file| file.size).sum::<usize>();
+        clear(2);
+        let held = live_bytes();
+        engine.drop_files(&[2], &[3], Duration::ZERO).unwrap();
+        assert!(live_bytes() < held - 3 * options.write_buffer_bytes, "{} of {held}", live_bytes());
+        assert_eq!([1, 2, 3].map(|tenant| count(&engine, tenant)), [1_000, 0, 1_000]);
+
+        let before = engine.view();
+        clear(3);
+        let held = live_bytes();
+        engine.drop_files(&[3], &[4], Duration::ZERO).unwrap();
+        assert_eq!(live_bytes(), held);
+        assert_eq!(before.get(Family::Kv, &key(3, 7)).unwrap(), Some(value(7)), "somebody reads it");
+        drop(before);
+        // What was written last is lost, as in a crash.
+        drop(engine);
+        let engine = RocksEngine::open(dir.path(), &options).unwrap();
+        engine.give_back(&[2], &[3]).unwrap();
+        assert_eq!([1, 2, 3].map(|tenant| count(&engine, tenant)), [1_000, 0, 0]);
+
+        let mut batch = Batch::default();
+        batch.put(Family::Head, key(2, 0), Bytes::from_static(b"head"));
+        engine.write(&batch).unwrap();
+        assert!(matches!(engine.give_back(&[2], &[3]), Err(Fault::Corrupt { .. })), "there is something in it");
+    }
 
     /// A member that gets a snapshot switches to it while clients read: what they see is the old state or the new one, and after a
     /// restart the new one is there alone.
