@@ -28,8 +28,8 @@ static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 #[unsafe(export_name = "malloc_conf")]
 static MALLOC_CONF: &[u8] = b"oversize_threshold:0\0";
 
-/// Tasks that a thread polls before it looks for those that other threads have woken, as raft's does with every reply; and for those
-/// that the network has. The runtime's own 61 of each are a millisecond while all are busy (decision 0005).
+/// Tasks that a thread polls before it looks for those that other threads have woken, as raft's does with several replies; and for those
+/// that the network has, or raft's thread with a single reply. The runtime's own 61 of each are a millisecond while all are busy (decision 0005).
 const GLOBAL_QUEUE_INTERVAL: u32 = 7;
 const EVENT_INTERVAL: u32 = 16;
 

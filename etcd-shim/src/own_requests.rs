@@ -8,8 +8,8 @@
 //! ([`this_is_short`]), and polled when it is woken. What may be large, or comes in a number beyond [`KEPT_MAX`], is a task as ever: its answer
 //! is made beside those of the connection's others, and the connection can be ended meanwhile.
 //!
-//! An answer wakes the connection's task, which has it in hand: [`Woken`] keeps that from the runtime, which would poll the task once more and wake
-//! another thread in case there is more to do.
+//! The answer of a kept request wakes the connection's task, which has it in hand: [`Woken`] keeps that from the runtime, which would poll the task
+//! once more and wake another thread in case there is more to do.
 //!
 //! What must hold: whoever gets a request after it was polled here polls it once more, because until then nobody is told when it is woken.
 //! A turn ends when its time is over ([`may_go_on_here`]). A request that panics ends alone. When the connection ends so do the requests
@@ -311,14 +311,59 @@ mod tests {
         let waker = Waker::from(Arc::clone(&runtime));
         let mut driven = std::pin::pin!(in_a_turn(poll_fn(|task| driver.poll(task, connection.as_mut()))));
         let mut poll = || assert!(driven.as_mut().poll(&mut Context::from_waker(&waker)).is_pending());
+        // The set wakes its task when it has polled all that it was given.
         poll();
+        poll();
+        let before = runtime.0.load(Ordering::Relaxed);
         reply.send(()).unwrap();
-        assert_eq!(runtime.0.load(Ordering::Relaxed), 1, "the reply is worth a turn");
+        assert_eq!(runtime.0.load(Ordering::Relaxed), before + 1, "the reply is worth a turn");
         poll();
         assert_eq!(own.kept.load(Ordering::Relaxed), 0);
-        assert_eq!(runtime.0.load(Ordering::Relaxed), 1);
+        assert_eq!(runtime.0.load(Ordering::Relaxed), before + 1);
         woken_by_answer.lock().take().unwrap().wake();
-        assert_eq!(runtime.0.load(Ordering::Relaxed), 2, "what comes between turns is");
+        assert_eq!(runtime.0.load(Ordering::Relaxed), before + 2, "what comes between turns is");
+    }
+
+    /// What wakes itself while the answers are made is polled again, though that was kept from the runtime; so is what there was no time for.
+    #[tokio::test]
+    async fn nothing_that_was_woken_in_a_turn_is_forgotten() {
+        for is_slow in [false, true] {
+            let own = Arc::<OwnRequests>::default();
+            let mut driver = own.driver();
+            let (replies, waiting): (Vec<_>, Vec<_>) = (0..4).map(|_| oneshot::channel::<()>()).unzip();
+            let mut waiting = waiting.into_iter();
+            let mut connection = std::pin::pin!(poll_fn(|_| {
+                for reply in waiting.by_ref() {
+                    let request = async move {
+                        short(reply).await;
+                        if is_slow {
+                            std::thread::sleep(std::time::Duration::from_micros(300));
+                        }
+                        let mut polls = 0;
+                        poll_fn(|task| {
+                            polls += 1;
+                            task.waker().wake_by_ref();
+                            if polls > 3 { Poll::Ready(()) } else { Poll::Pending }
+                        })
+                        .await;
+                    };
+                    assert!(begin(&own, request));
+                }
+                Poll::<()>::Pending
+            }));
+            let runtime = Arc::<Runtime>::default();
+            let waker = Waker::from(Arc::clone(&runtime));
+            let mut driven = std::pin::pin!(in_a_turn(poll_fn(|task| driver.poll(task, connection.as_mut()))));
+            let mut poll = || assert!(driven.as_mut().poll(&mut Context::from_waker(&waker)).is_pending());
+            poll();
+            poll();
+            replies.into_iter().for_each(|reply| reply.send(()).unwrap());
+            // As the runtime does: a turn for as long as the task is woken.
+            while runtime.0.swap(0, Ordering::Relaxed) > 0 {
+                poll();
+            }
+            assert_eq!(own.kept.load(Ordering::Relaxed), 0, "slow: {is_slow}");
+        }
     }
 
     #[tokio::test]

@@ -99,7 +99,8 @@ pub struct Config {
     /// says. Queues count lengths. The same on all members, or the leader's counts. Default: its length.
     pub cost_bytes: fn(&Bytes) -> usize,
     /// Where replies are sent. On the runtime of those who wait, one wake-up from the apply thread serves all replies of a
-    /// round; without, each is its own. The member has a pipe for it.
+    /// round; without, each is its own. It has to be a runtime of several threads, with I/O enabled (starting panics without): a reply comes when it
+    /// is driven. The member has a pipe and a task for it.
     pub reply_runtime: Option<tokio::runtime::Handle>,
     /// What happens when this member cannot go on. `None`: log and abort the process.
     pub fault_handler: Option<FaultHandler>,

@@ -8,8 +8,8 @@
 //! reply is left in a list, and a bell is rung that the runtime hears as it hears of its sockets: the thread that waits for those wakes up, sends
 //! it, and polls who has got it.
 //!
-//! What must hold: a reply that was given is sent, or dropped with its sender, which tells the one who waits. Once the runtime is gone a single
-//! reply is sent at once. The list is bounded by those who wait.
+//! What must hold: a reply that was given is sent, or dropped with its sender, which tells the one who waits. A single reply is sent also where
+//! the runtime or the member ends first, or the bell fails: then by whoever finds that out. The list is bounded by those who wait.
 
 use std::io::{self, PipeWriter, Write as _};
 use std::os::fd::OwnedFd;
@@ -50,8 +50,7 @@ impl Replies {
             let mut rings = [0; 16];
             while let Ok(1..) = heard.read(&mut rings).await {
                 let Some(waiting) = taker.0.upgrade() else { break };
-                let replies = waiting.list.lock().as_mut().map(std::mem::take);
-                replies.into_iter().flatten().for_each(|reply| reply());
+                waiting.send_all(Last::No);
             }
         });
         Ok(Replies(Some((runtime.clone(), waiting))))
@@ -72,11 +71,19 @@ impl Drop for Replies {
     /// So that the task ends.
     fn drop(&mut self) {
         if let Some((_, waiting)) = self.0.take() {
+            waiting.send_all(Last::Yes);
             let bell = Arc::clone(&waiting.bell);
             drop(waiting);
-            ring(&bell);
+            let _ = ring(&bell);
         }
     }
+}
+
+/// Whether the list takes replies after that.
+#[derive(PartialEq, Eq)]
+enum Last {
+    No,
+    Yes,
 }
 
 impl Waiting {
@@ -89,15 +96,22 @@ impl Waiting {
         let is_first = replies.is_empty();
         replies.push(Box::new(send));
         drop(list);
-        if is_first {
-            ring(&self.bell);
+        if is_first && ring(&self.bell).is_err() {
+            self.send_all(Last::No);
         }
+    }
+
+    fn send_all(&self, last: Last) {
+        let replies = {
+            let mut list = self.list.lock();
+            if last == Last::Yes { list.take() } else { list.as_mut().map(std::mem::take) }
+        };
+        replies.into_iter().flatten().for_each(|reply| reply());
     }
 }
 
-fn ring(mut bell: &PipeWriter) {
-    // It fails when nobody listens any more, who then has taken what is in the list.
-    let _ = bell.write(&[0]);
+fn ring(mut bell: &PipeWriter) -> io::Result<usize> {
+    bell.write(&[0])
 }
 
 /// In the task that takes replies; gone with it.
@@ -106,8 +120,7 @@ struct Taker(Weak<Waiting>);
 impl Drop for Taker {
     fn drop(&mut self) {
         if let Some(waiting) = self.0.upgrade() {
-            let left = waiting.list.lock().take();
-            left.into_iter().flatten().for_each(|reply| reply());
+            waiting.send_all(Last::Yes);
         }
     }
 }
@@ -153,6 +166,23 @@ mod tests {
         drop(runtime);
         assert_eq!(give(&replies, 1).try_recv(), Ok(here));
         assert!(give(&replies, 2).recv().is_err(), "dropped, with its sender");
+    }
+
+    /// Whoever ends first, the runtime or the member, what was not sent yet is.
+    #[test]
+    fn what_nobody_has_taken_is_sent_at_the_end() {
+        for member_first in [false, true] {
+            let idle = Builder::new_current_thread().enable_all().build().unwrap();
+            let replies = Replies::on(Some(idle.handle())).unwrap();
+            let sent = give(&replies, 1);
+            sent.try_recv().unwrap_err();
+            if member_first {
+                drop(replies);
+            } else {
+                drop(idle);
+            }
+            sent.try_recv().unwrap();
+        }
     }
 
     #[test]

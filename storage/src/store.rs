@@ -258,8 +258,11 @@ impl<E: Engine> Store<E> {
     /// thread.
     ///
     /// # Errors
-    /// Any [`Fault`] ends this member.
+    /// Any [`Fault`] ends this member; [`Fault::Corrupt`]: there is such a tenant.
     pub fn compact_tenant(&self, tenant: TenantId) -> Result<(), Fault> {
+        if tenant_row(&self.engine.view(), tenant)?.is_some() {
+            return Err(Fault::Corrupt { what: "the row of a deleted tenant", key: tenant.0.to_be_bytes().to_vec() });
+        }
         let bounds = key::tenant_bounds(tenant);
         self.engine.give_back(&bounds.lower, &bounds.upper)
     }

@@ -136,10 +136,11 @@ pub trait Engine: Send + Sync + 'static {
     /// As [`Engine::write`].
     fn compact(&self) -> Result<(), Fault>;
 
-    /// Gives back the space of `[lower, upper)` of every family, in which nothing is left. Views that were opened before see what they saw.
+    /// Gives back the space of `[lower, upper)` of every family, in which nothing is left; what there should be is cleared. Views that were
+    /// opened before see what they saw.
     ///
     /// # Errors
-    /// As [`Engine::write`]; [`Fault::Corrupt`] if there is a key in it.
+    /// As [`Engine::write`].
     fn give_back(&self, lower: &[u8], upper: &[u8]) -> Result<(), Fault>;
 
     /// Ends what [`Engine::compact`] and [`Engine::give_back`] are doing: they return soon, with their work half done, which is as good as

@@ -34,6 +34,9 @@ const PIECE_BYTES: u64 = 1 << 20;
 
 const MORE_FOR_BYTES: u64 = 256 << 20;
 
+/// However much waits.
+const PIECE_BYTES_MAX: u64 = 8 << 20;
+
 const PAUSE: Duration = Duration::from_millis(5);
 
 const ROUND: Duration = Duration::from_millis(250);
@@ -159,7 +162,7 @@ impl Rounds {
                 paths.push(path);
             }
         }
-        Ok((paths, PIECE_BYTES * (1 + waiting / MORE_FOR_BYTES)))
+        Ok((paths, (PIECE_BYTES * (1 + waiting / MORE_FOR_BYTES)).min(PIECE_BYTES_MAX)))
     }
 
     /// The engine's files, by their second names.
