@@ -191,6 +191,7 @@ mod tests {
 
     use super::*;
     use crate::throttle::TenantUse;
+    use crate::turns::tests::Runtime;
     use crate::turns::{Turns, fairly};
 
     /// Within a turn of a connection.
@@ -272,16 +273,6 @@ mod tests {
         replies.into_iter().for_each(|reply| reply.send(()).unwrap());
         driven.await;
         assert_eq!(own.kept.load(Ordering::Relaxed), 0);
-    }
-
-    /// Counts wakes.
-    #[derive(Default)]
-    struct Runtime(AtomicUsize);
-
-    impl Wake for Runtime {
-        fn wake(self: Arc<Self>) {
-            self.0.fetch_add(1, Ordering::Relaxed);
-        }
     }
 
     /// A task that was woken for what it did itself was polled twice for each answer, and a second thread of the runtime woken.

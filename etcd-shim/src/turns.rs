@@ -463,14 +463,14 @@ pub(crate) async fn fairly<F: Future>(turns: Arc<Turns>, used: Arc<TenantUse>, f
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use std::sync::atomic::AtomicUsize;
 
     use super::*;
 
     /// Counts wakes.
     #[derive(Default)]
-    struct Runtime(AtomicUsize);
+    pub(crate) struct Runtime(pub(crate) AtomicUsize);
 
     impl Wake for Runtime {
         fn wake(self: Arc<Self>) {

@@ -91,8 +91,10 @@ impl Engine for MemoryEngine {
 
     fn stop_compacting(&self) {}
 
-    fn give_back(&self, _: &[u8], _: &[u8]) -> Result<(), Fault> {
-        Ok(())
+    fn give_back(&self, lower: &[u8], upper: &[u8]) -> Result<(), Fault> {
+        let mut cleared = Batch::default();
+        cleared.clear_range(lower.to_vec(), upper.to_vec());
+        self.write(&cleared)
     }
 
     fn disk_bytes(&self) -> u64 {

@@ -12,8 +12,9 @@
 //! engine from removing what they read. Nothing needs to be remembered: after a crash the number of a file's names says
 //! as much as before.
 //!
-//! Bounds: what waits is at most [`WAITING_BYTES`], or half of what the disk has free; more than that goes as files go everywhere, at once. Left out: files that live for less
-//! than a round, which are small; file systems without second names, or that do not count them, where this ends.
+//! Bounds: what waits is at most [`WAITING_BYTES`], or half of what the disk has free; more than that goes as files go everywhere, at once.
+//! Left out: files that live for less than a round, which are small; file systems without second names, or that do not count them, where this
+//! ends.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;

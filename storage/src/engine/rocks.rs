@@ -149,14 +149,9 @@ impl RocksEngine {
     /// that there is a tenant do not go this way.
     fn drop_files(&self, lower: &[u8], upper: &[u8], patience: Duration) -> Result<(), Fault> {
         let current = self.current();
-        let clear = || {
-            let mut cleared = WriteBatch::default();
-            for family in Family::ALL {
-                cleared.delete_range_cf(current.handle(family), lower, upper);
-            }
-            current.db.write_opt(cleared, &self.no_wal).map_err(fault)
-        };
-        clear()?;
+        let mut cleared = Batch::default();
+        cleared.clear_range(lower.to_vec(), upper.to_vec());
+        self.write(&cleared)?;
         self.flush_all(true)?;
         let cleared_at = current.db.latest_sequence_number();
         let deadline = Instant::now() + patience;
@@ -176,7 +171,7 @@ impl RocksEngine {
         for family in Family::ALL.into_iter().filter(|family| *family != Family::Meta) {
             current.db.delete_file_in_range_cf(current.handle(family), lower, upper).map_err(fault)?;
         }
-        clear()
+        self.write(&cleared)
     }
 
     fn flush_all(&self, wait: bool) -> Result<(), Fault> {
