@@ -43,6 +43,7 @@ mod send_rate;
 pub mod server;
 pub mod service;
 pub mod service_manager;
+pub mod serving;
 pub mod status;
 pub mod tenant;
 pub mod throttle;

@@ -1,6 +1,7 @@
 //! `tenured`: flags in, a serving member out. Everything it does is a call into the library.
 
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use anyhow::Context as _;
@@ -13,6 +14,7 @@ use tenure_etcd_shim::logging;
 use tenure_etcd_shim::priority::{SERVING, step_back};
 use tenure_etcd_shim::service::{ETCD_VERSION, Limits};
 use tenure_etcd_shim::service_manager;
+use tenure_etcd_shim::serving::{ServingThreads, ServingWatch};
 use tokio::signal::unix::{SignalKind, signal};
 
 /// Small blocks that live briefly and on other threads than they were made on: a request's, and RocksDB's, which takes this
@@ -76,7 +78,8 @@ fn start(flags: Flags) -> ExitCode {
         return fail(&format!("open the log: {error}"));
     }
     raise_files_limit();
-    let runtime = match runtime() {
+    // Dropped in the opposite order.
+    let (runtime, _watch) = match runtime() {
         Ok(runtime) => runtime,
         Err(error) => return fail(&format!("start threads: {error}")),
     };
@@ -92,21 +95,26 @@ fn start(flags: Flags) -> ExitCode {
 
 /// The threads that serve connections step back behind those that all writes go through. The first threads that the runtime starts are
 /// these; those for what blocks come later.
-fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
+fn runtime() -> std::io::Result<(tokio::runtime::Runtime, ServingWatch)> {
     let workers = std::thread::available_parallelism().map_or(1, usize::from);
     let started = AtomicUsize::new(0);
+    let threads = Arc::<ServingThreads>::default();
+    let joined = Arc::clone(&threads);
     let step_back_if_serving = move || {
         if started.fetch_add(1, Ordering::Relaxed) < workers {
             step_back(SERVING);
+            joined.join();
         }
     };
-    tokio::runtime::Builder::new_multi_thread()
+    let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(workers)
         .global_queue_interval(GLOBAL_QUEUE_INTERVAL)
         .event_interval(EVENT_INTERVAL)
         .on_thread_start(step_back_if_serving)
         .enable_all()
-        .build()
+        .build()?;
+    let watch = ServingWatch::start(threads, workers, runtime.handle().clone())?;
+    Ok((runtime, watch))
 }
 
 /// Every connection is an open file, and the soft limit is often meant for interactive programs.

@@ -66,10 +66,18 @@ impl<E> EventSender<E> {
         Ok(())
     }
 
-    /// Puts several in and wakes the thread once. Never waits; gives how many there was no room for.
+    /// Puts several in and wakes the thread once, if there are any. Never waits; gives how many there was no room for.
     pub(crate) fn try_send_all(&self, events: impl Iterator<Item = E>) -> u64 {
-        let dropped = events.map(|event| u64::from(self.sender.try_send(event).is_err())).sum();
-        self.sleeper.wake();
+        let (mut sent, mut dropped) = (false, 0);
+        for event in events {
+            match self.sender.try_send(event) {
+                Ok(()) => sent = true,
+                Err(_) => dropped += 1,
+            }
+        }
+        if sent {
+            self.sleeper.wake();
+        }
         dropped
     }
 

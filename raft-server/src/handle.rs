@@ -67,7 +67,7 @@ impl<R: Send + 'static> Handle<R> {
     }
 
     #[cfg(test)]
-    pub(crate) fn shared(&self) -> &Shared<R> {
+    pub(crate) fn shared(&self) -> &Arc<Shared<R>> {
         &self.shared
     }
 
@@ -235,9 +235,10 @@ impl<R: Send + 'static> Handle<R> {
     }
 
     /// Hands over messages that came together, so that they are looked at together: of a member's answer to a read round and its own
-    /// question beside it, the question is to be there when the next round begins.
+    /// question beside it, the question is to be there when the next round begins. What is about reads is mostly done here, on the calling thread.
     pub fn deliver_all(&self, messages: Vec<PeerMessage>) {
-        let messages = messages.into_iter().map(|message| Event::Message(Box::new(message)));
+        let messages = messages.into_iter().filter_map(|message| self.shared.take_read_message(message));
+        let messages = messages.map(|message| Event::Message(Box::new(message)));
         let dropped = self.shared.events.try_send_all(messages);
         self.shared.metrics.messages_dropped.fetch_add(dropped, Ordering::Relaxed);
     }

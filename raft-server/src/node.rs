@@ -31,14 +31,14 @@ use tokio::sync::oneshot;
 
 use crate::apply::{self, ApplyHere, ApplySignal};
 use crate::config::Config;
-use crate::error::{ChangeError, ReadError};
+use crate::error::ChangeError;
 use crate::events::EventReceiver;
 use crate::forward::{Intakes, Sending};
 use crate::log::{Conf, Log, LogWrite, Position, RaftStorage};
 use crate::pending::Pending;
 use crate::proposals::Waiter;
-use crate::read_index::{self, ReadRounds};
-use crate::shared::{Leadership, Progress, Shared};
+use crate::read_index::Role;
+use crate::shared::{Leadership, Progress, Shared, read_message};
 use crate::snapshot::{self, SnapshotOffer};
 use crate::transport::{Message, PeerMessage, Transport};
 use crate::writer::WriteQueue;
@@ -122,7 +122,8 @@ pub(crate) struct Node<R> {
     pub(crate) transport: Box<dyn Transport>,
     /// What this turn has to send: goes together, so that what is for one member goes in one frame.
     pub(crate) outgoing: Vec<PeerMessage>,
-    pub(crate) reads: ReadRounds,
+    /// What others may do for readers, as it was published last, and of what.
+    pub(crate) read_role: ReadRoleOf,
     pub(crate) events: EventReceiver<Event<R>>,
     pub(crate) next_tick: Instant,
     /// Indexes of our batches that a further one waits for, oldest first: see [`Node::forget_arrived`].
@@ -144,6 +145,16 @@ pub(crate) struct Node<R> {
     pub(crate) told_committed: u64,
     pub(crate) disk: DiskWatch,
     pub(crate) snapshots: Snapshots,
+}
+
+/// Of what a [`Role`] follows: as long as it is the same, so is the role.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct ReadRoleOf {
+    term: u64,
+    leader_id: u64,
+    is_leader: bool,
+    has_committed: bool,
+    conf_index: u64,
 }
 
 /// For how many ticks the log's disk has taken nothing.
@@ -172,7 +183,6 @@ impl<R: Send + 'static> Node<R> {
             }
             self.settle()?;
         }
-        self.reads.fail_all(ReadError::Stopped);
         Ok(())
     }
 
@@ -237,12 +247,15 @@ impl<R: Send + 'static> Node<R> {
         } else {
             self.raw.tick();
         }
-        if let Some(name) = self.reads.on_tick(self.raw.raft.term) {
+        let (again, timed_out) = {
+            let mut reads = self.shared.reads.lock();
+            (reads.on_tick(self.raw.raft.term), reads.timed_out)
+        };
+        if let Some(name) = again {
             self.shared.metrics.read_rounds_repeated.fetch_add(1, Ordering::Relaxed);
             self.raw.read_index(name);
         }
-        let timed_out = self.shared.metrics.reads_failed.swap(self.reads.timed_out, Ordering::Relaxed);
-        if timed_out < self.reads.timed_out {
+        if self.shared.metrics.reads_failed.swap(timed_out, Ordering::Relaxed) < timed_out {
             self.shared.metrics.read_rounds_repeated.fetch_add(1, Ordering::Relaxed);
         }
         if self.raw.raft.leader_id == 0 {
@@ -298,11 +311,13 @@ impl<R: Send + 'static> Node<R> {
             MessageType::MsgReadIndex if message.entries.is_empty() => return,
             MessageType::MsgReadIndex if self.is_leader() => {
                 let name = message.take_entries().iter_mut().next().map(Entry::take_data).unwrap_or_default().to_vec();
-                if self.is_confirmed_by(message.from, &name) {
+                // As things are now.
+                self.publish_read_role();
+                if self.shared.reads.lock().answers_in_term(message.from, &name).is_some() {
                     return self.answer_read_requests([(message.from, name)], self.raw.raft.raft_log.committed);
                 }
                 // A reader like any other: it joins our next round.
-                return self.reads.join_member(message.from, name);
+                return self.shared.reads.lock().join_member(message.from, name);
             }
             MessageType::MsgReadIndex => {}
             MessageType::MsgSnapshot => return self.on_offer(message),
@@ -352,7 +367,7 @@ impl<R: Send + 'static> Node<R> {
     }
 
     fn answer_reads(&mut self, applied_index: u64) {
-        let ready = self.reads.take_applied(applied_index);
+        let ready = self.shared.reads.lock().take_applied(applied_index);
         if !ready.is_empty() {
             self.shared.allow_reads(ready, applied_index);
         }
@@ -405,6 +420,7 @@ impl<R: Send + 'static> Node<R> {
 
     /// Sends what there is to send: before this thread waits for the disk, and when it has nothing more to do.
     pub(crate) fn flush(&mut self) {
+        self.publish_read_role();
         if !self.outgoing.is_empty() {
             self.transport.send(std::mem::take(&mut self.outgoing));
         }
@@ -423,7 +439,7 @@ impl<R: Send + 'static> Node<R> {
         let leads_term = self.is_leader().then_some(self.raw.raft.term);
         if self.leads_term.is_some() && self.leads_term != leads_term {
             self.underway.clear();
-            self.reads.forget_members();
+            self.shared.reads.lock().forget_members();
             let mut queue = self.shared.queue.lock();
             queue.lanes.retain(|proposal| matches!(proposal.waiter, Waiter::Local(_)));
         }
@@ -463,13 +479,35 @@ impl<R: Send + 'static> Node<R> {
             .collect();
     }
 
-    /// Whether this member, which leads, knows by that member's request alone all that was committed before it was made: see the essay
-    /// of [`read_index`].
-    fn is_confirmed_by(&self, id: u64, name: &[u8]) -> bool {
+    /// Says what others may do for readers, before anything leaves by which another member could know more: a vote in a later term, or that
+    /// more is committed.
+    fn publish_read_role(&mut self) {
         let raft = &self.raw.raft;
-        read_index::term_of(name) == Some(raft.term)
-            && raft.commit_to_current_term()
-            && raft.prs().has_quorum(&[self.config.id, id].into_iter().collect())
+        self.shared.status.commit_index.fetch_max(raft.raft_log.committed, Ordering::AcqRel);
+        let is_leader = raft.state == StateRole::Leader;
+        let of = ReadRoleOf {
+            term: raft.term,
+            leader_id: raft.leader_id,
+            is_leader,
+            has_committed: is_leader && raft.commit_to_current_term(),
+            conf_index: self.conf.index,
+        };
+        if of == self.read_role {
+            return;
+        }
+        let (own, voters) = (self.config.id, raft.prs());
+        let is_quorum = |id: &u64| *id != own && voters.has_quorum(&[own, *id].into_iter().collect());
+        let role = match of {
+            ReadRoleOf { term, has_committed: true, .. } => {
+                Role::Answers { term, members: voters.iter().map(|(id, _)| *id).filter(is_quorum).collect() }
+            }
+            ReadRoleOf { term, leader_id: leader @ 1.., is_leader: false, .. } if self.shared.sender.is_some() => {
+                Role::Asks { term, leader }
+            }
+            ReadRoleOf { .. } => Role::None,
+        };
+        self.read_role = of;
+        self.shared.reads.lock().set_role(role);
     }
 
     /// Answers members' requests with an index that was committed, and confirmed, after they were made.
@@ -478,11 +516,8 @@ impl<R: Send + 'static> Node<R> {
             return;
         }
         let answer = |(to, name): (u64, Vec<u8>)| {
-            let entry = Entry { data: name.into(), ..Entry::default() };
-            let (from, term) = (self.config.id, self.raw.raft.term);
-            let mut message = Message { to, from, term, index, entries: vec![entry].into(), ..Message::default() };
-            message.set_msg_type(MessageType::MsgReadIndexResp);
-            message
+            let answer = read_message(MessageType::MsgReadIndexResp, self.config.id, to, name);
+            Message { index, term: self.raw.raft.term, ..answer }
         };
         let answers = members.into_iter().map(answer).collect();
         self.send(answers);
@@ -493,11 +528,12 @@ impl<R: Send + 'static> Node<R> {
         // Before it has committed in its own term a leader does not know what is committed; raft would ignore the round.
         let can_ask =
             if self.is_leader() { self.raw.raft.commit_to_current_term() } else { self.raw.raft.leader_id != 0 };
-        let begins = self.reads.take(&mut self.shared.readers.lock(), can_ask);
-        if begins {
-            let name = self.reads.begin(self.raw.raft.term);
-            self.raw.read_index(name);
-        }
+        let name = {
+            let mut reads = self.shared.reads.lock();
+            reads.take(can_ask).then(|| reads.begin(self.raw.raft.term))
+        };
+        let begins = name.is_some();
+        name.into_iter().for_each(|name| self.raw.read_index(name));
         begins
     }
 

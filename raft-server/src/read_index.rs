@@ -1,9 +1,10 @@
 //! Linearizable reads: everybody who waits shares one ReadIndex round.
 //!
-//! A round asks the leader (through raft) for an index that was committed when the round began and that a quorum still
+//! A round asks the leader for an index that was committed when the round began and that a quorum still
 //! confirms its leadership for; then the reader waits until that much is applied here. A reader must not join a round
 //! that has begun, since a write may have been acknowledged in between: it waits for the next, which starts when the
-//! current one ends. So at most one round is under way, whatever the number of readers.
+//! current one ends. So at most one round is under way, whatever the number of readers; two where a follower asks without raft's thread
+//! ([`ASKED_ROUNDS_MAX`]). What a round is told holds for those that began before it, too.
 //!
 //! Another member's request says in which term it was made, and so is an answer already: whoever asked had not voted in a later
 //! term by then, and neither has the leader that reads it in that same term. If the two are a quorum, as in a group of three, no later
@@ -13,8 +14,12 @@
 //! each voter and back, so a group under load has one at a time, not one for each member. A member has one request at a time:
 //! a newer one takes the place of the older.
 //!
-//! Readers leave their senders in [`Readers`], and ring only if raft's thread would not look there otherwise; a thread that
-//! sleeps is dear to wake. While a round is under way its end will make the thread look.
+//! None of that needs raft's thread, which is dear to wake, while what it has last said of its term holds ([`Role`]): a reader's own thread
+//! begins a round, the thread that gets a request answers it, and the one that gets the answer lets the readers read, if that much is applied. What
+//! raft's thread has not said yet has left this member in no message: it publishes its role, and what is committed, before it sends anything. So
+//! whoever reads a role knows that until then no vote of this member for a later term was on its way, which is what the proof above asks
+//! of both sides. A leader's own rounds, answers whose index is not applied yet, what is lost, and members in between are for raft's thread; readers
+//! ring only if it would not look otherwise.
 //!
 //! Requests and answers may be lost: a round is asked again under a new name after [`RETRY_TICKS`]. The name carries the
 //! member and a random number drawn at start, because the answer to a round of an earlier life must not confirm one of this
@@ -31,35 +36,42 @@ use crate::error::ReadError;
 /// Ticks until a round is asked again.
 const RETRY_TICKS: usize = 2;
 
+/// Rounds that a follower has under way: while one is on its way, those who come meanwhile need not wait for its end. More would be more
+/// messages for the same readers.
+const ASKED_ROUNDS_MAX: usize = 2;
+
 /// Where the read point goes: the applied index at which the read may look.
 pub(crate) type ReadSender = oneshot::Sender<Result<u64, ReadError>>;
 
-/// Readers that raft's thread has not taken yet. Bound: `read_waiters_max`.
-#[derive(Default)]
-pub(crate) struct Readers {
-    joining: Vec<ReadSender>,
-    /// Raft's thread will look here without being told: it was told, or something must happen first that it hears of.
-    rung: bool,
-    closed: bool,
+/// What a member may do for readers without raft's thread, which says so.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Role {
+    /// Nothing.
+    #[default]
+    None,
+    /// It follows this leader in this term: it may ask it.
+    Asks { term: u64, leader: u64 },
+    /// It leads this term and has committed in it: it may answer these members, each of which is a quorum together with it.
+    Answers { term: u64, members: Vec<u64> },
 }
 
-impl Readers {
-    /// Adds a reader. Gives whether raft's thread must be told; `None`: the member has ended.
-    pub(crate) fn join(&mut self, sender: ReadSender) -> Option<bool> {
-        if self.closed {
-            return None;
-        }
-        self.joining.push(sender);
-        Some(!std::mem::replace(&mut self.rung, true))
-    }
+/// A round to ask a leader for.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Question {
+    pub(crate) leader: u64,
+    pub(crate) name: Vec<u8>,
+}
 
-    /// Refuses those who wait and all who come.
-    pub(crate) fn close(&mut self) {
-        self.closed = true;
-        for sender in self.joining.drain(..) {
-            let _ = sender.send(Err(ReadError::Stopped));
-        }
-    }
+/// What is to be done when a reader has come, or readers are left.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Next {
+    /// Nothing: something will happen that makes somebody look.
+    Wait,
+    /// Raft's thread must be told.
+    Ring,
+    /// [`ReadRounds::begin_here`] is to be called soon, when more readers may have come.
+    Begin,
+    Ask(Question),
 }
 
 struct Waiter {
@@ -74,7 +86,7 @@ struct Round {
     members: BTreeMap<u64, Vec<u8>>,
 }
 
-/// See the module's essay.
+/// See the module's essay. Bound: `read_waiters_max` readers, and a name for each member.
 pub(crate) struct ReadRounds {
     member_id: u64,
     nonce: u64,
@@ -83,7 +95,12 @@ pub(crate) struct ReadRounds {
     joining: Vec<Waiter>,
     /// Other members that ask for an index, and the names of their rounds.
     joining_members: BTreeMap<u64, Vec<u8>>,
-    current: Option<Round>,
+    /// In the order in which they began; most often one.
+    underway: VecDeque<Round>,
+    role: Role,
+    /// Somebody will look here without being told: raft's thread was told, or something must happen first that it hears of, or a round is to begin.
+    rung: bool,
+    closed: bool,
     /// Confirmed, by growing index; wait for it to be applied.
     confirmed: VecDeque<(u64, Vec<Waiter>)>,
     timeout_ticks: usize,
@@ -93,7 +110,7 @@ pub(crate) struct ReadRounds {
 
 impl ReadRounds {
     pub(crate) fn new(member_id: u64, nonce: u64, timeout_ticks: usize) -> Self {
-        let (joining, current, confirmed) = (Vec::new(), None, VecDeque::new());
+        let (joining, underway, confirmed) = (Vec::new(), VecDeque::new(), VecDeque::new());
         let joining_members = BTreeMap::new();
         let (rounds_named, timed_out) = (0, 0);
         ReadRounds {
@@ -102,23 +119,85 @@ impl ReadRounds {
             rounds_named,
             joining,
             joining_members,
-            current,
+            underway,
+            role: Role::None,
+            rung: false,
+            closed: false,
             confirmed,
             timeout_ticks,
             timed_out,
         }
     }
 
-    fn join(&mut self, sender: ReadSender) {
+    /// Adds a reader. `None`: the member has ended.
+    pub(crate) fn join(&mut self, sender: ReadSender) -> Option<Next> {
+        if self.closed {
+            return None;
+        }
         self.joining.push(Waiter { sender, waited_ticks: 0 });
+        Some(self.next())
     }
 
-    /// Takes all readers that came. Gives whether a round is to begin now. `can_begin`: whether one could; if nobody is there for it, the next
-    /// reader rings.
-    pub(crate) fn take(&mut self, readers: &mut Readers, can_begin: bool) -> bool {
-        readers.joining.drain(..).for_each(|sender| self.join(sender));
+    /// For readers that may be left.
+    fn next(&mut self) -> Next {
+        if !self.wants_round() || std::mem::replace(&mut self.rung, true) {
+            return Next::Wait;
+        }
+        if matches!(self.role, Role::Asks { .. }) { Next::Begin } else { Next::Ring }
+    }
+
+    /// Begins a round, if there still is somebody to ask, and no other is under way.
+    pub(crate) fn begin_here(&mut self) -> Next {
+        self.rung = false;
+        match self.role {
+            Role::Asks { term, leader } if self.wants_round() => Next::Ask(Question { leader, name: self.begin(term) }),
+            Role::Asks { .. } | Role::Answers { .. } | Role::None => self.next(),
+        }
+    }
+
+    /// What may be done here from now on. The caller has not sent anything yet by which others could know more.
+    pub(crate) fn set_role(&mut self, role: Role) {
+        if !self.closed {
+            self.role = role;
+        }
+        // Once too often does no harm.
+        self.rung = false;
+    }
+
+    #[cfg(test)]
+    pub(crate) fn role(&self) -> Role {
+        self.role.clone()
+    }
+
+    /// The term that this member leads, if it knows by that member's request alone all that was committed before it was made: see the essay.
+    pub(crate) fn answers_in_term(&self, id: u64, name: &[u8]) -> Option<u64> {
+        match &self.role {
+            Role::Answers { term, members } if members.contains(&id) => term_of(name).filter(|of| of == term),
+            Role::Answers { .. } | Role::Asks { .. } | Role::None => None,
+        }
+    }
+
+    /// The round of this name may read at `index`, if that much is applied: gives who may read, and what is next. `None`: it is not, or there is no
+    /// such round; then raft's thread has to see the answer.
+    pub(crate) fn answered(&mut self, name: &[u8], index: u64, applied_index: u64) -> Option<(Vec<ReadSender>, Next)> {
+        if index > applied_index {
+            return None;
+        }
+        let ends = self.place_of(name)?;
+        if self.underway.range(..=ends).any(|round| !round.members.is_empty()) {
+            return None;
+        }
+        let waiters = self.underway.drain(..=ends).flat_map(|round| round.waiters);
+        let ready = waiters.map(|waiter| waiter.sender).collect();
+        self.rung = false;
+        Some((ready, self.next()))
+    }
+
+    /// On raft's thread, for all readers who came: gives whether a round is to begin now. `can_begin`: whether one could; if nobody is there
+    /// for it, the next reader rings.
+    pub(crate) fn take(&mut self, can_begin: bool) -> bool {
         let begins = can_begin && self.wants_round();
-        readers.rung = begins || !can_begin || self.current.is_some();
+        self.rung = begins || !can_begin || !self.underway.is_empty();
         begins
     }
 
@@ -130,35 +209,43 @@ impl ReadRounds {
     /// This member does not lead any more: the others ask whoever does.
     pub(crate) fn forget_members(&mut self) {
         self.joining_members.clear();
-        if let Some(round) = &mut self.current {
-            round.members.clear();
-        }
+        self.underway.iter_mut().for_each(|round| round.members.clear());
     }
 
-    /// Whether somebody waits for a round to begin.
+    /// Whether somebody waits for a round to begin, and one may.
     pub(crate) fn wants_round(&self) -> bool {
-        self.current.is_none() && !(self.joining.is_empty() && self.joining_members.is_empty())
+        let rounds_max = if matches!(self.role, Role::Asks { .. }) { ASKED_ROUNDS_MAX } else { 1 };
+        self.underway.len() < rounds_max && !(self.joining.is_empty() && self.joining_members.is_empty())
+    }
+
+    fn place_of(&self, name: &[u8]) -> Option<usize> {
+        self.underway.iter().position(|round| round.name == name)
     }
 
     /// Begins a round for all who joined: its name, for raft. `term`: this member's, now.
     pub(crate) fn begin(&mut self, term: u64) -> Vec<u8> {
-        assert!(self.wants_round(), "one round at a time");
+        assert!(self.wants_round(), "few rounds at a time");
         let waiters = std::mem::take(&mut self.joining);
         let members = std::mem::take(&mut self.joining_members);
         let name = self.name_round(term);
-        self.current = Some(Round { name: name.clone(), asked_ticks: 0, waiters, members });
+        self.underway.push_back(Round { name: name.clone(), asked_ticks: 0, waiters, members });
         name
     }
 
-    /// The round of this name may read at `index`. Names of other rounds are ignored: they were asked again. Gives the members
-    /// to tell, and the names of their rounds.
+    /// The round of this name, and those that began before it, may read at `index`. Names of other rounds are ignored: they were asked again.
+    /// Gives the members to tell, and the names of their rounds.
     pub(crate) fn confirm(&mut self, name: &[u8], index: u64) -> BTreeMap<u64, Vec<u8>> {
-        let Some(round) = self.current.take_if(|round| round.name == name) else { return BTreeMap::new() };
-        if !round.waiters.is_empty() {
-            let at = self.confirmed.partition_point(|(waits_for, _)| *waits_for <= index);
-            self.confirmed.insert(at, (index, round.waiters));
+        let Some(ends) = self.place_of(name) else { return BTreeMap::new() };
+        let (mut waiters, mut members) = (Vec::new(), BTreeMap::new());
+        for round in self.underway.drain(..=ends) {
+            waiters.extend(round.waiters);
+            members.extend(round.members);
         }
-        round.members
+        if !waiters.is_empty() {
+            let at = self.confirmed.partition_point(|(waits_for, _)| *waits_for <= index);
+            self.confirmed.insert(at, (index, waiters));
+        }
+        members
     }
 
     /// Takes out all whose index is applied: they may read now.
@@ -186,29 +273,32 @@ impl ReadRounds {
         expire(&mut self.joining);
         self.confirmed.iter_mut().for_each(|(_, waiters)| expire(waiters));
         self.confirmed.retain(|(_, waiters)| !waiters.is_empty());
-        let round = self.current.as_mut()?;
-        expire(&mut round.waiters);
-        round.asked_ticks += 1;
-        if round.asked_ticks < RETRY_TICKS && !(round.waiters.is_empty() && round.members.is_empty()) {
+        for round in &mut self.underway {
+            expire(&mut round.waiters);
+            round.asked_ticks += 1;
+        }
+        let oldest = self.underway.front()?;
+        if oldest.asked_ticks < RETRY_TICKS && !(oldest.waiters.is_empty() && oldest.members.is_empty()) {
             return None;
         }
-        // These ask again by themselves, under a new name.
-        round.members.clear();
-        if round.waiters.is_empty() {
-            self.current = None;
+        // One for them all. Members ask again by themselves, under a new name.
+        let waiters: Vec<_> = self.underway.drain(..).flat_map(|round| round.waiters).collect();
+        if waiters.is_empty() {
             return None;
         }
         let name = self.name_round(term);
-        let round = self.current.as_mut().expect("it was there");
-        (round.asked_ticks, round.name) = (0, name.clone());
+        self.underway.push_back(Round { name: name.clone(), asked_ticks: 0, waiters, members: BTreeMap::new() });
         Some(name)
     }
 
-    /// Answers everybody with `error`.
-    pub(crate) fn fail_all(&mut self, error: ReadError) {
+    /// The end: refuses those who wait and all who come.
+    pub(crate) fn close(&mut self) {
+        self.closed = true;
+        self.role = Role::None;
+        let error = ReadError::Stopped;
         self.forget_members();
         answer(std::mem::take(&mut self.joining), Err(error));
-        answer(self.current.take().into_iter().flat_map(|round| round.waiters), Err(error));
+        answer(self.underway.drain(..).flat_map(|round| round.waiters), Err(error));
         answer(std::mem::take(&mut self.confirmed).into_iter().flat_map(|(_, waiters)| waiters), Err(error));
     }
 
@@ -243,7 +333,7 @@ mod tests {
 
     fn reader(rounds: &mut ReadRounds) -> oneshot::Receiver<Result<u64, ReadError>> {
         let (sender, receiver) = oneshot::channel();
-        rounds.join(sender);
+        rounds.join(sender).unwrap();
         receiver
     }
 
@@ -302,7 +392,7 @@ mod tests {
             assert_eq!(reader.try_recv(), Ok(Err(ReadError::Timeout)));
         }
         assert_eq!(rounds.timed_out, 3);
-        assert!(rounds.current.is_none() && rounds.confirmed.is_empty());
+        assert!(rounds.underway.is_empty() && rounds.confirmed.is_empty());
     }
 
     // A member's request is served by the leader's next round, not by the one under way, like any reader; its newest name counts.
@@ -332,8 +422,8 @@ mod tests {
         let mut rounds = ReadRounds::new(1, 7, 10);
         rounds.join_member(2, b"name".to_vec());
         let lost = rounds.begin(3);
-        assert_eq!((rounds.on_tick(3), rounds.current.is_some()), (None, true));
-        assert_eq!((rounds.on_tick(3), rounds.current.is_some()), (None, false), "it asks again by itself");
+        assert_eq!((rounds.on_tick(3), !rounds.underway.is_empty()), (None, true));
+        assert_eq!((rounds.on_tick(3), !rounds.underway.is_empty()), (None, false), "it asks again by itself");
         assert!(rounds.confirm(&lost, 5).is_empty());
     }
 
@@ -347,31 +437,108 @@ mod tests {
         rounds.begin(3);
         drop(stays);
         rounds.on_tick(3);
-        assert!(rounds.current.is_none());
+        assert!(rounds.underway.is_empty());
     }
 
     // Whoever comes while raft's thread will look anyway does not wake it.
     #[test]
     fn one_reader_rings_for_many() {
-        let (mut rounds, mut readers) = (ReadRounds::new(1, 7, 10), Readers::default());
-        let join = |readers: &mut Readers| readers.join(oneshot::channel().0);
-        assert_eq!((join(&mut readers), join(&mut readers)), (Some(true), Some(false)));
-        assert!(rounds.take(&mut readers, true));
-        assert_eq!(join(&mut readers), Some(false), "a round is about to begin");
+        let mut rounds = ReadRounds::new(1, 7, 10);
+        let mut readers = Vec::new();
+        let mut join = |rounds: &mut ReadRounds| {
+            let (sender, receiver) = oneshot::channel();
+            readers.push(receiver);
+            rounds.join(sender)
+        };
+        assert_eq!((join(&mut rounds), join(&mut rounds)), (Some(Next::Ring), Some(Next::Wait)));
+        assert!(rounds.take(true));
+        assert_eq!(join(&mut rounds), Some(Next::Wait), "a round is about to begin");
         let name = rounds.begin(3);
-        assert!(!rounds.take(&mut readers, true), "one at a time");
+        assert_eq!(join(&mut rounds), Some(Next::Wait), "its end will make the thread look");
+        assert!(!rounds.take(true), "one at a time");
         rounds.confirm(&name, 5);
-        assert!(rounds.take(&mut readers, true), "who came meanwhile");
+        assert!(rounds.take(true), "who came meanwhile");
         let name = rounds.begin(3);
         rounds.confirm(&name, 5);
-        assert!(!rounds.take(&mut readers, false));
-        assert_eq!(join(&mut readers), Some(false), "when a leader is there, the thread hears of it");
-        assert!(rounds.take(&mut readers, true));
+        assert!(!rounds.take(false));
+        assert_eq!(join(&mut rounds), Some(Next::Wait), "when a leader is there, the thread hears of it");
+        assert!(rounds.take(true));
         rounds.begin(3);
-        let (sender, mut waiting) = oneshot::channel();
-        readers.join(sender);
-        readers.close();
-        assert_eq!((waiting.try_recv(), join(&mut readers)), (Ok(Err(ReadError::Stopped)), None));
+        join(&mut rounds);
+        rounds.close();
+        assert_eq!(join(&mut rounds), None);
+        for mut waiting in readers {
+            let answer = waiting.try_recv();
+            assert!(answer == Ok(Err(ReadError::Stopped)) || answer.is_err(), "{answer:?}");
+        }
+    }
+
+    // A follower's readers ask its leader themselves, and raft's thread sees nothing of it.
+    #[test]
+    fn rounds_follow_each_other_without_raft() {
+        let mut rounds = ReadRounds::new(2, 7, 10);
+        rounds.set_role(Role::Asks { term: 3, leader: 1 });
+        let (sender, mut early) = oneshot::channel();
+        assert_eq!(rounds.join(sender), Some(Next::Begin));
+        let _with_it = reader(&mut rounds);
+        let Next::Ask(first) = rounds.begin_here() else { panic!("asks") };
+        assert_eq!(rounds.begin_here(), Next::Wait, "for nobody");
+        assert_eq!((first.leader, term_of(&first.name)), (1, Some(3)));
+        assert!(!rounds.take(true), "nor does raft's thread begin one");
+        let mut late = reader(&mut rounds);
+        assert!(rounds.answered(&first.name, 20, 19).is_none(), "not applied yet");
+        assert!(rounds.answered(b"of an earlier life", 5, 19).is_none());
+        let (ready, next) = rounds.answered(&first.name, 19, 19).unwrap();
+        ready.into_iter().for_each(|sender| sender.send(Ok(19)).unwrap());
+        assert_eq!((early.try_recv(), late.try_recv().is_err()), (Ok(Ok(19)), true));
+        assert_eq!(next, Next::Begin, "for who came meanwhile");
+        let Next::Ask(second) = rounds.begin_here() else { panic!("asks") };
+        assert_ne!(first, second);
+        assert!(rounds.answered(&first.name, 19, 30).is_none(), "an answer that came twice");
+        let (ready, next) = rounds.answered(&second.name, 21, 30).unwrap();
+        assert_eq!((ready.len(), next), (1, Next::Wait));
+
+        let _in_turn: Vec<_> = (0..3).map(|_| reader(&mut rounds)).collect();
+        let Next::Ask(slow) = rounds.begin_here() else { panic!("asks") };
+        assert_eq!(rounds.join(oneshot::channel().0), Some(Next::Begin), "beside the one under way");
+        let Next::Ask(quick) = rounds.begin_here() else { panic!("asks") };
+        assert_eq!(rounds.join(oneshot::channel().0), Some(Next::Wait), "two at a time");
+        let (ready, next) = rounds.answered(&quick.name, 30, 30).unwrap();
+        assert_eq!((ready.len(), next), (4, Next::Begin), "what began before is told too");
+        assert!(rounds.answered(&slow.name, 30, 30).is_none());
+        let Next::Ask(last) = rounds.begin_here() else { panic!("asks") };
+        assert_eq!(rounds.answered(&last.name, 30, 30).map(|(ready, next)| (ready.len(), next)), Some((1, Next::Wait)));
+
+        let _third = reader(&mut rounds);
+        let Next::Ask(third) = rounds.begin_here() else { panic!("asks") };
+        let _left = reader(&mut rounds);
+        rounds.set_role(Role::None);
+        let (_, next) = rounds.answered(&third.name, 21, 30).unwrap();
+        assert_eq!(next, Next::Ring, "nobody to ask any more: that is for raft's thread");
+        rounds.set_role(Role::Asks { term: 4, leader: 3 });
+        assert_eq!(rounds.join(oneshot::channel().0), Some(Next::Begin));
+        rounds.set_role(Role::None);
+        assert_eq!((rounds.begin_here(), rounds.begin_here()), (Next::Ring, Next::Ring));
+    }
+
+    #[test]
+    fn a_leader_answers_members_that_are_a_quorum_with_it_in_its_own_term() {
+        let mut rounds = ReadRounds::new(1, 7, 10);
+        let name = |term| ReadRounds::new(2, 9, 10).name_round(term);
+        assert_eq!(rounds.answers_in_term(2, &name(3)), None);
+        rounds.set_role(Role::Answers { term: 3, members: vec![2, 3] });
+        assert_eq!([2, 3].map(|id| rounds.answers_in_term(id, &name(3))), [Some(3); 2]);
+        for (id, name, why) in [
+            (4, name(3), "no voter"),
+            (2, name(2), "it may have voted for another since"),
+            (2, name(4), "the leader may have been replaced"),
+            (2, b"no term".to_vec(), "an earlier release's"),
+        ] {
+            assert_eq!(rounds.answers_in_term(id, &name), None, "{why}");
+        }
+        assert_eq!(rounds.join(oneshot::channel().0), Some(Next::Ring), "its own rounds are raft's");
+        rounds.close();
+        assert_eq!(rounds.answers_in_term(2, &name(3)), None);
     }
 
     #[test]

@@ -69,7 +69,7 @@ impl<R: Send + 'static> Node<R> {
         let number = ready.number();
         self.send(ready.take_messages());
         for state in ready.take_read_states() {
-            let members = self.reads.confirm(&state.request_ctx, state.index);
+            let members = self.shared.reads.lock().confirm(&state.request_ctx, state.index);
             self.answer_read_requests(members, state.index);
         }
         if !ready.snapshot().is_empty() {

@@ -56,6 +56,11 @@ impl Replies {
         Ok(Replies(Some((runtime.clone(), waiting))))
     }
 
+    /// On which they are sent.
+    pub(crate) fn runtime(&self) -> Option<&Handle> {
+        self.0.as_ref().map(|(runtime, _)| runtime)
+    }
+
     /// Gives what sends `replies` of them.
     pub(crate) fn give(&self, replies: usize, send: impl FnOnce() + Send + 'static) {
         match &self.0 {

@@ -23,7 +23,7 @@ use crate::handle::{Handle, Limits};
 use crate::lanes::Lanes;
 use crate::log::{BOOTSTRAP_INDEX, Conf, EngineLog, Log, LogStore, LogWrite, Position, RaftStorage, Recovered};
 use crate::logger;
-use crate::node::{DiskWatch, Event, Node, Snapshots};
+use crate::node::{DiskWatch, Event, Node, ReadRoleOf, Snapshots};
 use crate::proposals::Waiting;
 use crate::read_index::ReadRounds;
 use crate::replies::Replies;
@@ -129,13 +129,15 @@ pub(crate) fn assemble<S: StateMachine>(
 
     let (event_sender, events) = events::queue(config.event_queue_max);
     let lanes = Lanes::new(config.lane_queue_bytes_max, config.queue_bytes_max);
+    let life = if config.life == 0 { random_u64() | 1 } else { config.life };
     let shared = Arc::new(Shared {
         id: config.id,
         queue: Mutex::new(ProposalQueue { lanes, rung: false }),
-        life: if config.life == 0 { random_u64() | 1 } else { config.life },
+        life,
         outgoing: Arc::clone(&log.outgoing),
         waiting: Waiting::new(),
-        readers: Mutex::default(),
+        reads: Mutex::new(ReadRounds::new(config.id, life, config.read_timeout_ticks)),
+        sender: transport.sender(),
         read_waiters: AtomicU64::new(0),
         status: StatusCells {
             applied_index: AtomicU64::new(applied),
@@ -168,7 +170,7 @@ pub(crate) fn assemble<S: StateMachine>(
         apply: Arc::clone(&apply),
         applier: None,
         transport: Box::new(transport),
-        reads: ReadRounds::new(config.id, shared.life, config.read_timeout_ticks),
+        read_role: ReadRoleOf::default(),
         outgoing: Vec::new(),
         events,
         next_tick: Instant::now() + Duration::from_millis(config.tick_ms),

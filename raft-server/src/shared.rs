@@ -1,9 +1,12 @@
 //! What a member's threads and its handles share: the waiting proposals, the published state, and the way to stop.
 
+use std::future::poll_fn;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::task::Poll;
 
 use parking_lot::{Mutex, RwLock};
+use raft::eraftpb::{Entry, MessageType};
 use tokio::sync::watch;
 
 use crate::config::Config;
@@ -13,9 +16,10 @@ use crate::lanes::Lanes;
 use crate::metrics::Metrics;
 use crate::node::Event;
 use crate::proposals::{Proposal, ReplySender, Waiter, Waiting};
-use crate::read_index::{ReadSender, Readers};
+use crate::read_index::{Next, Question, ReadRounds, ReadSender};
 use crate::replies::Replies;
 use crate::snapshot::Outgoing;
+use crate::transport::{Message, PeerMessage, SendFromAnywhere};
 
 /// Who leads, as this member knows. Sent when any of it changes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -87,7 +91,9 @@ pub(crate) struct Shared<R> {
     pub(crate) outgoing: Arc<Outgoing>,
     pub(crate) queue: Mutex<ProposalQueue<R>>,
     pub(crate) waiting: Waiting<R>,
-    pub(crate) readers: Mutex<Readers>,
+    pub(crate) reads: Mutex<ReadRounds>,
+    /// For what need not go through raft's thread.
+    pub(crate) sender: Option<Arc<dyn SendFromAnywhere>>,
     pub(crate) read_waiters: AtomicU64,
     pub(crate) status: StatusCells,
     pub(crate) members: RwLock<Arc<[u64]>>,
@@ -111,6 +117,37 @@ fn send_replies<R>(answered: Answered<R>) -> i64 {
     answered.into_iter().map(|(sender, reply)| i64::from(sender.send(reply).is_err())).sum()
 }
 
+fn send_reads(readers: Vec<ReadSender>, applied_index: u64) {
+    for reader in readers {
+        // A reader that went away needs no answer.
+        let _ = reader.send(Ok(applied_index));
+    }
+}
+
+/// Behind the tasks that are ready on this thread: readers that these bring share the round. A round for each is more work for all members.
+async fn begin_round<R: Send + 'static>(shared: Arc<Shared<R>>) {
+    let mut is_behind = false;
+    // To the end of the thread's queue, from where others may take it; what yields as the runtime would have it waits for this thread alone.
+    poll_fn(|task| {
+        if std::mem::replace(&mut is_behind, true) {
+            return Poll::Ready(());
+        }
+        task.waker().wake_by_ref();
+        Poll::Pending
+    })
+    .await;
+    let next = shared.reads.lock().begin_here();
+    shared.carry_on(next);
+}
+
+/// A question about reads or its answer: both carry the round's name.
+pub(crate) fn read_message(kind: MessageType, from: u64, to: u64, name: Vec<u8>) -> Message {
+    let entry = Entry { data: name.into(), ..Entry::default() };
+    let mut message = Message { to, from, entries: vec![entry].into(), ..Message::default() };
+    message.set_msg_type(kind);
+    message
+}
+
 impl<R: Send + 'static> Shared<R> {
     pub(crate) fn faulted(&self) -> bool {
         self.faulted.load(Ordering::Acquire)
@@ -130,13 +167,65 @@ impl<R: Send + 'static> Shared<R> {
     ///
     /// # Errors
     /// [`ReadError::Stopped`].
-    pub(crate) fn join_readers(&self, sender: ReadSender) -> Result<(), ReadError> {
-        let ring = self.readers.lock().join(sender).ok_or(ReadError::Stopped)?;
-        if ring {
-            // If the queue is full, raft's thread is awake and looks at the readers after its events.
-            let _ = self.events.try_send(Event::Readers);
-        }
+    pub(crate) fn join_readers(self: &Arc<Self>, sender: ReadSender) -> Result<(), ReadError> {
+        let next = self.reads.lock().join(sender).ok_or(ReadError::Stopped)?;
+        self.carry_on(next);
         Ok(())
+    }
+
+    fn carry_on(self: &Arc<Self>, next: Next) {
+        match next {
+            Next::Wait => {}
+            Next::Begin => match self.replies.runtime() {
+                Some(runtime) => drop(runtime.spawn(begin_round(Arc::clone(self)))),
+                None => {
+                    // Not locked while it is sent: a transport may deliver the answer on this thread.
+                    let next = self.reads.lock().begin_here();
+                    self.carry_on(next);
+                }
+            },
+            // If the queue is full, raft's thread is awake and looks at the readers after its events.
+            Next::Ring => drop(self.events.try_send(Event::Readers)),
+            Next::Ask(Question { leader, name }) => {
+                self.send(read_message(MessageType::MsgReadIndex, self.id, leader, name))
+            }
+        }
+    }
+
+    fn send(&self, message: Message) {
+        let sender = self.sender.as_ref().expect("only who can send asks and answers here");
+        sender.send(PeerMessage::Raft(Box::new(message)));
+    }
+
+    /// Does what a message about reads asks for, if raft's thread need not see it; else gives it back.
+    pub(crate) fn take_read_message(self: &Arc<Self>, message: PeerMessage) -> Option<PeerMessage> {
+        let PeerMessage::Raft(raft) = &message else { return Some(message) };
+        let kind = raft.get_msg_type();
+        let name = raft.entries.first().map_or(&[][..], |entry| &entry.data);
+        if self.sender.is_none() {
+            return Some(message);
+        }
+        if kind == MessageType::MsgReadIndex {
+            let answer = {
+                let reads = self.reads.lock();
+                // In this order: what was acknowledged before the request was made is in the index then.
+                let term = reads.answers_in_term(raft.from, name);
+                term.map(|term| (term, self.status.commit_index.load(Ordering::Acquire)))
+            };
+            let Some((term, index)) = answer else { return Some(message) };
+            let answer = read_message(MessageType::MsgReadIndexResp, self.id, raft.from, name.to_vec());
+            self.send(Message { index, term, ..answer });
+            return None;
+        }
+        if kind == MessageType::MsgReadIndexResp {
+            let applied_index = self.status.applied_index.load(Ordering::Acquire);
+            let answered = self.reads.lock().answered(name, raft.index, applied_index);
+            let Some((ready, next)) = answered else { return Some(message) };
+            self.carry_on(next);
+            send_reads(ready, applied_index);
+            return None;
+        }
+        Some(message)
     }
 
     /// Answers proposals that were applied. What waits on the runtime is a reply for each of those who wait, no more.
@@ -152,12 +241,7 @@ impl<R: Send + 'static> Shared<R> {
 
     /// Answers readers, who may read what is applied up to here. What waits on the runtime is bounded as they are, by `read_waiters_max`.
     pub(crate) fn allow_reads(&self, readers: Vec<ReadSender>, applied_index: u64) {
-        self.replies.give(readers.len(), move || {
-            for reader in readers {
-                // A reader that went away needs no answer.
-                let _ = reader.send(Ok(applied_index));
-            }
-        });
+        self.replies.give(readers.len(), move || send_reads(readers, applied_index));
     }
 
     /// Refuses proposals. Those of other members hear of it there.
@@ -202,7 +286,7 @@ impl<R: Send + 'static> Shared<R> {
         let queued = self.queue.lock().lanes.close();
         self.refuse(queued, ProposeError::Stopped);
         self.refuse(self.waiting.take_all(), ProposeError::Dropped);
-        self.readers.lock().close();
+        self.reads.lock().close();
         self.status.is_leader.store(false, Ordering::Release);
         self.status.reads_freely.store(false, Ordering::Release);
     }

@@ -2,7 +2,7 @@
 //!
 //! A life ends at the first [`Fault`]: memory has none, so the power is gone.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -12,9 +12,10 @@ use tenure_storage::{Fault, MemoryEngine, NoObserver, Outcome, StateMachine as S
 use super::disk::Disk;
 use super::world::Bug;
 use crate::log::Conf;
+use crate::read_index::Role;
 use crate::server::{Assembled, assemble};
 use crate::snapshot::SnapshotOffer;
-use crate::transport::{PeerMessage, Transport};
+use crate::transport::{PeerMessage, SendFromAnywhere, Transport};
 use crate::writer::{self, Queued, Written};
 use crate::{CommittedEntry, Config, Handle, LogStore, Snapshotter, StateMachine};
 
@@ -32,8 +33,18 @@ impl Transport for SimTransport {
         self.0.lock().messages.extend(messages);
     }
 
+    fn sender(&self) -> Option<Arc<dyn SendFromAnywhere>> {
+        Some(Arc::new(SimTransport(Arc::clone(&self.0))))
+    }
+
     fn fetch(&mut self, offer: SnapshotOffer) {
         self.0.lock().offer = Some(offer);
+    }
+}
+
+impl SendFromAnywhere for SimTransport {
+    fn send(&self, message: PeerMessage) {
+        self.0.lock().messages.push(message);
     }
 }
 
@@ -119,6 +130,9 @@ impl StateMachine for SimMachine {
     }
 }
 
+/// See [`Bug::LateRole`].
+const LATE_TURNS: usize = 20;
+
 /// A member that runs.
 pub(super) struct Life {
     assembled: Assembled<SimMachine>,
@@ -129,6 +143,9 @@ pub(super) struct Life {
     pub(super) disk_hangs: bool,
     pub(super) store: Store<MemoryEngine>,
     revisions: Revisions,
+    bug: Bug,
+    /// See [`Bug::LateRole`].
+    late_roles: VecDeque<Role>,
 }
 
 impl Life {
@@ -145,7 +162,7 @@ impl Life {
         let config = Config { snapshot_dir: disk.snapshots.clone(), snapshots_on_raft_thread: true, ..config };
         let mut assembled = assemble(config, machine, log, transport).expect("a member starts on its own disk");
         assembled.node.begin().expect("the power is back");
-        Life { assembled, sent, writing: None, disk_hangs: false, store, revisions }
+        Life { assembled, sent, writing: None, disk_hangs: false, store, revisions, bug, late_roles: VecDeque::new() }
     }
 
     pub(super) fn handle(&self) -> &Handle<Outcome> {
@@ -172,9 +189,25 @@ impl Life {
     }
 
     pub(super) fn tick(&mut self) -> Result<(), Fault> {
-        let node = &mut self.assembled.node;
-        node.on_event(crate::node::Event::Tick)?;
-        node.settle()
+        self.assembled.node.on_event(crate::node::Event::Tick)?;
+        self.settle()
+    }
+
+    fn settle(&mut self) -> Result<(), Fault> {
+        let shared = Arc::clone(&self.assembled.node.shared);
+        if let Some(newest) = self.late_roles.back() {
+            shared.reads.lock().set_role(newest.clone());
+        }
+        self.assembled.node.settle()?;
+        if self.bug == Bug::LateRole {
+            let mut reads = shared.reads.lock();
+            self.late_roles.push_back(reads.role());
+            if self.late_roles.len() > LATE_TURNS {
+                self.late_roles.pop_front();
+            }
+            reads.set_role(self.late_roles[0].clone());
+        }
+        Ok(())
     }
 
     /// Whether raft's thread would have something to do.
@@ -184,13 +217,19 @@ impl Life {
 
     /// A turn of raft's thread, of at most `events_max` events.
     pub(super) fn turn(&mut self, events_max: usize) -> Result<(), Fault> {
+        self.half_turn(events_max)?;
+        self.settle()
+    }
+
+    /// The part of a turn that looks at events; meanwhile others read what the last turn has published.
+    pub(super) fn half_turn(&mut self, events_max: usize) -> Result<(), Fault> {
         let node = &mut self.assembled.node;
         node.again = false;
         for _ in 0..events_max {
             let Ok(event) = node.events.try_recv() else { break };
             node.on_event(event)?;
         }
-        node.settle()
+        Ok(())
     }
 
     fn has_writes(&self) -> bool {

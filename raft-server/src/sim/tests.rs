@@ -89,6 +89,8 @@ fn mistakes_made_on_purpose_are_found() {
     assert!(seen, "{order:?}");
     let dropped = found(Bug::DroppedEvent);
     assert!(matches!(dropped, Some(Violation::WatchDiffers { .. })), "{dropped:?}");
+    let late_role = found(Bug::LateRole);
+    assert!(matches!(late_role, Some(Violation::StaleRead { .. })), "{late_role:?}");
     let late = found(Bug::LateRecord);
     assert!(matches!(late, Some(Violation::DifferInMembers { .. } | Violation::Panicked(_))), "{late:?}");
 }

@@ -48,9 +48,20 @@ pub trait Transport: Send {
     /// Sends each message towards its receiver. Must not block; may drop, at a bound of its own.
     fn send(&mut self, messages: Vec<PeerMessage>);
 
+    /// The same way out, for any thread. Without one, raft's thread has to see all that readers ask and are answered.
+    fn sender(&self) -> Option<Arc<dyn SendFromAnywhere>> {
+        None
+    }
+
     /// Begins to fetch a snapshot; [`Handle::snapshot_fetched`] tells how it ended. Of several offers the last one counts. Must
     /// not block.
     fn fetch(&mut self, offer: SnapshotOffer);
+}
+
+/// See [`Transport::sender`].
+pub trait SendFromAnywhere: Send + Sync {
+    /// As [`Transport::send`]. Messages of several threads are in no order.
+    fn send(&self, message: PeerMessage);
 }
 
 /// For a group of one: there is nobody to send to.

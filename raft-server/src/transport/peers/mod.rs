@@ -25,7 +25,7 @@ use std::collections::HashMap;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, OnceLock, Weak};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -36,7 +36,7 @@ use tokio::task::AbortHandle;
 
 pub use self::client::{CallError, call_url, is_of_other_cluster};
 pub use self::server::serve;
-use super::{Local, PeerMessage, Transport};
+use super::{Local, PeerMessage, SendFromAnywhere, Transport};
 use crate::handle::Handle;
 use crate::metrics::{RoundTripHistogram, SnapshotHistogram};
 use crate::snapshot::SnapshotOffer;
@@ -360,6 +360,15 @@ impl Inner {
         self.local.get()
     }
 
+    fn send(&self, messages: impl IntoIterator<Item = PeerMessage>) {
+        let (members, late_after) = (self.members.read(), heartbeats_late_after(self.config.timeout));
+        for message in messages {
+            if let Some(peer) = members.get(&message.to()) {
+                peer.send(message, late_after);
+            }
+        }
+    }
+
     fn stats_of(&self, id: u64) -> Option<Arc<PeerStats>> {
         self.members.read().get(&id).map(|peer| Arc::clone(&peer.stats))
     }
@@ -419,15 +428,24 @@ fn size(message: &PeerMessage) -> usize {
 /// What raft's thread sends through; see [`Peers`].
 pub struct PeerTransport(Peers);
 
+/// Goes with the transport: what it sends for has the member, which the peers have.
+struct Sender(Weak<Inner>);
+
+impl SendFromAnywhere for Sender {
+    fn send(&self, message: PeerMessage) {
+        if let Some(inner) = self.0.upgrade() {
+            inner.send([message]);
+        }
+    }
+}
+
 impl Transport for PeerTransport {
     fn send(&mut self, messages: Vec<PeerMessage>) {
-        let inner = &self.0.0;
-        let (members, late_after) = (inner.members.read(), heartbeats_late_after(inner.config.timeout));
-        for message in messages {
-            if let Some(peer) = members.get(&message.to()) {
-                peer.send(message, late_after);
-            }
-        }
+        self.0.0.send(messages);
+    }
+
+    fn sender(&self) -> Option<Arc<dyn SendFromAnywhere>> {
+        Some(Arc::new(Sender(Arc::downgrade(&self.0.0))))
     }
 
     fn fetch(&mut self, offer: SnapshotOffer) {
