@@ -6,20 +6,23 @@
 //! read cost (decision 0003).
 //!
 //! So once a [`PERIOD`] the system is asked how long these threads ran, how long they waited for a processor, and whether one was free. If they wait
-//! much though this process has less than half of the processors, and one thread less could have done it all, then one of them rests: it polls
+//! much though this process has less than half of the processors, and one thread less could have done it all, then one more of them rests: it polls
 //! a task that blocks. They all serve again as soon as one of that is not so.
 //!
-//! What must hold: one thread always serves. What a thread that rests has in hand waits no longer than a [`SLICE`]: after each it polls all that it
-//! has, and looks at the network, before it goes on to rest. When the watch ends nobody rests, because the runtime waits for its threads.
+//! What must hold: one thread always serves. What a thread that rests has in hand waits no longer than a [`SLICE`] (two, where of three threads or
+//! more the same one polls two such tasks): after each it looks at the network and polls all that it has before it goes on to rest. When the
+//! watch ends nobody rests, because the runtime waits for its threads.
 //!
 //! Left out: to keep threads from serving where this process itself has the processors. There a thread less that serves is a smaller share for those
 //! who serve, and raft's, apply's and the reading threads have it: fewer operations (decision 0003). And machines, or shares of one, with more than
 //! [`THREADS_MAX`] threads, where those that rest would be many and what one of them is woken for in vain is little beside what all do.
 
 use std::fs::File;
+use std::future::poll_fn;
 use std::io;
 use std::os::unix::fs::FileExt as _;
 use std::sync::Arc;
+use std::task::Poll;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -51,10 +54,11 @@ struct Seen {
 
 /// How many of `count` threads should serve in the next period, of which `serving` did in the last.
 fn should_serve(seen: Seen, serving: usize, count: usize, processors: f64) -> usize {
-    // Once a thread rests the others wait less, and more is free.
-    let (waits_at_least, free_at_most) = if serving < count { (0.25, 0.4) } else { (0.5, 0.25) };
+    // Once a thread rests the others wait less, and more is free; and nobody comes and goes because of a little more or less.
+    let rests = serving < count;
+    let (waits_at_least, free_at_most, own_at_most) = if rests { (0.25, 0.4, 0.6) } else { (0.5, 0.25, 0.5) };
     let is_crowded = seen.waited > seen.ran * waits_at_least && seen.free < free_at_most;
-    let others_have_most = seen.process_ran < processors / 2.0;
+    let others_have_most = seen.process_ran < processors * own_at_most;
     // With little to do there is little to gain.
     let has_much_to_do = seen.ran > 0.1;
     let keeps_up = seen.ran < 0.85 * serving as f64;
@@ -219,12 +223,30 @@ impl Resters {
     }
 }
 
-/// Keeps the thread that polls it. To yield is to let go of what waits for this thread alone, and to look at the network.
+/// Keeps the thread that polls it.
 async fn rest(resters: Arc<Resters>) {
-    tokio::task::yield_now().await;
-    while resters.rest() {
+    loop {
+        // Lets go of what waits for this thread alone, and looks at the network.
         tokio::task::yield_now().await;
+        // Behind what that has made ready; and a thread that went to sleep meanwhile is woken, since it could not look at the network itself.
+        go_to_the_end_of_the_queue().await;
+        if !resters.rest() {
+            return;
+        }
     }
+}
+
+/// Where other threads may take it, and find what is before it.
+async fn go_to_the_end_of_the_queue() {
+    let mut is_there = false;
+    poll_fn(|task| {
+        if std::mem::replace(&mut is_there, true) {
+            return Poll::Ready(());
+        }
+        task.waker().wake_by_ref();
+        Poll::Pending
+    })
+    .await;
 }
 
 impl ServingWatch {
@@ -298,16 +320,18 @@ mod tests {
         for (what, seen) in [
             ("they hardly wait", Seen { waited: 0.05, ..CROWDED }),
             ("a processor is free", Seen { free: 0.5, ..CROWDED }),
-            ("this process has the processors", Seen { process_ran: 1.2, ..CROWDED }),
+            ("this process has the processors", Seen { process_ran: 1.3, ..CROWDED }),
             ("there is little to do", Seen { ran: 0.05, ..CROWDED }),
             ("the others could not keep up", Seen { ran: 0.9, waited: 0.9, ..CROWDED }),
         ] {
             assert_eq!(should_serve(seen, 2, 2, 2.0), 2, "{what}");
             assert_eq!(should_serve(seen, 1, 2, 2.0), 2, "{what}: all serve again");
         }
-        for (what, seen) in
-            [("wait less", Seen { waited: 0.15, ..CROWDED }), ("more is free", Seen { free: 0.3, ..CROWDED })]
-        {
+        for (what, seen) in [
+            ("wait less", Seen { waited: 0.15, ..CROWDED }),
+            ("more is free", Seen { free: 0.3, ..CROWDED }),
+            ("this process has a little more", Seen { process_ran: 1.1, ..CROWDED }),
+        ] {
             assert_eq!((should_serve(seen, 2, 2, 2.0), should_serve(seen, 1, 2, 2.0)), (2, 1), "{what}");
         }
         assert_eq!(should_serve(Seen { ran: 1.0, waited: 1.0, ..CROWDED }, 2, 4, 4.0), 2, "two do, one does not");

@@ -2,17 +2,16 @@
 //!
 //! A round asks the leader for an index that was committed when the round began and that a quorum still
 //! confirms its leadership for; then the reader waits until that much is applied here. A reader must not join a round
-//! that has begun, since a write may have been acknowledged in between: it waits for the next, which starts when the
-//! current one ends. So at most one round is under way, whatever the number of readers; two where a follower asks without raft's thread
-//! ([`ASKED_ROUNDS_MAX`]). What a round is told holds for those that began before it, too.
+//! that has begun, since a write may have been acknowledged in between: it waits for the next. At most one round is under way, whatever the
+//! number of readers; two where a follower asks its leader without raft's thread ([`ASKED_ROUNDS_MAX`]). What a round is told holds for those that began
+//! before it, too.
 //!
 //! Another member's request says in which term it was made, and so is an answer already: whoever asked had not voted in a later
 //! term by then, and neither has the leader that reads it in that same term. If the two are a quorum, as in a group of three, no later
 //! leader was elected before the request was made, so whatever was acknowledged before it is committed here, and the leader
 //! answers at once with its commit index (decision 0006). If they are not, the request is a reader like any other: it joins the
 //! leader's next round instead of beginning one of its own, and is answered with the round's index. A round costs a message to
-//! each voter and back, so a group under load has one at a time, not one for each member. A member has one request at a time:
-//! a newer one takes the place of the older.
+//! each voter and back, so a group under load has one at a time, not one for each member. Of a member's requests its newest counts.
 //!
 //! None of that needs raft's thread, which is dear to wake, while what it has last said of its term holds ([`Role`]): a reader's own thread
 //! begins a round, the thread that gets a request answers it, and the one that gets the answer lets the readers read, if that much is applied. What
@@ -197,13 +196,20 @@ impl ReadRounds {
     /// for it, the next reader rings.
     pub(crate) fn take(&mut self, can_begin: bool) -> bool {
         let begins = can_begin && self.wants_round();
-        self.rung = begins || !can_begin || !self.underway.is_empty();
+        // Its end makes somebody look; until then one who comes may begin another, if there is room for it.
+        self.rung = begins || !can_begin || self.underway.len() >= self.rounds_max();
         begins
     }
 
-    /// A member asks this one, which leads, for an index; its round's name.
+    /// A member asks this one, which leads, for an index; its round's name. An answer to its newest round is one to those before.
     pub(crate) fn join_member(&mut self, id: u64, name: Vec<u8>) {
-        self.joining_members.insert(id, name);
+        let kept = self.joining_members.entry(id).or_default();
+        // The number stands behind the member and its life.
+        let of_one_life = 2 * size_of::<u64>();
+        let same_life = kept.get(..of_one_life).is_some_and(|life| name.starts_with(life));
+        if !same_life || *kept < name {
+            *kept = name;
+        }
     }
 
     /// This member does not lead any more: the others ask whoever does.
@@ -214,8 +220,11 @@ impl ReadRounds {
 
     /// Whether somebody waits for a round to begin, and one may.
     pub(crate) fn wants_round(&self) -> bool {
-        let rounds_max = if matches!(self.role, Role::Asks { .. }) { ASKED_ROUNDS_MAX } else { 1 };
-        self.underway.len() < rounds_max && !(self.joining.is_empty() && self.joining_members.is_empty())
+        self.underway.len() < self.rounds_max() && !(self.joining.is_empty() && self.joining_members.is_empty())
+    }
+
+    fn rounds_max(&self) -> usize {
+        if matches!(self.role, Role::Asks { .. }) { ASKED_ROUNDS_MAX } else { 1 }
     }
 
     fn place_of(&self, name: &[u8]) -> Option<usize> {
@@ -277,12 +286,12 @@ impl ReadRounds {
             expire(&mut round.waiters);
             round.asked_ticks += 1;
         }
-        let oldest = self.underway.front()?;
-        if oldest.asked_ticks < RETRY_TICKS && !(oldest.waiters.is_empty() && oldest.members.is_empty()) {
-            return None;
-        }
-        // One for them all. Members ask again by themselves, under a new name.
-        let waiters: Vec<_> = self.underway.drain(..).flat_map(|round| round.waiters).collect();
+        let is_over = |round: &Round| round.waiters.is_empty() && round.members.is_empty();
+        let is_lost = |round: &Round| round.asked_ticks >= RETRY_TICKS || is_over(round);
+        // Members ask again by themselves, under a new name.
+        let (lost, underway): (VecDeque<_>, _) = std::mem::take(&mut self.underway).into_iter().partition(is_lost);
+        self.underway = underway;
+        let waiters: Vec<_> = lost.into_iter().flat_map(|round| round.waiters).collect();
         if waiters.is_empty() {
             return None;
         }
@@ -411,6 +420,13 @@ mod tests {
         let second = rounds.begin(3);
         assert_eq!(rounds.confirm(&second, 21), BTreeMap::from([(3, b"late".to_vec())]));
         rounds.join_member(2, b"again".to_vec());
+        let mut asks = ReadRounds::new(4, 9, 10);
+        let (older, newer) = (asks.name_round(3), asks.name_round(3));
+        let of_next_life = ReadRounds::new(4, 8, 10).name_round(3);
+        for (name, kept) in [(&newer, &newer), (&older, &newer), (&of_next_life, &of_next_life)] {
+            rounds.join_member(4, name.clone());
+            assert_eq!(rounds.joining_members.get(&4), Some(kept), "two threads may send in any order");
+        }
         let third = rounds.begin(3);
         rounds.join_member(3, b"more".to_vec());
         rounds.forget_members();
@@ -485,7 +501,8 @@ mod tests {
         assert_eq!(rounds.begin_here(), Next::Wait, "for nobody");
         assert_eq!((first.leader, term_of(&first.name)), (1, Some(3)));
         assert!(!rounds.take(true), "nor does raft's thread begin one");
-        let mut late = reader(&mut rounds);
+        let (sender, mut late) = oneshot::channel();
+        assert_eq!(rounds.join(sender), Some(Next::Begin), "whatever raft's thread has looked at meanwhile");
         assert!(rounds.answered(&first.name, 20, 19).is_none(), "not applied yet");
         assert!(rounds.answered(b"of an earlier life", 5, 19).is_none());
         let (ready, next) = rounds.answered(&first.name, 19, 19).unwrap();
