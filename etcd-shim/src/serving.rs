@@ -18,16 +18,15 @@
 //! [`THREADS_MAX`] threads, where those that rest would be many and what one of them is woken for in vain is little beside what all do.
 
 use std::fs::File;
-use std::future::poll_fn;
 use std::io;
 use std::os::unix::fs::FileExt as _;
 use std::sync::Arc;
-use std::task::Poll;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
 use rustix::time::{ClockId, clock_gettime};
+use tenure_raft_server::behind_ready_tasks;
 use tokio::runtime::Handle;
 
 /// How often it is looked.
@@ -184,6 +183,7 @@ struct State {
     wanted: usize,
     /// Those that there are, though perhaps no thread has polled them yet. Never more than were wanted at a time.
     count: usize,
+    #[cfg(test)]
     slices: u64,
     has_ended: bool,
 }
@@ -203,7 +203,10 @@ impl Resters {
     fn rest(&self) -> bool {
         let mut state = self.state.lock();
         let end = Instant::now() + SLICE;
-        state.slices += 1;
+        #[cfg(test)]
+        {
+            state.slices += 1;
+        }
         while state.count <= state.wanted && !self.changed.wait_until(&mut state, end).timed_out() {}
         let goes_on = state.count <= state.wanted;
         state.count -= usize::from(!goes_on);
@@ -229,24 +232,11 @@ async fn rest(resters: Arc<Resters>) {
         // Lets go of what waits for this thread alone, and looks at the network.
         tokio::task::yield_now().await;
         // Behind what that has made ready; and a thread that went to sleep meanwhile is woken, since it could not look at the network itself.
-        go_to_the_end_of_the_queue().await;
+        behind_ready_tasks().await;
         if !resters.rest() {
             return;
         }
     }
-}
-
-/// Where other threads may take it, and find what is before it.
-async fn go_to_the_end_of_the_queue() {
-    let mut is_there = false;
-    poll_fn(|task| {
-        if std::mem::replace(&mut is_there, true) {
-            return Poll::Ready(());
-        }
-        task.waker().wake_by_ref();
-        Poll::Pending
-    })
-    .await;
 }
 
 impl ServingWatch {

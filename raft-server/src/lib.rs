@@ -34,6 +34,7 @@
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::cast_possible_truncation))]
 
 mod apply;
+mod behind;
 mod config;
 mod error;
 mod events;
@@ -61,6 +62,7 @@ pub mod transport;
 mod writer;
 
 pub use crate::apply::{CommittedEntry, StateMachine};
+pub use crate::behind::behind_ready_tasks;
 pub use crate::config::{Config, FaultHandler};
 pub use crate::error::{ChangeError, MemberFault, ProposeError, ReadError, StartError};
 pub use crate::handle::{Handle, Status};

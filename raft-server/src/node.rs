@@ -122,7 +122,7 @@ pub(crate) struct Node<R> {
     pub(crate) transport: Box<dyn Transport>,
     /// What this turn has to send: goes together, so that what is for one member goes in one frame.
     pub(crate) outgoing: Vec<PeerMessage>,
-    /// What others may do for readers, as it was published last, and of what.
+    /// Of what the role followed that was published last.
     pub(crate) read_role: ReadRoleOf,
     pub(crate) events: EventReceiver<Event<R>>,
     pub(crate) next_tick: Instant,
@@ -546,7 +546,6 @@ impl<R: Send + 'static> Node<R> {
         status.term.store(now.term, Ordering::Release);
         status.leader_id.store(now.leader_id, Ordering::Release);
         status.is_leader.store(is_leader, Ordering::Release);
-        status.commit_index.store(self.raw.raft.raft_log.committed, Ordering::Release);
         status.last_index.store(self.raw.raft.raft_log.last_index(), Ordering::Release);
         status.reads_freely.store(reads_freely, Ordering::Release);
         self.shared.leadership.send_if_modified(|before| {

@@ -1,14 +1,13 @@
 //! What a member's threads and its handles share: the waiting proposals, the published state, and the way to stop.
 
-use std::future::poll_fn;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::task::Poll;
 
 use parking_lot::{Mutex, RwLock};
 use raft::eraftpb::{Entry, MessageType};
 use tokio::sync::watch;
 
+use crate::behind::behind_ready_tasks;
 use crate::config::Config;
 use crate::error::{ProposeError, ReadError};
 use crate::events::EventSender;
@@ -126,16 +125,7 @@ fn send_reads(readers: Vec<ReadSender>, applied_index: u64) {
 
 /// Behind the tasks that are ready on this thread: readers that these bring share the round. A round for each is more work for all members.
 async fn begin_round<R: Send + 'static>(shared: Arc<Shared<R>>) {
-    let mut is_behind = false;
-    // To the end of the thread's queue, from where others may take it; what yields as the runtime would have it waits for this thread alone.
-    poll_fn(|task| {
-        if std::mem::replace(&mut is_behind, true) {
-            return Poll::Ready(());
-        }
-        task.waker().wake_by_ref();
-        Poll::Pending
-    })
-    .await;
+    behind_ready_tasks().await;
     let next = shared.reads.lock().begin_here();
     shared.carry_on(next);
 }

@@ -428,7 +428,7 @@ fn size(message: &PeerMessage) -> usize {
 /// What raft's thread sends through; see [`Peers`].
 pub struct PeerTransport(Peers);
 
-/// Goes with the transport: what it sends for has the member, which the peers have.
+/// The member has it, and the peers have the member; so it does not keep them.
 struct Sender(Weak<Inner>);
 
 impl SendFromAnywhere for Sender {
