@@ -234,7 +234,11 @@ impl<R: Send + 'static> Node<R> {
             Event::Fetched { offer, complete } => self.on_fetched(offer, complete),
             Event::Change { change, seen, command, reply } => self.on_change(change, seen, command, reply),
             Event::Transfer(to) => self.transfer(to),
-            Event::Unreachable(id) => self.raw.report_unreachable(id),
+            Event::Unreachable(id) => {
+                self.raw.report_unreachable(id);
+                let again = self.shared.reads.lock().on_unreachable(id, self.raw.raft.term);
+                self.ask_again(again);
+            }
             Event::Proposals | Event::Readers | Event::Stop => {}
         }
         Ok(())
@@ -251,10 +255,7 @@ impl<R: Send + 'static> Node<R> {
             let mut reads = self.shared.reads.lock();
             (reads.on_tick(self.raw.raft.term), reads.timed_out)
         };
-        if let Some(name) = again {
-            self.shared.metrics.read_rounds_repeated.fetch_add(1, Ordering::Relaxed);
-            self.raw.read_index(name);
-        }
+        self.ask_again(again);
         if self.shared.metrics.reads_failed.swap(timed_out, Ordering::Relaxed) < timed_out {
             self.shared.metrics.read_rounds_repeated.fetch_add(1, Ordering::Relaxed);
         }
@@ -268,6 +269,14 @@ impl<R: Send + 'static> Node<R> {
         self.watch_disk();
         self.offer_snapshots();
         self.publish_progress();
+    }
+
+    /// Asks for a read round once more, whose name this is.
+    fn ask_again(&mut self, name: Option<Vec<u8>>) {
+        if let Some(name) = name {
+            self.shared.metrics.read_rounds_repeated.fetch_add(1, Ordering::Relaxed);
+            self.raw.read_index(name);
+        }
     }
 
     /// A leader whose disk hangs goes on sending heartbeats, so nobody stands for election; but it may apply only what is on its disk, and
@@ -320,6 +329,14 @@ impl<R: Send + 'static> Node<R> {
                 return self.shared.reads.lock().join_member(message.from, name);
             }
             MessageType::MsgReadIndex => {}
+            MessageType::MsgHeartbeatResponse if !message.context.is_empty() => {
+                let (name, mut reads) = (&message.context, self.shared.reads.lock());
+                if let Some(index) = reads.index_followed(name, message.term) {
+                    let members = reads.confirm(name, index);
+                    drop(reads);
+                    self.answer_read_requests(members, index);
+                }
+            }
             MessageType::MsgSnapshot => return self.on_offer(message),
             MessageType::MsgAppend => {
                 let full = self.writes.bytes() > self.config.append_queue_bytes_max
@@ -501,9 +518,7 @@ impl<R: Send + 'static> Node<R> {
             ReadRoleOf { term, has_committed: true, .. } => {
                 Role::Answers { term, members: voters.iter().map(|(id, _)| *id).filter(is_quorum).collect() }
             }
-            ReadRoleOf { term, leader_id: leader @ 1.., is_leader: false, .. } if self.shared.sender.is_some() => {
-                Role::Asks { term, leader }
-            }
+            ReadRoleOf { term, leader_id: leader @ 1.., is_leader: false, .. } => Role::Asks { term, leader },
             ReadRoleOf { .. } => Role::None,
         };
         self.read_role = of;
@@ -523,17 +538,27 @@ impl<R: Send + 'static> Node<R> {
         self.send(answers);
     }
 
-    /// Begins the next round if somebody waits for it, none is under way, and there is somebody to ask. Gives whether it did.
+    /// Begins the next round if somebody waits for it, none is under way, and there is somebody to ask. Gives whether raft was asked for it.
     fn begin_read_round(&mut self) -> bool {
         // Before it has committed in its own term a leader does not know what is committed; raft would ignore the round.
         let can_ask =
             if self.is_leader() { self.raw.raft.commit_to_current_term() } else { self.raw.raft.leader_id != 0 };
-        let name = {
-            let mut reads = self.shared.reads.lock();
-            reads.take(can_ask).then(|| reads.begin(self.raw.raft.term))
-        };
-        let begins = name.is_some();
-        name.into_iter().for_each(|name| self.raw.read_index(name));
+        if !self.shared.reads.lock().take(can_ask) {
+            return false;
+        }
+        // As things are now.
+        self.publish_read_role();
+        let mut reads = self.shared.reads.lock();
+        if reads.can_ask() {
+            drop(reads);
+            self.shared.begin_here();
+            return false;
+        }
+        let begins = reads.wants_round();
+        if begins {
+            let name = reads.begin(self.raw.raft.term);
+            self.raw.read_index(name);
+        }
         begins
     }
 

@@ -13,12 +13,16 @@
 //! leader's next round instead of beginning one of its own, and is answered with the round's index. A round costs a message to
 //! each voter and back, so a group under load has one at a time, not one for each member. Of a member's requests its newest counts.
 //!
+//! The other way round a leader asks one of those members whether it still follows in its term, for its own readers: the answer is enough, and what
+//! was committed when the round began is its index. One is asked for as long as it answers, then another one. The question is a heartbeat and so is known to
+//! every release; it says of nothing that it is committed, which tells it from raft's own ([`is_question`]).
+//!
 //! None of that needs raft's thread, which is dear to wake, while what it has last said of its term holds ([`Role`]): a reader's own thread
 //! begins a round, the thread that gets a request answers it, and the one that gets the answer lets the readers read, if that much is applied. What
 //! raft's thread has not said yet has left this member in no message: it publishes its role, and what is committed, before it sends anything. So
 //! whoever reads a role knows that until then no vote of this member for a later term was on its way, which is what the proof above asks
-//! of both sides. A leader's own rounds, answers whose index is not applied yet, what is lost, and members in between are for raft's thread; readers
-//! ring only if it would not look otherwise.
+//! of both sides. Rounds that ask for more than one answer, answers whose index is not applied yet, what is lost, and members in between are for raft's
+//! thread; readers ring only if it would not look otherwise.
 //!
 //! Requests and answers may be lost: a round is asked again under a new name after [`RETRY_TICKS`]. The name carries the
 //! member and a random number drawn at start, because the answer to a round of an earlier life must not confirm one of this
@@ -31,12 +35,13 @@ use std::collections::{BTreeMap, VecDeque};
 use tokio::sync::oneshot;
 
 use crate::error::ReadError;
+use crate::transport::Message;
 
 /// Ticks until a round is asked again.
 const RETRY_TICKS: usize = 2;
 
 /// Rounds that a follower has under way: while one is on its way, those who come meanwhile need not wait for its end. More would be more
-/// messages for the same readers.
+/// messages for the same readers; for a leader's already a second one is (decision 0006).
 const ASKED_ROUNDS_MAX: usize = 2;
 
 /// Where the read point goes: the applied index at which the read may look.
@@ -50,15 +55,23 @@ pub(crate) enum Role {
     None,
     /// It follows this leader in this term: it may ask it.
     Asks { term: u64, leader: u64 },
-    /// It leads this term and has committed in it: it may answer these members, each of which is a quorum together with it.
+    /// It leads this term and has committed in it: it may answer these members, each of which is a quorum together with it, and ask any of them.
     Answers { term: u64, members: Vec<u64> },
 }
 
-/// A round to ask a leader for.
+/// A round to ask for.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Question {
-    pub(crate) leader: u64,
     pub(crate) name: Vec<u8>,
+    pub(crate) asked: Asked,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Asked {
+    /// For an index.
+    Leader(u64),
+    /// Whether it still follows this member, in its term.
+    Follower { term: u64, id: u64 },
 }
 
 /// What is to be done when a reader has come, or readers are left.
@@ -81,6 +94,8 @@ struct Waiter {
 struct Round {
     name: Vec<u8>,
     asked_ticks: usize,
+    /// What was committed when it began, if a follower alone is asked.
+    committed_index: Option<u64>,
     waiters: Vec<Waiter>,
     members: BTreeMap<u64, Vec<u8>>,
 }
@@ -97,6 +112,12 @@ pub(crate) struct ReadRounds {
     /// In the order in which they began; most often one.
     underway: VecDeque<Round>,
     role: Role,
+    /// Whether there is a way to ask without raft's thread.
+    has_sender: bool,
+    /// Which of the members that it may ask a leader asks: grows when one does not answer.
+    asked_place: usize,
+    /// [`ReadRounds::begin_here`] is about to be called.
+    beginning: bool,
     /// Somebody will look here without being told: raft's thread was told, or something must happen first that it hears of, or a round is to begin.
     rung: bool,
     closed: bool,
@@ -108,7 +129,8 @@ pub(crate) struct ReadRounds {
 }
 
 impl ReadRounds {
-    pub(crate) fn new(member_id: u64, nonce: u64, timeout_ticks: usize) -> Self {
+    /// `has_sender`: questions can be sent, and are answered, without raft's thread.
+    pub(crate) fn new(member_id: u64, nonce: u64, timeout_ticks: usize, has_sender: bool) -> Self {
         let (joining, underway, confirmed) = (Vec::new(), VecDeque::new(), VecDeque::new());
         let joining_members = BTreeMap::new();
         let (rounds_named, timed_out) = (0, 0);
@@ -120,6 +142,9 @@ impl ReadRounds {
             joining_members,
             underway,
             role: Role::None,
+            has_sender,
+            asked_place: 0,
+            beginning: false,
             rung: false,
             closed: false,
             confirmed,
@@ -142,16 +167,41 @@ impl ReadRounds {
         if !self.wants_round() || std::mem::replace(&mut self.rung, true) {
             return Next::Wait;
         }
-        if matches!(self.role, Role::Asks { .. }) { Next::Begin } else { Next::Ring }
+        self.beginning = self.can_ask();
+        if self.beginning { Next::Begin } else { Next::Ring }
     }
 
-    /// Begins a round, if there still is somebody to ask, and no other is under way.
-    pub(crate) fn begin_here(&mut self) -> Next {
-        self.rung = false;
-        match self.role {
-            Role::Asks { term, leader } if self.wants_round() => Next::Ask(Question { leader, name: self.begin(term) }),
-            Role::Asks { .. } | Role::Answers { .. } | Role::None => self.next(),
+    /// Whether there is somebody to ask without raft's thread.
+    pub(crate) fn can_ask(&self) -> bool {
+        let is_somebody = match &self.role {
+            Role::None => false,
+            Role::Asks { .. } => true,
+            Role::Answers { .. } => self.asked_follower().is_some(),
+        };
+        self.has_sender && is_somebody
+    }
+
+    fn asked_follower(&self) -> Option<u64> {
+        let Role::Answers { members, .. } = &self.role else { return None };
+        members.get(self.asked_place.checked_rem(members.len())?).copied()
+    }
+
+    /// Begins a round, if there still is somebody to ask, and few others are under way. `committed_index`: read while this was locked, so that what was
+    /// acknowledged before the readers came is in it.
+    pub(crate) fn begin_here(&mut self, committed_index: u64) -> Next {
+        (self.rung, self.beginning) = (false, false);
+        if !(self.can_ask() && self.wants_round()) {
+            return self.next();
         }
+        let (term, asked, index) = match (&self.role, self.asked_follower()) {
+            (Role::Asks { term, leader }, _) => (*term, Asked::Leader(*leader), None),
+            (Role::Answers { term, .. }, Some(id)) => {
+                (*term, Asked::Follower { term: *term, id }, Some(committed_index))
+            }
+            (Role::Answers { .. } | Role::None, _) => return self.next(),
+        };
+        let name = self.begin_with(term, index);
+        Next::Ask(Question { name, asked })
     }
 
     /// What may be done here from now on. The caller has not sent anything yet by which others could know more.
@@ -176,6 +226,17 @@ impl ReadRounds {
         }
     }
 
+    /// Whether this member follows that one in that term.
+    pub(crate) fn follows(&self, id: u64, in_term: u64) -> bool {
+        matches!(self.role, Role::Asks { term, leader } if (term, leader) == (in_term, id))
+    }
+
+    /// At which index the round of this name may read that a follower was asked for, now that it has answered in this term.
+    pub(crate) fn index_followed(&self, name: &[u8], term: u64) -> Option<u64> {
+        let round = self.underway.get(self.place_of(name)?)?;
+        round.committed_index.filter(|_| term_of(name) == Some(term))
+    }
+
     /// The round of this name may read at `index`, if that much is applied: gives who may read, and what is next. `None`: it is not, or there is no
     /// such round; then raft's thread has to see the answer.
     pub(crate) fn answered(&mut self, name: &[u8], index: u64, applied_index: u64) -> Option<(Vec<ReadSender>, Next)> {
@@ -195,6 +256,9 @@ impl ReadRounds {
     /// On raft's thread, for all readers who came: gives whether a round is to begin now. `can_begin`: whether one could; if nobody is there
     /// for it, the next reader rings.
     pub(crate) fn take(&mut self, can_begin: bool) -> bool {
+        if self.beginning && matches!(self.role, Role::Answers { .. }) {
+            return false;
+        }
         let begins = can_begin && self.wants_round();
         // Its end makes somebody look; until then one who comes may begin another, if there is room for it.
         self.rung = begins || !can_begin || self.underway.len() >= self.rounds_max();
@@ -224,7 +288,11 @@ impl ReadRounds {
     }
 
     fn rounds_max(&self) -> usize {
-        if matches!(self.role, Role::Asks { .. }) { ASKED_ROUNDS_MAX } else { 1 }
+        if matches!(self.role, Role::Asks { .. }) && self.has_sender { ASKED_ROUNDS_MAX } else { 1 }
+    }
+
+    pub(crate) fn is_underway(&self, name: &[u8]) -> bool {
+        self.place_of(name).is_some()
     }
 
     fn place_of(&self, name: &[u8]) -> Option<usize> {
@@ -233,11 +301,15 @@ impl ReadRounds {
 
     /// Begins a round for all who joined: its name, for raft. `term`: this member's, now.
     pub(crate) fn begin(&mut self, term: u64) -> Vec<u8> {
+        self.begin_with(term, None)
+    }
+
+    fn begin_with(&mut self, term: u64, committed_index: Option<u64>) -> Vec<u8> {
         assert!(self.wants_round(), "few rounds at a time");
         let waiters = std::mem::take(&mut self.joining);
         let members = std::mem::take(&mut self.joining_members);
         let name = self.name_round(term);
-        self.underway.push_back(Round { name: name.clone(), asked_ticks: 0, waiters, members });
+        self.underway.push_back(Round { name: name.clone(), asked_ticks: 0, committed_index, waiters, members });
         name
     }
 
@@ -286,8 +358,23 @@ impl ReadRounds {
             expire(&mut round.waiters);
             round.asked_ticks += 1;
         }
+        if self.underway.iter().any(|round| round.committed_index.is_some() && round.asked_ticks >= RETRY_TICKS) {
+            self.asked_place += 1;
+        }
         let is_over = |round: &Round| round.waiters.is_empty() && round.members.is_empty();
-        let is_lost = |round: &Round| round.asked_ticks >= RETRY_TICKS || is_over(round);
+        self.ask_again(term, |round| round.asked_ticks >= RETRY_TICKS || is_over(round))
+    }
+
+    /// This member cannot be reached: rounds that it is asked for have to be asked again, under the name that this gives. `term`: this member's, now.
+    pub(crate) fn on_unreachable(&mut self, id: u64, term: u64) -> Option<Vec<u8>> {
+        if self.asked_follower() != Some(id) {
+            return None;
+        }
+        self.asked_place += 1;
+        self.ask_again(term, |round| round.committed_index.is_some())
+    }
+
+    fn ask_again(&mut self, term: u64, is_lost: impl Fn(&Round) -> bool) -> Option<Vec<u8>> {
         // Members ask again by themselves, under a new name.
         let (lost, underway): (VecDeque<_>, _) = std::mem::take(&mut self.underway).into_iter().partition(is_lost);
         self.underway = underway;
@@ -296,7 +383,8 @@ impl ReadRounds {
             return None;
         }
         let name = self.name_round(term);
-        self.underway.push_back(Round { name: name.clone(), asked_ticks: 0, waiters, members: BTreeMap::new() });
+        let members = BTreeMap::new();
+        self.underway.push_back(Round { name: name.clone(), asked_ticks: 0, committed_index: None, waiters, members });
         Some(name)
     }
 
@@ -315,6 +403,12 @@ impl ReadRounds {
         self.rounds_named += 1;
         [self.member_id, self.nonce, self.rounds_named, term].map(u64::to_be_bytes).concat()
     }
+}
+
+/// Whether this heartbeat, or the answer to one, is a round's that was asked for without raft's thread. Of raft's own one says what is committed; if
+/// that is nothing yet, no harm is done.
+pub(crate) fn is_question(message: &Message) -> bool {
+    message.commit == 0 && !message.context.is_empty()
 }
 
 /// The term in which the member that asks drew this name; `None`: its release does not say.
@@ -350,7 +444,7 @@ mod tests {
     // missing from the round's index.
     #[test]
     fn a_round_serves_only_those_who_came_before_it() {
-        let mut rounds = ReadRounds::new(1, 7, 10);
+        let mut rounds = ReadRounds::new(1, 7, 10, true);
         let mut early = [reader(&mut rounds), reader(&mut rounds)];
         let first = rounds.begin(3);
         let mut late = reader(&mut rounds);
@@ -372,7 +466,7 @@ mod tests {
 
     #[test]
     fn lost_rounds_are_asked_again_and_late_answers_ignored() {
-        let mut rounds = ReadRounds::new(1, 7, 10);
+        let mut rounds = ReadRounds::new(1, 7, 10, true);
         let mut waiting = reader(&mut rounds);
         let lost = rounds.begin(3);
         assert_eq!(rounds.on_tick(3), None);
@@ -387,7 +481,7 @@ mod tests {
 
     #[test]
     fn readers_time_out_wherever_they_wait() {
-        let mut rounds = ReadRounds::new(1, 7, 3);
+        let mut rounds = ReadRounds::new(1, 7, 3, true);
         let mut confirmed = reader(&mut rounds);
         let name = rounds.begin(3);
         rounds.confirm(&name, 100);
@@ -407,7 +501,7 @@ mod tests {
     // A member's request is served by the leader's next round, not by the one under way, like any reader; its newest name counts.
     #[test]
     fn members_that_ask_share_the_leaders_rounds() {
-        let mut rounds = ReadRounds::new(1, 7, 10);
+        let mut rounds = ReadRounds::new(1, 7, 10, true);
         let mut own = reader(&mut rounds);
         rounds.join_member(2, b"early".to_vec());
         let first = rounds.begin(3);
@@ -420,9 +514,9 @@ mod tests {
         let second = rounds.begin(3);
         assert_eq!(rounds.confirm(&second, 21), BTreeMap::from([(3, b"late".to_vec())]));
         rounds.join_member(2, b"again".to_vec());
-        let mut asks = ReadRounds::new(4, 9, 10);
+        let mut asks = ReadRounds::new(4, 9, 10, true);
         let (older, newer) = (asks.name_round(3), asks.name_round(3));
-        let of_next_life = ReadRounds::new(4, 8, 10).name_round(3);
+        let of_next_life = ReadRounds::new(4, 8, 10, true).name_round(3);
         for (name, kept) in [(&newer, &newer), (&older, &newer), (&of_next_life, &of_next_life)] {
             rounds.join_member(4, name.clone());
             assert_eq!(rounds.joining_members.get(&4), Some(kept), "two threads may send in any order");
@@ -435,7 +529,7 @@ mod tests {
 
     #[test]
     fn a_round_for_members_alone_ends_when_it_is_lost() {
-        let mut rounds = ReadRounds::new(1, 7, 10);
+        let mut rounds = ReadRounds::new(1, 7, 10, true);
         rounds.join_member(2, b"name".to_vec());
         let lost = rounds.begin(3);
         assert_eq!((rounds.on_tick(3), !rounds.underway.is_empty()), (None, true));
@@ -445,7 +539,7 @@ mod tests {
 
     #[test]
     fn who_goes_away_is_forgotten() {
-        let mut rounds = ReadRounds::new(1, 7, 10);
+        let mut rounds = ReadRounds::new(1, 7, 10, true);
         drop(reader(&mut rounds));
         let stays = reader(&mut rounds);
         rounds.on_tick(3);
@@ -459,7 +553,7 @@ mod tests {
     // Whoever comes while raft's thread will look anyway does not wake it.
     #[test]
     fn one_reader_rings_for_many() {
-        let mut rounds = ReadRounds::new(1, 7, 10);
+        let mut rounds = ReadRounds::new(1, 7, 10, true);
         let mut readers = Vec::new();
         let mut join = |rounds: &mut ReadRounds| {
             let (sender, receiver) = oneshot::channel();
@@ -492,14 +586,14 @@ mod tests {
     // A follower's readers ask its leader themselves, and raft's thread sees nothing of it.
     #[test]
     fn rounds_follow_each_other_without_raft() {
-        let mut rounds = ReadRounds::new(2, 7, 10);
+        let mut rounds = ReadRounds::new(2, 7, 10, true);
         rounds.set_role(Role::Asks { term: 3, leader: 1 });
         let (sender, mut early) = oneshot::channel();
         assert_eq!(rounds.join(sender), Some(Next::Begin));
         let _with_it = reader(&mut rounds);
-        let Next::Ask(first) = rounds.begin_here() else { panic!("asks") };
-        assert_eq!(rounds.begin_here(), Next::Wait, "for nobody");
-        assert_eq!((first.leader, term_of(&first.name)), (1, Some(3)));
+        let Next::Ask(first) = rounds.begin_here(0) else { panic!("asks") };
+        assert_eq!(rounds.begin_here(0), Next::Wait, "for nobody");
+        assert_eq!((&first.asked, term_of(&first.name)), (&Asked::Leader(1), Some(3)));
         assert!(!rounds.take(true), "nor does raft's thread begin one");
         let (sender, mut late) = oneshot::channel();
         assert_eq!(rounds.join(sender), Some(Next::Begin), "whatever raft's thread has looked at meanwhile");
@@ -509,25 +603,25 @@ mod tests {
         ready.into_iter().for_each(|sender| sender.send(Ok(19)).unwrap());
         assert_eq!((early.try_recv(), late.try_recv().is_err()), (Ok(Ok(19)), true));
         assert_eq!(next, Next::Begin, "for who came meanwhile");
-        let Next::Ask(second) = rounds.begin_here() else { panic!("asks") };
+        let Next::Ask(second) = rounds.begin_here(0) else { panic!("asks") };
         assert_ne!(first, second);
         assert!(rounds.answered(&first.name, 19, 30).is_none(), "an answer that came twice");
         let (ready, next) = rounds.answered(&second.name, 21, 30).unwrap();
         assert_eq!((ready.len(), next), (1, Next::Wait));
 
         let _in_turn: Vec<_> = (0..3).map(|_| reader(&mut rounds)).collect();
-        let Next::Ask(slow) = rounds.begin_here() else { panic!("asks") };
+        let Next::Ask(slow) = rounds.begin_here(0) else { panic!("asks") };
         assert_eq!(rounds.join(oneshot::channel().0), Some(Next::Begin), "beside the one under way");
-        let Next::Ask(quick) = rounds.begin_here() else { panic!("asks") };
+        let Next::Ask(quick) = rounds.begin_here(0) else { panic!("asks") };
         assert_eq!(rounds.join(oneshot::channel().0), Some(Next::Wait), "two at a time");
         let (ready, next) = rounds.answered(&quick.name, 30, 30).unwrap();
         assert_eq!((ready.len(), next), (4, Next::Begin), "what began before is told too");
         assert!(rounds.answered(&slow.name, 30, 30).is_none());
-        let Next::Ask(last) = rounds.begin_here() else { panic!("asks") };
+        let Next::Ask(last) = rounds.begin_here(0) else { panic!("asks") };
         assert_eq!(rounds.answered(&last.name, 30, 30).map(|(ready, next)| (ready.len(), next)), Some((1, Next::Wait)));
 
         let _third = reader(&mut rounds);
-        let Next::Ask(third) = rounds.begin_here() else { panic!("asks") };
+        let Next::Ask(third) = rounds.begin_here(0) else { panic!("asks") };
         let _left = reader(&mut rounds);
         rounds.set_role(Role::None);
         let (_, next) = rounds.answered(&third.name, 21, 30).unwrap();
@@ -535,13 +629,13 @@ mod tests {
         rounds.set_role(Role::Asks { term: 4, leader: 3 });
         assert_eq!(rounds.join(oneshot::channel().0), Some(Next::Begin));
         rounds.set_role(Role::None);
-        assert_eq!((rounds.begin_here(), rounds.begin_here()), (Next::Ring, Next::Ring));
+        assert_eq!((rounds.begin_here(0), rounds.begin_here(0)), (Next::Ring, Next::Ring));
     }
 
     #[test]
     fn a_leader_answers_members_that_are_a_quorum_with_it_in_its_own_term() {
-        let mut rounds = ReadRounds::new(1, 7, 10);
-        let name = |term| ReadRounds::new(2, 9, 10).name_round(term);
+        let mut rounds = ReadRounds::new(1, 7, 10, true);
+        let name = |term| ReadRounds::new(2, 9, 10, true).name_round(term);
         assert_eq!(rounds.answers_in_term(2, &name(3)), None);
         rounds.set_role(Role::Answers { term: 3, members: vec![2, 3] });
         assert_eq!([2, 3].map(|id| rounds.answers_in_term(id, &name(3))), [Some(3); 2]);
@@ -553,14 +647,89 @@ mod tests {
         ] {
             assert_eq!(rounds.answers_in_term(id, &name), None, "{why}");
         }
-        assert_eq!(rounds.join(oneshot::channel().0), Some(Next::Ring), "its own rounds are raft's");
+        rounds.set_role(Role::Answers { term: 3, members: vec![] });
+        assert_eq!(rounds.join(oneshot::channel().0), Some(Next::Ring), "with more to ask its own rounds are raft's");
+        rounds.set_role(Role::Answers { term: 3, members: vec![2, 3] });
         rounds.close();
         assert_eq!(rounds.answers_in_term(2, &name(3)), None);
     }
 
+    /// A leader's round: whom it asks, and the round's name.
+    fn ask_follower(rounds: &mut ReadRounds, committed_index: u64) -> (u64, Vec<u8>) {
+        let Next::Ask(Question { name, asked: Asked::Follower { id, term: 3 } }) = rounds.begin_here(committed_index)
+        else {
+            panic!("asks a follower")
+        };
+        (id, name)
+    }
+
+    // Whatever the follower has seen committed meanwhile: the readers came before the round, and what was committed then is what they need.
+    #[test]
+    fn a_leader_reads_at_what_was_committed_when_a_follower_was_asked() {
+        let mut rounds = ReadRounds::new(1, 7, 10, true);
+        rounds.set_role(Role::Answers { term: 3, members: vec![2, 3] });
+        assert_eq!(rounds.join(oneshot::channel().0), Some(Next::Begin));
+        assert!(!rounds.take(true), "a task is about to begin it");
+        let (asked, name) = ask_follower(&mut rounds, 20);
+        assert_eq!((asked, rounds.is_underway(&name)), (2, true));
+        assert_eq!(rounds.join(oneshot::channel().0), Some(Next::Wait), "one at a time");
+        assert!(!rounds.take(true));
+        assert_eq!(rounds.index_followed(&name, 4), None, "not of the term in which it was asked");
+        assert_eq!(rounds.index_followed(&name, 3), Some(20));
+        assert!(rounds.answered(&name, 20, 19).is_none(), "not applied: for raft's thread");
+        let (ready, next) = rounds.answered(&name, 20, 20).unwrap();
+        assert_eq!((ready.len(), next), (1, Next::Begin));
+        assert_eq!((rounds.index_followed(&name, 3), rounds.is_underway(&name)), (None, false), "whoever answers last");
+
+        let (_, second) = ask_follower(&mut rounds, 21);
+        rounds.set_role(Role::None);
+        let member = rounds.index_followed(&second, 3).map(|index| rounds.confirm(&second, index));
+        assert_eq!((member, rounds.take_applied(21).len()), (Some(BTreeMap::new()), 1), "it was asked in time");
+        rounds.join(oneshot::channel().0).unwrap();
+        let by_raft = rounds.begin(4);
+        assert_eq!((rounds.index_followed(&by_raft, 4), rounds.is_underway(&by_raft)), (None, true));
+    }
+
+    #[test]
+    fn a_leader_asks_another_follower_when_one_does_not_answer() {
+        let mut rounds = ReadRounds::new(1, 7, 10, true);
+        rounds.set_role(Role::Answers { term: 3, members: vec![2, 3] });
+        let mut waits = reader(&mut rounds);
+        let (_, lost) = ask_follower(&mut rounds, 20);
+        assert_eq!(rounds.on_tick(3), None);
+        let again = rounds.on_tick(3).expect("all are asked");
+        assert_eq!((rounds.is_underway(&lost), rounds.index_followed(&again, 3)), (false, None));
+        rounds.confirm(&again, 20);
+        on_applied(&mut rounds, 20);
+        assert_eq!(waits.try_recv(), Ok(Ok(20)));
+
+        let _next = reader(&mut rounds);
+        let (asked, name) = ask_follower(&mut rounds, 20);
+        assert_eq!((asked, rounds.on_unreachable(2, 3)), (3, None), "nobody was asked that cannot be reached");
+        let again = rounds.on_unreachable(3, 3).expect("all are asked");
+        assert_eq!((rounds.is_underway(&name), rounds.is_underway(&again)), (false, true));
+        rounds.confirm(&again, 20);
+        let _last = reader(&mut rounds);
+        assert_eq!(ask_follower(&mut rounds, 20).0, 2);
+    }
+
+    #[test]
+    fn a_follower_answers_the_leader_that_it_follows_in_its_term() {
+        let mut rounds = ReadRounds::new(2, 7, 10, true);
+        assert!(!rounds.follows(1, 3));
+        rounds.set_role(Role::Asks { term: 3, leader: 1 });
+        assert!(rounds.follows(1, 3));
+        assert!(!rounds.follows(1, 2) && !rounds.follows(1, 4) && !rounds.follows(3, 3));
+        let question = Message { context: vec![1].into(), ..Message::default() };
+        assert!(is_question(&question));
+        assert!(!is_question(&Message { commit: 1, ..question }) && !is_question(&Message::default()), "raft's own");
+        rounds.close();
+        assert!(!rounds.follows(1, 3), "it may have ended long ago");
+    }
+
     #[test]
     fn a_name_says_in_which_term_it_was_drawn() {
-        let mut rounds = ReadRounds::new(1, 7, 10);
+        let mut rounds = ReadRounds::new(1, 7, 10, true);
         let _reader = reader(&mut rounds);
         assert_eq!(term_of(&rounds.begin(3)), Some(3));
         assert_eq!(rounds.on_tick(3), None);
@@ -576,7 +745,7 @@ mod tests {
     #[test]
     fn names_differ_between_members_and_lives() {
         let name = |id, nonce| {
-            let mut rounds = ReadRounds::new(id, nonce, 3);
+            let mut rounds = ReadRounds::new(id, nonce, 3, true);
             let _reader = reader(&mut rounds);
             rounds.begin(3)
         };

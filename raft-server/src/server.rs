@@ -130,14 +130,15 @@ pub(crate) fn assemble<S: StateMachine>(
     let (event_sender, events) = events::queue(config.event_queue_max);
     let lanes = Lanes::new(config.lane_queue_bytes_max, config.queue_bytes_max);
     let life = if config.life == 0 { random_u64() | 1 } else { config.life };
+    let sender = transport.sender();
     let shared = Arc::new(Shared {
         id: config.id,
         queue: Mutex::new(ProposalQueue { lanes, rung: false }),
         life,
         outgoing: Arc::clone(&log.outgoing),
         waiting: Waiting::new(),
-        reads: Mutex::new(ReadRounds::new(config.id, life, config.read_timeout_ticks)),
-        sender: transport.sender(),
+        reads: Mutex::new(ReadRounds::new(config.id, life, config.read_timeout_ticks, sender.is_some())),
+        sender,
         read_waiters: AtomicU64::new(0),
         status: StatusCells {
             applied_index: AtomicU64::new(applied),

@@ -15,7 +15,7 @@ use crate::lanes::Lanes;
 use crate::metrics::Metrics;
 use crate::node::Event;
 use crate::proposals::{Proposal, ReplySender, Waiter, Waiting};
-use crate::read_index::{Next, Question, ReadRounds, ReadSender};
+use crate::read_index::{Asked, Next, Question, ReadRounds, ReadSender, is_question};
 use crate::replies::Replies;
 use crate::snapshot::Outgoing;
 use crate::transport::{Message, PeerMessage, SendFromAnywhere};
@@ -126,14 +126,20 @@ fn send_reads(readers: Vec<ReadSender>, applied_index: u64) {
 /// Behind the tasks that are ready on this thread: readers that these bring share the round. A round for each is more work for all members.
 async fn begin_round<R: Send + 'static>(shared: Arc<Shared<R>>) {
     behind_ready_tasks().await;
-    let next = shared.reads.lock().begin_here();
-    shared.carry_on(next);
+    shared.begin_here();
 }
 
 /// A question about reads or its answer: both carry the round's name.
 pub(crate) fn read_message(kind: MessageType, from: u64, to: u64, name: Vec<u8>) -> Message {
     let entry = Entry { data: name.into(), ..Entry::default() };
     let mut message = Message { to, from, entries: vec![entry].into(), ..Message::default() };
+    message.set_msg_type(kind);
+    message
+}
+
+/// A question to a follower or its answer, see [`is_question`].
+fn heartbeat(kind: MessageType, from: u64, to: u64, term: u64, name: &[u8]) -> Message {
+    let mut message = Message { to, from, term, context: name.to_vec().into(), ..Message::default() };
     message.set_msg_type(kind);
     message
 }
@@ -168,18 +174,27 @@ impl<R: Send + 'static> Shared<R> {
             Next::Wait => {}
             Next::Begin => match self.replies.runtime() {
                 Some(runtime) => drop(runtime.spawn(begin_round(Arc::clone(self)))),
-                None => {
-                    // Not locked while it is sent: a transport may deliver the answer on this thread.
-                    let next = self.reads.lock().begin_here();
-                    self.carry_on(next);
-                }
+                None => self.begin_here(),
             },
             // If the queue is full, raft's thread is awake and looks at the readers after its events.
             Next::Ring => drop(self.events.try_send(Event::Readers)),
-            Next::Ask(Question { leader, name }) => {
-                self.send(read_message(MessageType::MsgReadIndex, self.id, leader, name))
+            Next::Ask(Question { name, asked: Asked::Leader(leader) }) => {
+                self.send(read_message(MessageType::MsgReadIndex, self.id, leader, name));
+            }
+            Next::Ask(Question { name, asked: Asked::Follower { term, id } }) => {
+                self.send(heartbeat(MessageType::MsgHeartbeat, self.id, id, term, &name));
             }
         }
+    }
+
+    /// Begins a round that does not go through raft, if somebody waits for one.
+    pub(crate) fn begin_here(self: &Arc<Self>) {
+        let next = {
+            let mut reads = self.reads.lock();
+            reads.begin_here(self.status.commit_index.load(Ordering::Acquire))
+        };
+        // Not locked while it is sent: a transport may deliver the answer on this thread.
+        self.carry_on(next);
     }
 
     fn send(&self, message: Message) {
@@ -205,6 +220,28 @@ impl<R: Send + 'static> Shared<R> {
             let Some((term, index)) = answer else { return Some(message) };
             let answer = read_message(MessageType::MsgReadIndexResp, self.id, raft.from, name.to_vec());
             self.send(Message { index, term, ..answer });
+            return None;
+        }
+        if kind == MessageType::MsgHeartbeat && is_question(raft) {
+            if !self.reads.lock().follows(raft.from, raft.term) {
+                return Some(message);
+            }
+            self.send(heartbeat(MessageType::MsgHeartbeatResponse, self.id, raft.from, raft.term, &raft.context));
+            return None;
+        }
+        if kind == MessageType::MsgHeartbeatResponse && is_question(raft) {
+            let applied_index = self.status.applied_index.load(Ordering::Acquire);
+            let answered = {
+                let mut reads = self.reads.lock();
+                let Some(index) = reads.index_followed(&raft.context, raft.term) else {
+                    // Whoever answers last finds no round any more.
+                    return reads.is_underway(&raft.context).then_some(message);
+                };
+                reads.answered(&raft.context, index, applied_index)
+            };
+            let Some((ready, next)) = answered else { return Some(message) };
+            self.carry_on(next);
+            send_reads(ready, applied_index);
             return None;
         }
         if kind == MessageType::MsgReadIndexResp {

@@ -3,12 +3,26 @@
 use std::collections::BTreeMap;
 
 use super::*;
-use crate::transport::Network;
+use crate::snapshot::SnapshotOffer;
+use crate::transport::{Endpoint, Network, PeerMessage, Transport};
 use crate::{ChangeError, MembersChange, ProposeError};
 
 /// Long enough that a busy machine seldom deposes a leader. It may at any time, and no test takes for granted that it does not.
 const ELECTION_TIMEOUT_TICKS: usize = 100;
 const TICK_MS: u64 = 10;
+
+/// A member whose raft thread sees all that is said about reads, as in earlier releases.
+struct ThroughRaft(Endpoint);
+
+impl Transport for ThroughRaft {
+    fn send(&mut self, messages: Vec<PeerMessage>) {
+        self.0.send(messages);
+    }
+
+    fn fetch(&mut self, offer: SnapshotOffer) {
+        self.0.fetch(offer);
+    }
+}
 
 struct Member {
     handle: Handle<usize>,
@@ -20,13 +34,19 @@ struct Cluster {
     dir: tempfile::TempDir,
     probes: BTreeMap<u64, Probe>,
     members: BTreeMap<u64, Member>,
+    through_raft: &'static [u64],
 }
 
 impl Cluster {
     async fn start() -> Self {
+        Self::start_with(&[]).await
+    }
+
+    /// Of which these are [`ThroughRaft`].
+    async fn start_with(through_raft: &'static [u64]) -> Self {
         let probes = (1..=3).map(|id| (id, Probe::default())).collect();
         let dir = tempfile::tempdir().unwrap();
-        let mut cluster = Cluster { network: Network::default(), dir, probes, members: BTreeMap::new() };
+        let mut cluster = Cluster { network: Network::default(), dir, probes, members: BTreeMap::new(), through_raft };
         (1..=3).for_each(|id| cluster.boot(id));
         cluster
     }
@@ -53,7 +73,13 @@ impl Cluster {
             log_catchup_entries: 4,
             ..config(id, &dir)
         };
-        let (handle, guard) = start(config, self.probes[&id].boot(), self.network.endpoint(id)).unwrap();
+        let (machine, endpoint) = (self.probes[&id].boot(), self.network.endpoint(id));
+        let started = if self.through_raft.contains(&id) {
+            start(config, machine, ThroughRaft(endpoint))
+        } else {
+            start(config, machine, endpoint)
+        };
+        let (handle, guard) = started.unwrap();
         self.network.connect(&handle);
         self.members.insert(id, Member { handle, guard });
     }
@@ -228,6 +254,31 @@ async fn a_command_survives_the_loss_of_its_leader() {
     for id in all {
         read_point(cluster.handle(id)).await;
         assert_eq!(cluster.probes[&id].commands(), expected, "member {id}");
+    }
+}
+
+// Whoever leads asks one other member for its readers: one that answers on any thread, on raft's alone as an earlier release does, or not at all.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_leader_reads_whoever_it_asks() {
+    for through_raft in [&[][..], &[2, 3], &[1, 2, 3]] {
+        let cluster = Cluster::start_with(through_raft).await;
+        let all = [1, 2, 3];
+        cluster.leader_among(&all, 0).await;
+        cluster.hand_over_to(1).await;
+        let mut written = Vec::new();
+        for cut in [0, 2, 0, 3, 0] {
+            let reachable: Vec<u64> = all.into_iter().filter(|id| *id != cut).collect();
+            cluster.network.cut(cut);
+            for _ in 0..3 {
+                written.extend(numbered(written.len()..written.len() + 1));
+                cluster.write(&reachable, &written[written.len() - 1]).await;
+                for id in &reachable {
+                    read_point(cluster.handle(*id)).await;
+                    assert_eq!(cluster.probes[id].commands(), written, "member {id}");
+                }
+            }
+            cluster.network.heal(cut);
+        }
     }
 }
 

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 
-use super::{Local, PeerMessage, Transport};
+use super::{Local, PeerMessage, SendFromAnywhere, Transport};
 use crate::handle::Handle;
 use crate::snapshot::SnapshotOffer;
 
@@ -62,11 +62,11 @@ pub struct Endpoint {
 
 impl Transport for Endpoint {
     fn send(&mut self, messages: Vec<PeerMessage>) {
-        for message in messages {
-            if let Some(member) = self.network.reach(self.id, message.to()) {
-                member.deliver(vec![message]);
-            }
-        }
+        messages.into_iter().for_each(|message| SendFromAnywhere::send(self, message));
+    }
+
+    fn sender(&self) -> Option<Arc<dyn SendFromAnywhere>> {
+        Some(Arc::new(self.network.endpoint(self.id)))
     }
 
     /// Copies the directory, on a thread of its own.
@@ -77,6 +77,14 @@ impl Transport for Endpoint {
             let copied = source.is_some_and(|source| copy(&source.path, &offer.path).is_ok());
             own.snapshot_fetched(offer, copied);
         });
+    }
+}
+
+impl SendFromAnywhere for Endpoint {
+    fn send(&self, message: PeerMessage) {
+        if let Some(member) = self.network.reach(self.id, message.to()) {
+            member.deliver(vec![message]);
+        }
     }
 }
 
