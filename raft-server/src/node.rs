@@ -331,7 +331,7 @@ impl<R: Send + 'static> Node<R> {
             MessageType::MsgReadIndex => {}
             MessageType::MsgHeartbeatResponse if !message.context.is_empty() => {
                 let (name, mut reads) = (&message.context, self.shared.reads.lock());
-                if let Some(index) = reads.index_followed(name, message.term) {
+                if let Some(index) = reads.index_followed(message.from, name, message.term) {
                     let members = reads.confirm(name, index);
                     drop(reads);
                     self.answer_read_requests(members, index);
@@ -512,11 +512,13 @@ impl<R: Send + 'static> Node<R> {
         if of == self.read_role {
             return;
         }
-        let (own, voters) = (self.config.id, raft.prs());
-        let is_quorum = |id: &u64| *id != own && voters.has_quorum(&[own, *id].into_iter().collect());
+        let (own, members, conf) = (self.config.id, raft.prs(), &self.conf.state);
+        // A learner beside a sole voter is none.
+        let is_voter = |id: &u64| conf.voters.contains(id) || conf.voters_outgoing.contains(id);
+        let is_quorum = |id: &u64| *id != own && is_voter(id) && members.has_quorum(&[own, *id].into_iter().collect());
         let role = match of {
             ReadRoleOf { term, has_committed: true, .. } => {
-                Role::Answers { term, members: voters.iter().map(|(id, _)| *id).filter(is_quorum).collect() }
+                Role::Answers { term, members: members.iter().map(|(id, _)| *id).filter(is_quorum).collect() }
             }
             ReadRoleOf { term, leader_id: leader @ 1.., is_leader: false, .. } => Role::Asks { term, leader },
             ReadRoleOf { .. } => Role::None,
@@ -541,9 +543,9 @@ impl<R: Send + 'static> Node<R> {
     /// Begins the next round if somebody waits for it, none is under way, and there is somebody to ask. Gives whether raft was asked for it.
     fn begin_read_round(&mut self) -> bool {
         // Before it has committed in its own term a leader does not know what is committed; raft would ignore the round.
-        let can_ask =
+        let can_begin =
             if self.is_leader() { self.raw.raft.commit_to_current_term() } else { self.raw.raft.leader_id != 0 };
-        if !self.shared.reads.lock().take(can_ask) {
+        if !self.shared.reads.lock().take(can_begin) {
             return false;
         }
         // As things are now.

@@ -15,13 +15,13 @@
 //!
 //! The other way round a leader asks one of those members whether it still follows in its term, for its own readers: the answer is enough, and what
 //! was committed when the round began is its index. One is asked for as long as it answers, then another one. The question is a heartbeat and so is known to
-//! every release; it says of nothing that it is committed, which tells it from raft's own ([`is_question`]).
+//! every release; a mark tells it, and the answer, from raft's own ([`QUESTION_MARK`]), which go on: they are what raft's clocks hear.
 //!
 //! None of that needs raft's thread, which is dear to wake, while what it has last said of its term holds ([`Role`]): a reader's own thread
 //! begins a round, the thread that gets a request answers it, and the one that gets the answer lets the readers read, if that much is applied. What
 //! raft's thread has not said yet has left this member in no message: it publishes its role, and what is committed, before it sends anything. So
 //! whoever reads a role knows that until then no vote of this member for a later term was on its way, which is what the proof above asks
-//! of both sides. Rounds that ask for more than one answer, answers whose index is not applied yet, what is lost, and members in between are for raft's
+//! of both sides. Rounds that need more than one answer, answers whose index is not applied yet or that others wait for, and what is lost are for raft's
 //! thread; readers ring only if it would not look otherwise.
 //!
 //! Requests and answers may be lost: a round is asked again under a new name after [`RETRY_TICKS`]. The name carries the
@@ -44,6 +44,9 @@ const RETRY_TICKS: usize = 2;
 /// messages for the same readers; for a leader's already a second one is (decision 0006).
 const ASKED_ROUNDS_MAX: usize = 2;
 
+/// The index of a heartbeat that asks for a round without raft's thread, and of its answer. Raft gives heartbeats none and looks at none.
+pub(crate) const QUESTION_MARK: u64 = 1;
+
 /// Where the read point goes: the applied index at which the read may look.
 pub(crate) type ReadSender = oneshot::Sender<Result<u64, ReadError>>;
 
@@ -55,7 +58,7 @@ pub(crate) enum Role {
     None,
     /// It follows this leader in this term: it may ask it.
     Asks { term: u64, leader: u64 },
-    /// It leads this term and has committed in it: it may answer these members, each of which is a quorum together with it, and ask any of them.
+    /// It leads this term and has committed in it: it may answer these voters, each of which is a quorum together with it, and ask any of them.
     Answers { term: u64, members: Vec<u64> },
 }
 
@@ -94,8 +97,8 @@ struct Waiter {
 struct Round {
     name: Vec<u8>,
     asked_ticks: usize,
-    /// What was committed when it began, if a follower alone is asked.
-    committed_index: Option<u64>,
+    /// If a follower alone is asked: which, and what was committed when the round began.
+    follower: Option<(u64, u64)>,
     waiters: Vec<Waiter>,
     members: BTreeMap<u64, Vec<u8>>,
 }
@@ -116,7 +119,7 @@ pub(crate) struct ReadRounds {
     has_sender: bool,
     /// Which of the members that it may ask a leader asks: grows when one does not answer.
     asked_place: usize,
-    /// [`ReadRounds::begin_here`] is about to be called.
+    /// Somebody was told to call [`ReadRounds::begin_here`], since the last tick, and has not yet.
     beginning: bool,
     /// Somebody will look here without being told: raft's thread was told, or something must happen first that it hears of, or a round is to begin.
     rung: bool,
@@ -196,7 +199,7 @@ impl ReadRounds {
         let (term, asked, index) = match (&self.role, self.asked_follower()) {
             (Role::Asks { term, leader }, _) => (*term, Asked::Leader(*leader), None),
             (Role::Answers { term, .. }, Some(id)) => {
-                (*term, Asked::Follower { term: *term, id }, Some(committed_index))
+                (*term, Asked::Follower { term: *term, id }, Some((id, committed_index)))
             }
             (Role::Answers { .. } | Role::None, _) => return self.next(),
         };
@@ -231,14 +234,19 @@ impl ReadRounds {
         matches!(self.role, Role::Asks { term, leader } if (term, leader) == (in_term, id))
     }
 
-    /// At which index the round of this name may read that a follower was asked for, now that it has answered in this term.
-    pub(crate) fn index_followed(&self, name: &[u8], term: u64) -> Option<u64> {
-        let round = self.underway.get(self.place_of(name)?)?;
-        round.committed_index.filter(|_| term_of(name) == Some(term))
+    /// At which index the round of this name may read that a follower was asked for, now that it, `id`, has answered in this term.
+    pub(crate) fn index_followed(&self, id: u64, name: &[u8], term: u64) -> Option<u64> {
+        let (asked, committed_index) = self.underway.get(self.place_of(name)?)?.follower?;
+        (asked == id && term_of(name) == Some(term)).then_some(committed_index)
     }
 
-    /// The round of this name may read at `index`, if that much is applied: gives who may read, and what is next. `None`: it is not, or there is no
-    /// such round; then raft's thread has to see the answer.
+    /// Nobody will call [`ReadRounds::begin_here`].
+    pub(crate) fn leave_to_raft(&mut self) {
+        self.beginning = false;
+    }
+
+    /// The round of this name may read at `index`, if that much is applied: gives who may read, and what is next. `None`: it is not, or members
+    /// wait too, or there is no such round; then raft's thread has to see the answer.
     pub(crate) fn answered(&mut self, name: &[u8], index: u64, applied_index: u64) -> Option<(Vec<ReadSender>, Next)> {
         if index > applied_index {
             return None;
@@ -304,12 +312,12 @@ impl ReadRounds {
         self.begin_with(term, None)
     }
 
-    fn begin_with(&mut self, term: u64, committed_index: Option<u64>) -> Vec<u8> {
+    fn begin_with(&mut self, term: u64, follower: Option<(u64, u64)>) -> Vec<u8> {
         assert!(self.wants_round(), "few rounds at a time");
         let waiters = std::mem::take(&mut self.joining);
         let members = std::mem::take(&mut self.joining_members);
         let name = self.name_round(term);
-        self.underway.push_back(Round { name: name.clone(), asked_ticks: 0, committed_index, waiters, members });
+        self.underway.push_back(Round { name: name.clone(), asked_ticks: 0, follower, waiters, members });
         name
     }
 
@@ -341,6 +349,8 @@ impl ReadRounds {
 
     /// One tick: fails who waited too long. Gives a name if the current round must be asked again. `term`: this member's, now.
     pub(crate) fn on_tick(&mut self, term: u64) -> Option<Vec<u8>> {
+        // Whoever was to begin a round had time; its runtime may have ended.
+        self.beginning = false;
         let timeout_ticks = self.timeout_ticks;
         let timed_out = &mut self.timed_out;
         let mut expire = |waiters: &mut Vec<Waiter>| {
@@ -358,7 +368,7 @@ impl ReadRounds {
             expire(&mut round.waiters);
             round.asked_ticks += 1;
         }
-        if self.underway.iter().any(|round| round.committed_index.is_some() && round.asked_ticks >= RETRY_TICKS) {
+        if self.underway.iter().any(|round| round.follower.is_some() && round.asked_ticks >= RETRY_TICKS) {
             self.asked_place += 1;
         }
         let is_over = |round: &Round| round.waiters.is_empty() && round.members.is_empty();
@@ -371,7 +381,7 @@ impl ReadRounds {
             return None;
         }
         self.asked_place += 1;
-        self.ask_again(term, |round| round.committed_index.is_some())
+        self.ask_again(term, |round| round.follower.is_some_and(|(asked, _)| asked == id))
     }
 
     fn ask_again(&mut self, term: u64, is_lost: impl Fn(&Round) -> bool) -> Option<Vec<u8>> {
@@ -384,7 +394,7 @@ impl ReadRounds {
         }
         let name = self.name_round(term);
         let members = BTreeMap::new();
-        self.underway.push_back(Round { name: name.clone(), asked_ticks: 0, committed_index: None, waiters, members });
+        self.underway.push_back(Round { name: name.clone(), asked_ticks: 0, follower: None, waiters, members });
         Some(name)
     }
 
@@ -405,10 +415,9 @@ impl ReadRounds {
     }
 }
 
-/// Whether this heartbeat, or the answer to one, is a round's that was asked for without raft's thread. Of raft's own one says what is committed; if
-/// that is nothing yet, no harm is done.
+/// Whether this heartbeat, or the answer to one, is a round's that was asked for without raft's thread.
 pub(crate) fn is_question(message: &Message) -> bool {
-    message.commit == 0 && !message.context.is_empty()
+    message.index == QUESTION_MARK && !message.context.is_empty()
 }
 
 /// The term in which the member that asks drew this name; `None`: its release does not say.
@@ -674,20 +683,25 @@ mod tests {
         assert_eq!((asked, rounds.is_underway(&name)), (2, true));
         assert_eq!(rounds.join(oneshot::channel().0), Some(Next::Wait), "one at a time");
         assert!(!rounds.take(true));
-        assert_eq!(rounds.index_followed(&name, 4), None, "not of the term in which it was asked");
-        assert_eq!(rounds.index_followed(&name, 3), Some(20));
+        assert_eq!(rounds.index_followed(2, &name, 4), None, "not of the term in which it was asked");
+        assert_eq!(rounds.index_followed(3, &name, 3), None, "it was not asked");
+        assert_eq!(rounds.index_followed(2, &name, 3), Some(20));
         assert!(rounds.answered(&name, 20, 19).is_none(), "not applied: for raft's thread");
         let (ready, next) = rounds.answered(&name, 20, 20).unwrap();
         assert_eq!((ready.len(), next), (1, Next::Begin));
-        assert_eq!((rounds.index_followed(&name, 3), rounds.is_underway(&name)), (None, false), "whoever answers last");
+        assert_eq!(
+            (rounds.index_followed(2, &name, 3), rounds.is_underway(&name)),
+            (None, false),
+            "whoever answers last"
+        );
 
         let (_, second) = ask_follower(&mut rounds, 21);
         rounds.set_role(Role::None);
-        let member = rounds.index_followed(&second, 3).map(|index| rounds.confirm(&second, index));
+        let member = rounds.index_followed(2, &second, 3).map(|index| rounds.confirm(&second, index));
         assert_eq!((member, rounds.take_applied(21).len()), (Some(BTreeMap::new()), 1), "it was asked in time");
         rounds.join(oneshot::channel().0).unwrap();
         let by_raft = rounds.begin(4);
-        assert_eq!((rounds.index_followed(&by_raft, 4), rounds.is_underway(&by_raft)), (None, true));
+        assert_eq!((rounds.index_followed(2, &by_raft, 4), rounds.is_underway(&by_raft)), (None, true));
     }
 
     #[test]
@@ -698,7 +712,7 @@ mod tests {
         let (_, lost) = ask_follower(&mut rounds, 20);
         assert_eq!(rounds.on_tick(3), None);
         let again = rounds.on_tick(3).expect("all are asked");
-        assert_eq!((rounds.is_underway(&lost), rounds.index_followed(&again, 3)), (false, None));
+        assert_eq!((rounds.is_underway(&lost), rounds.index_followed(2, &again, 3)), (false, None));
         rounds.confirm(&again, 20);
         on_applied(&mut rounds, 20);
         assert_eq!(waits.try_recv(), Ok(Ok(20)));
@@ -713,6 +727,22 @@ mod tests {
         assert_eq!(ask_follower(&mut rounds, 20).0, 2);
     }
 
+    // Who was told to begin a round may be a task of a runtime that has ended.
+    #[test]
+    fn a_round_that_nobody_begins_is_begun_by_rafts_thread() {
+        let mut rounds = ReadRounds::new(1, 7, 10, true);
+        rounds.set_role(Role::Answers { term: 3, members: vec![2, 3] });
+        let _waits = reader(&mut rounds);
+        assert!(!rounds.take(true));
+        rounds.on_tick(3);
+        assert!(rounds.take(true));
+        ask_follower(&mut rounds, 20);
+        let _waits = reader(&mut rounds);
+        rounds.set_role(Role::Answers { term: 4, members: vec![] });
+        assert_eq!(rounds.on_unreachable(2, 4), None, "nobody is asked");
+        assert!(!rounds.take(true), "one is under way");
+    }
+
     #[test]
     fn a_follower_answers_the_leader_that_it_follows_in_its_term() {
         let mut rounds = ReadRounds::new(2, 7, 10, true);
@@ -720,9 +750,9 @@ mod tests {
         rounds.set_role(Role::Asks { term: 3, leader: 1 });
         assert!(rounds.follows(1, 3));
         assert!(!rounds.follows(1, 2) && !rounds.follows(1, 4) && !rounds.follows(3, 3));
-        let question = Message { context: vec![1].into(), ..Message::default() };
+        let question = Message { index: QUESTION_MARK, context: vec![1].into(), ..Message::default() };
         assert!(is_question(&question));
-        assert!(!is_question(&Message { commit: 1, ..question }) && !is_question(&Message::default()), "raft's own");
+        assert!(!is_question(&Message { index: 0, ..question }) && !is_question(&Message::default()), "raft's own");
         rounds.close();
         assert!(!rounds.follows(1, 3), "it may have ended long ago");
     }

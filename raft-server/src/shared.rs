@@ -15,7 +15,7 @@ use crate::lanes::Lanes;
 use crate::metrics::Metrics;
 use crate::node::Event;
 use crate::proposals::{Proposal, ReplySender, Waiter, Waiting};
-use crate::read_index::{Asked, Next, Question, ReadRounds, ReadSender, is_question};
+use crate::read_index::{Asked, Next, QUESTION_MARK, Question, ReadRounds, ReadSender, is_question};
 use crate::replies::Replies;
 use crate::snapshot::Outgoing;
 use crate::transport::{Message, PeerMessage, SendFromAnywhere};
@@ -139,7 +139,8 @@ pub(crate) fn read_message(kind: MessageType, from: u64, to: u64, name: Vec<u8>)
 
 /// A question to a follower or its answer, see [`is_question`].
 fn heartbeat(kind: MessageType, from: u64, to: u64, term: u64, name: &[u8]) -> Message {
-    let mut message = Message { to, from, term, context: name.to_vec().into(), ..Message::default() };
+    let context = name.to_vec().into();
+    let mut message = Message { to, from, term, index: QUESTION_MARK, context, ..Message::default() };
     message.set_msg_type(kind);
     message
 }
@@ -165,7 +166,11 @@ impl<R: Send + 'static> Shared<R> {
     /// [`ReadError::Stopped`].
     pub(crate) fn join_readers(self: &Arc<Self>, sender: ReadSender) -> Result<(), ReadError> {
         let next = self.reads.lock().join(sender).ok_or(ReadError::Stopped)?;
-        self.carry_on(next);
+        if next == Next::Begin && self.replies.runtime().is_none() {
+            self.begin_here();
+        } else {
+            self.carry_on(next);
+        }
         Ok(())
     }
 
@@ -174,7 +179,11 @@ impl<R: Send + 'static> Shared<R> {
             Next::Wait => {}
             Next::Begin => match self.replies.runtime() {
                 Some(runtime) => drop(runtime.spawn(begin_round(Arc::clone(self)))),
-                None => self.begin_here(),
+                None => {
+                    // Not here: an answer that a transport delivers on this thread brings the next one.
+                    self.reads.lock().leave_to_raft();
+                    let _ = self.events.try_send(Event::Readers);
+                }
             },
             // If the queue is full, raft's thread is awake and looks at the readers after its events.
             Next::Ring => drop(self.events.try_send(Event::Readers)),
@@ -233,7 +242,7 @@ impl<R: Send + 'static> Shared<R> {
             let applied_index = self.status.applied_index.load(Ordering::Acquire);
             let answered = {
                 let mut reads = self.reads.lock();
-                let Some(index) = reads.index_followed(&raft.context, raft.term) else {
+                let Some(index) = reads.index_followed(raft.from, &raft.context, raft.term) else {
                     // Whoever answers last finds no round any more.
                     return reads.is_underway(&raft.context).then_some(message);
                 };
