@@ -1,12 +1,13 @@
 //! What stands between a connection and the gRPC services: answers in the words of etcd's gRPC library where tonic's
 //! differ, and the bytes of a response that are counted until the last of them has been handed to the connection.
 
+use std::collections::VecDeque;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode, header};
 use http_body::{Frame, SizeHint};
 use tenure_storage::Profile;
@@ -18,11 +19,12 @@ use tonic::{Code, Status};
 use crate::cell_error::CellError;
 use crate::inflight::{OpenOne, ResponsePermit};
 use crate::ping_guard::OpenRequest;
-use crate::request_body::Framing;
+use crate::request_body::{Framing, PREFIX_BYTES};
 use crate::rpc_metrics::Call;
 use crate::server::{Router, SERVICES};
 use crate::status::in_etcds_words;
 use crate::throttle::{OpenCount, TenantUse};
+use crate::wire::RestOfMessage;
 
 /// One request while it is being answered: open on its connection, and counted as a call if its method exists.
 pub struct Running {
@@ -184,9 +186,11 @@ fn finish(path: &str, mut response: Response<Body>, deadline: Option<Instant>, m
         response = status.into_http();
     }
     let permit = response.extensions_mut().remove::<ResponsePermit>();
+    let behind = response.extensions_mut().remove::<RestOfMessage>();
     response.map(|body| {
         Body::new(PiecewiseBody {
             body,
+            behind: behind.map(|rest| rest.0.into()).unwrap_or_default(),
             rest: Bytes::new(),
             framing: Framing::default(),
             running,
@@ -219,7 +223,9 @@ const LAST_PIECE_BYTES: usize = 1 << 10;
 /// stream, the next message is asked for when the last piece of the one before is gone.
 struct PiecewiseBody {
     body: Body,
-    /// What is left of the frame being handed out.
+    /// What belongs behind the first frame, to its message; see [`RestOfMessage`].
+    behind: VecDeque<Bytes>,
+    /// What is left of the frame, or part of a message, being handed out.
     rest: Bytes,
     framing: Framing,
     running: Running,
@@ -231,10 +237,30 @@ struct PiecewiseBody {
 
 impl PiecewiseBody {
     fn piece_bytes(&self) -> usize {
+        if !self.behind.is_empty() {
+            return self.rest.len().min(PIECE_BYTES);
+        }
         match self.rest.len().checked_sub(LAST_PIECE_BYTES) {
             Some(more) if more > 0 => more.min(PIECE_BYTES),
             Some(_) | None => self.rest.len(),
         }
+    }
+
+    /// Begins to hand out a frame of the body.
+    fn take_frame(&mut self, mut data: Bytes) {
+        if self.framing.is_new() && !self.behind.is_empty() {
+            data = longer(&data, self.behind.iter().map(Bytes::len).sum());
+        }
+        self.take_part(data);
+    }
+
+    fn take_part(&mut self, data: Bytes) {
+        let complete_before = self.framing.complete;
+        self.framing.advance(&data);
+        if let Some(call) = &self.running.call {
+            call.traffic().sent(data.len(), self.framing.complete - complete_before);
+        }
+        self.rest = data;
     }
 
     /// Whether the client waits no longer, asked while there is nothing to send.
@@ -250,6 +276,12 @@ impl http_body::Body for PiecewiseBody {
     type Error = Status;
 
     fn poll_frame(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+        if self.rest.is_empty()
+            && !self.framing.is_new()
+            && let Some(part) = self.behind.pop_front()
+        {
+            self.take_part(part);
+        }
         if self.rest.is_empty() {
             let frame = match Pin::new(&mut self.body).poll_frame(context) {
                 Poll::Ready(Some(Ok(frame))) => frame,
@@ -266,15 +298,7 @@ impl http_body::Body for PiecewiseBody {
                 other @ (Poll::Ready(_) | Poll::Pending) => return other,
             };
             match frame.into_data() {
-                Ok(data) => {
-                    let this = &mut *self;
-                    let complete_before = this.framing.complete;
-                    this.framing.advance(&data);
-                    if let Some(call) = &this.running.call {
-                        call.traffic().sent(data.len(), this.framing.complete - complete_before);
-                    }
-                    this.rest = data;
-                }
+                Ok(data) => self.take_frame(data),
                 Err(trailers) => {
                     let status = trailers.trailers_ref().and_then(Status::from_header_map);
                     self.running.end(status.map_or(Code::Unknown, |status| status.code()));
@@ -287,12 +311,21 @@ impl http_body::Body for PiecewiseBody {
     }
 
     fn is_end_stream(&self) -> bool {
-        self.rest.is_empty() && self.body.is_end_stream()
+        self.rest.is_empty() && self.behind.is_empty() && self.body.is_end_stream()
     }
 
     fn size_hint(&self) -> SizeHint {
         SizeHint::default()
     }
+}
+
+/// The frame of a message that goes on behind it for so many bytes.
+fn longer(frame: &[u8], behind_bytes: usize) -> Bytes {
+    let mut frame = BytesMut::from(frame);
+    let message_bytes = frame.len() - PREFIX_BYTES + behind_bytes;
+    let message_bytes = u32::try_from(message_bytes).expect("the rest of a message is shorter than a frame can say");
+    frame[1..PREFIX_BYTES].copy_from_slice(&message_bytes.to_be_bytes());
+    frame.freeze()
 }
 
 #[cfg(test)]
@@ -313,6 +346,18 @@ mod tests {
         ] {
             assert_eq!(timeout(&HeaderValue::from_static(text)), wanted.map_err(str::to_string), "{text}");
         }
+    }
+
+    #[test]
+    fn a_frame_says_how_long_its_message_is_with_what_is_behind_it() {
+        let mut framing = Framing::default();
+        assert!(framing.is_new());
+        framing.advance(&longer(&[0, 0, 0, 0, 2, 7, 7], 300));
+        assert!(!framing.is_new());
+        framing.advance(&[7; 299]);
+        assert_eq!(framing.complete, 0);
+        framing.advance(&[7]);
+        assert_eq!(framing.complete, 1);
     }
 
     #[test]

@@ -22,7 +22,7 @@ use crate::rpc_metrics::Traffic;
 use crate::throttle::WAIT_MAX;
 
 /// gRPC's prefix of a message: a flag and four bytes of length.
-const PREFIX_BYTES: usize = 5;
+pub(crate) const PREFIX_BYTES: usize = 5;
 
 /// Longest pause, so that there is a moment at which it ends.
 const PAUSE_MAX: Duration = Duration::from_secs(24 * 3600);
@@ -143,6 +143,11 @@ pub(crate) struct Framing {
 }
 
 impl Framing {
+    /// Whether nothing has come yet.
+    pub(crate) fn is_new(&self) -> bool {
+        self.complete == 0 && self.prefix_len == 0
+    }
+
     /// Goes over more bytes; returns how many belong to a message that is not complete yet.
     pub(crate) fn advance(&mut self, mut data: &[u8]) -> usize {
         while let Some((first, rest)) = data.split_first() {

@@ -7,9 +7,9 @@
 //! These types stand in for the generated ones (see `build.rs`), so they are protobuf messages like any other and may be
 //! part of another message: a [`RangeResponse`] inside a txn's, a [`StoredKeyValue`] as `prev_kv`.
 //!
-//! Memory of a large range: the rope grows in chunks, nothing is moved when it grows, and
-//! [`RangeResponse::encode_draining`] gives each chunk back as soon as it is copied into the buffer that goes out. So a
-//! response is in memory once, and one chunk twice.
+//! Memory of a large range: the rope grows in chunks, and nothing is moved when it grows. The chunks of a Range's own answer leave as they are
+//! ([`RangeResponse::take_large`]): the gate puts them behind what gRPC's codec has made of the rest. Elsewhere [`RangeResponse::encode_draining`] gives each chunk
+//! back as soon as it is copied into the buffer that goes out. So a response is in memory once, and one chunk twice at most.
 //!
 //! Left out: reading an answer back is possible (prost asks for it, tests use it) but copies and is not fast.
 
@@ -26,6 +26,12 @@ const CHUNK_BYTES_MIN: usize = 1 << 10;
 
 /// Largest chunk of a rope in bytes, unless a single entry is larger: what a draining encoder holds twice.
 const CHUNK_BYTES_MAX: usize = 1 << 20;
+
+/// From how many bytes on keys are not copied on their way out; less goes as quickly in one piece.
+const LARGE_BYTES: usize = 64 << 10;
+
+/// And below how many: what gRPC's frames have no length for is left to its codec to refuse.
+const LARGE_BYTES_MAX: usize = 2 << 30;
 
 const RANGE_HEADER: u32 = 1;
 const RANGE_KVS: u32 = 2;
@@ -208,6 +214,10 @@ impl<'a> Iterator for Frames<'a> {
     }
 }
 
+/// The encoded end of a message that is too large to be copied, in pieces. Goes with the response that has the beginning, in its extensions.
+#[derive(Clone, Debug)]
+pub struct RestOfMessage(pub Vec<Bytes>);
+
 /// `etcdserverpb.RangeResponse`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct RangeResponse {
@@ -223,6 +233,20 @@ impl RangeResponse {
         self.encode_before_kvs(buf);
         self.kvs.drain_to(buf);
         self.encode_after_kvs(buf);
+    }
+
+    /// Takes out what follows the header, if that is much, so that it need not be copied. What is left is no message of its own any more: the rest belongs
+    /// right behind its encoding.
+    pub fn take_large(&mut self) -> Option<RestOfMessage> {
+        if !(LARGE_BYTES..LARGE_BYTES_MAX).contains(&self.kvs.len_bytes()) {
+            return None;
+        }
+        let mut behind = Vec::new();
+        self.encode_after_kvs(&mut behind);
+        (self.more, self.count) = (false, 0);
+        let chunks = std::mem::take(&mut self.kvs).chunks.into_iter().map(Bytes::from);
+        let rest: Vec<Bytes> = chunks.chain((!behind.is_empty()).then(|| Bytes::from(behind))).collect();
+        Some(RestOfMessage(rest))
     }
 
     fn encode_before_kvs(&self, buf: &mut impl BufMut) {

@@ -103,8 +103,13 @@ impl Kv for KvService {
         let request = from_proto::range(request)?;
         let read = read_range(&self.context.in_flight, &tenant, request, Counting::Exact).await?;
         let header = header(&tenant, read.summary.revision);
-        let message = to_proto::range(Some(header), read.kvs, read.summary.more, read.summary.count);
-        Ok(with_permit(message, read.reservation))
+        let mut message = to_proto::range(Some(header), read.kvs, read.summary.more, read.summary.count);
+        let rest = message.take_large();
+        let mut response = with_permit(message, read.reservation);
+        if let Some(rest) = rest {
+            response.extensions_mut().insert(rest);
+        }
+        Ok(response)
     }
 
     type RangeStreamStream = ChunkStream;

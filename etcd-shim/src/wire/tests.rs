@@ -156,6 +156,21 @@ fn a_range_response_is_what_prost_would_write() {
     }
 }
 
+#[test]
+fn what_is_large_leaves_in_parts_that_make_the_whole() {
+    let mut source = Source::seeded(7);
+    let kvs: Vec<PlainKeyValue> = (0..3_000).map(|_| source.kv()).collect();
+    for (more, count) in [(false, 0), (true, 3_001)] {
+        let kvs = kvs.iter().map(stored).collect();
+        let mut response = RangeResponse { header: source.header(), kvs, more, count };
+        let expected = response.encode_to_vec();
+        assert!(expected.len() > LARGE_BYTES);
+        let RestOfMessage(parts) = response.take_large().expect("it is large");
+        assert!([&[Bytes::from(response.encode_to_vec())], &parts[..]].concat().concat() == expected);
+        assert!(response.take_large().is_none(), "what is left is small");
+    }
+}
+
 /// The same inside the messages that carry a range answer.
 fn assert_nested(ours: &RangeResponse, plain: &PlainRangeResponse) {
     let mut framed = Vec::new();
