@@ -24,7 +24,7 @@ use crate::rpc_metrics::Call;
 use crate::server::{Router, SERVICES};
 use crate::status::in_etcds_words;
 use crate::throttle::{OpenCount, TenantUse};
-use crate::wire::RestOfMessage;
+use crate::wire::{RestOfMessage, TakesRest};
 
 /// One request while it is being answered: open on its connection, and counted as a call if its method exists.
 pub struct Running {
@@ -76,6 +76,7 @@ where
     // As etcd does, only who sends gzip is answered in gzip: everybody says that they understand it.
     if request.headers().get(GRPC_ENCODING).is_none_or(|encoding| encoding != "gzip") {
         request.headers_mut().remove(GRPC_ACCEPT_ENCODING);
+        request.extensions_mut().insert(TakesRest);
     }
     let uri = request.uri().clone();
     let content_type = request.headers().get(header::CONTENT_TYPE).cloned();
@@ -215,7 +216,7 @@ fn unknown_method(path: &str) -> Status {
 /// room for a byte, so a larger one would lie in its buffer, uncounted, until a client that may never read has read it.
 const PIECE_BYTES: usize = 64 << 10;
 
-/// The last piece of a larger frame: with the room for its first byte the connection takes all of it, and the trailers behind it, and the
+/// The last piece of a larger frame, or part: with the room for its first byte the connection takes all of it, and the trailers behind it, and the
 /// request is over here, whenever its client reads that. So this much of an answer is not counted, and no more.
 const LAST_PIECE_BYTES: usize = 1 << 10;
 
@@ -246,7 +247,7 @@ impl PiecewiseBody {
         }
     }
 
-    /// Begins to hand out a frame of the body.
+    /// Begins to hand out a frame of the body: the first is the whole of a message, if more of that is behind it.
     fn take_frame(&mut self, mut data: Bytes) {
         if self.framing.is_new() && !self.behind.is_empty() {
             data = longer(&data, self.behind.iter().map(Bytes::len).sum());
@@ -276,7 +277,7 @@ impl http_body::Body for PiecewiseBody {
     type Error = Status;
 
     fn poll_frame(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
-        if self.rest.is_empty()
+        while self.rest.is_empty()
             && !self.framing.is_new()
             && let Some(part) = self.behind.pop_front()
         {
@@ -288,6 +289,7 @@ impl http_body::Body for PiecewiseBody {
                 Poll::Pending if self.is_overdue(context) => {
                     self.deadline = None;
                     self.body = Body::empty();
+                    self.behind.clear();
                     let mut trailers = HeaderMap::new();
                     let status = deadline_exceeded();
                     self.running.end(status.code());
@@ -302,6 +304,7 @@ impl http_body::Body for PiecewiseBody {
                 Err(trailers) => {
                     let status = trailers.trailers_ref().and_then(Status::from_header_map);
                     self.running.end(status.map_or(Code::Unknown, |status| status.code()));
+                    self.behind.clear();
                     return Poll::Ready(Some(Ok(trailers)));
                 }
             }
@@ -321,6 +324,7 @@ impl http_body::Body for PiecewiseBody {
 
 /// The frame of a message that goes on behind it for so many bytes.
 fn longer(frame: &[u8], behind_bytes: usize) -> Bytes {
+    assert_eq!(frame.first(), Some(&0), "only what is not compressed goes on behind its frame");
     let mut frame = BytesMut::from(frame);
     let message_bytes = frame.len() - PREFIX_BYTES + behind_bytes;
     let message_bytes = u32::try_from(message_bytes).expect("the rest of a message is shorter than a frame can say");

@@ -7,9 +7,10 @@
 //! These types stand in for the generated ones (see `build.rs`), so they are protobuf messages like any other and may be
 //! part of another message: a [`RangeResponse`] inside a txn's, a [`StoredKeyValue`] as `prev_kv`.
 //!
-//! Memory of a large range: the rope grows in chunks, and nothing is moved when it grows. The chunks of a Range's own answer leave as they are
-//! ([`RangeResponse::take_large`]): the gate puts them behind what gRPC's codec has made of the rest. Elsewhere [`RangeResponse::encode_draining`] gives each chunk
-//! back as soon as it is copied into the buffer that goes out. So a response is in memory once, and one chunk twice at most.
+//! Memory of a large range: the rope grows in chunks, and nothing is moved when it grows. The chunks of a Range's answer leave as they are
+//! ([`RangeResponse::take_large`]): the gate puts them behind what gRPC's codec has made of the rest. Where they cannot, because the answer is
+//! compressed, [`RangeResponse::encode_draining`] gives each chunk back as soon as it is copied into the buffer that goes out. So the answer is
+//! in memory once, and one chunk twice at most. Inside another message, of a txn or a stream, a range is copied whole; both are bounded.
 //!
 //! Left out: reading an answer back is possible (prost asks for it, tests use it) but copies and is not fast.
 
@@ -24,13 +25,14 @@ use crate::proto::etcdserverpb::ResponseHeader;
 /// Smallest chunk of a rope in bytes: a point read of a small object makes one allocation of this size.
 const CHUNK_BYTES_MIN: usize = 1 << 10;
 
-/// Largest chunk of a rope in bytes, unless a single entry is larger: what a draining encoder holds twice.
+/// Largest chunk of a rope in bytes, unless a single entry is larger: what a draining encoder holds twice, and what a piece that a client does not
+/// read keeps.
 const CHUNK_BYTES_MAX: usize = 1 << 20;
 
-/// From how many bytes on keys are not copied on their way out; less goes as quickly in one piece.
-const LARGE_BYTES: usize = 64 << 10;
+/// From how many bytes on keys are not copied on their way out. Of less a copy costs little, and the chunks are many.
+const LARGE_BYTES: usize = 256 << 10;
 
-/// And below how many: what gRPC's frames have no length for is left to its codec to refuse.
+/// And below how many. What gRPC's frames have no length for, twice as much, is its codec's to refuse.
 const LARGE_BYTES_MAX: usize = 2 << 30;
 
 const RANGE_HEADER: u32 = 1;
@@ -145,7 +147,9 @@ impl KvRope {
         if last.is_none_or(|last| last.capacity() - last.len() < needed) {
             // Doubling what is there keeps the number of chunks small without reserving much for small answers.
             let usual = self.bytes.clamp(CHUNK_BYTES_MIN, CHUNK_BYTES_MAX);
-            self.chunks.push(Vec::with_capacity(usual.max(needed)));
+            // What is not small beside it would leave much of it empty.
+            let bytes = if needed > usual / 4 { needed.max(CHUNK_BYTES_MIN) } else { usual };
+            self.chunks.push(Vec::with_capacity(bytes));
         }
         self.chunks.last_mut().expect("one was just pushed, if none was there")
     }
@@ -214,9 +218,14 @@ impl<'a> Iterator for Frames<'a> {
     }
 }
 
-/// The encoded end of a message that is too large to be copied, in pieces. Goes with the response that has the beginning, in its extensions.
+/// The encoded end of the one message of an answer that is too large to be copied, in parts. Goes with the response that has the beginning, in its
+/// extensions.
 #[derive(Clone, Debug)]
-pub struct RestOfMessage(pub Vec<Bytes>);
+pub(crate) struct RestOfMessage(pub(crate) Vec<Bytes>);
+
+/// In a request's extensions: the answer is not compressed, and a [`RestOfMessage`] is put where it belongs.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct TakesRest;
 
 /// `etcdserverpb.RangeResponse`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
@@ -235,16 +244,19 @@ impl RangeResponse {
         self.encode_after_kvs(buf);
     }
 
-    /// Takes out what follows the header, if that is much, so that it need not be copied. What is left is no message of its own any more: the rest belongs
-    /// right behind its encoding.
-    pub fn take_large(&mut self) -> Option<RestOfMessage> {
+    /// Takes out what follows the header, if that is much, so that it need not be copied. What is left is no message of its own any more: the rest
+    /// belongs right behind its encoding. Only for whoever is answered through somebody that [`TakesRest`].
+    pub(crate) fn take_large(&mut self) -> Option<RestOfMessage> {
         if !(LARGE_BYTES..LARGE_BYTES_MAX).contains(&self.kvs.len_bytes()) {
             return None;
         }
         let mut behind = Vec::new();
         self.encode_after_kvs(&mut behind);
         (self.more, self.count) = (false, 0);
-        let chunks = std::mem::take(&mut self.kvs).chunks.into_iter().map(Bytes::from);
+        let mut chunks = std::mem::take(&mut self.kvs).chunks;
+        // Others are nearly full; this may wait for its client for long.
+        chunks.last_mut().into_iter().for_each(Vec::shrink_to_fit);
+        let chunks = chunks.into_iter().map(Bytes::from);
         let rest: Vec<Bytes> = chunks.chain((!behind.is_empty()).then(|| Bytes::from(behind))).collect();
         Some(RestOfMessage(rest))
     }

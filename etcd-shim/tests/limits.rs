@@ -28,6 +28,7 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 use tonic::client::Grpc;
+use tonic::codec::CompressionEncoding;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Request, Status, Streaming};
 
@@ -680,16 +681,25 @@ async fn a_large_answer_arrives_whole() {
     let mut expected: Vec<Vec<u8>> = Vec::new();
     for number in 0..120u8 {
         let key = format!("k{number:03}");
-        acme.put(&key, &vec![number; 900 + 13 * usize::from(number)]).await.unwrap();
+        acme.put(&key, &vec![number; 100 * usize::from(number)]).await.unwrap();
         let one = pb::RangeRequest { key: key.into(), ..Default::default() };
         expected.extend(acme.call(one).await.unwrap().kvs.iter().map(<[u8]>::to_vec));
     }
-    for limit in [0, 1, 30, 50, 55, 60, 119, 120] {
-        let answer = acme.call(pb::RangeRequest { limit, ..everything_from("k") }).await.unwrap();
-        let keys = if limit == 0 { expected.len() } else { usize::try_from(limit).unwrap() };
-        assert!(answer.kvs.iter().eq(expected[..keys].iter()), "limit {limit}");
-        assert_eq!((answer.more, answer.count), (keys < expected.len(), 120), "limit {limit}");
-        assert_eq!(answer.header.map(|header| header.revision), Some(121));
+    // One that fills several of the largest chunks, and one that is larger than any.
+    for (key, bytes) in [("l", 1_200_000), ("m", 700_000), ("n", 300_000), ("o", 1_100_000)] {
+        acme.put(key, &vec![b'v'; bytes]).await.unwrap();
+        expected.extend(acme.range(key).await.unwrap().kvs.iter().map(<[u8]>::to_vec));
+    }
+    // Whose answers are compressed gets them from gRPC's codec.
+    let gzip = acme.0.clone().send_compressed(CompressionEncoding::Gzip).accept_compressed(CompressionEncoding::Gzip);
+    for caller in [&acme, &Caller(gzip)] {
+        for limit in [1, 30, 71, 72, 73, 74, 119, 120, 121, 122, 123, 124, 0] {
+            let answer = caller.call(pb::RangeRequest { limit, ..everything_from("k") }).await.unwrap();
+            let keys = if limit == 0 { expected.len() } else { usize::try_from(limit).unwrap() };
+            assert!(answer.kvs.iter().eq(expected[..keys].iter()), "limit {limit}");
+            assert_eq!((answer.more, answer.count), (keys < expected.len(), 124), "limit {limit}");
+            assert_eq!(answer.header.map(|header| header.revision), Some(125));
+        }
     }
     play.end().await;
 }

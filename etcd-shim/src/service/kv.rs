@@ -26,7 +26,7 @@ use crate::proto::etcdserverpb::{
 };
 use crate::service::{Context, answer, header, with_permit, write};
 use crate::status::mismatched_reply;
-use crate::wire::RangeResponse;
+use crate::wire::{RangeResponse, TakesRest};
 
 /// The KV service.
 #[derive(Clone)]
@@ -92,6 +92,7 @@ impl Kv for KvService {
             true => self.context.tenant_of_any(&request)?,
             false => self.context.tenant_of(&request)?,
         };
+        let takes_rest = request.extensions().get::<TakesRest>().is_some();
         let request = request.into_inner();
         check::range(&request)?;
         if request.range_end.is_empty() {
@@ -104,7 +105,7 @@ impl Kv for KvService {
         let read = read_range(&self.context.in_flight, &tenant, request, Counting::Exact).await?;
         let header = header(&tenant, read.summary.revision);
         let mut message = to_proto::range(Some(header), read.kvs, read.summary.more, read.summary.count);
-        let rest = message.take_large();
+        let rest = if takes_rest { message.take_large() } else { None };
         let mut response = with_permit(message, read.reservation);
         if let Some(rest) = rest {
             response.extensions_mut().insert(rest);
