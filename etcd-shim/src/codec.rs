@@ -1,8 +1,8 @@
 //! Messages to and from gRPC frames.
 //!
 //! Differs from tonic's own prost codec in three points: the buffer of an answer is allocated once, at its exact size; a
-//! range answer whose keys do not leave as they are is consumed while it is written (see [`crate::wire`]); and a request that is not protobuf is refused in
-//! the words of etcd's gRPC library.
+//! range answer whose keys do not leave as they are is consumed while it is written (see [`crate::wire`]); and a request
+//! that is not protobuf is refused in the words of etcd's gRPC library.
 //!
 //! Nesting of a request is bounded by prost at 100 messages, which is 50 nested txns.
 

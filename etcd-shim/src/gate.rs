@@ -327,7 +327,8 @@ fn longer(frame: &[u8], behind_bytes: usize) -> Bytes {
     assert_eq!(frame.first(), Some(&0), "only what is not compressed goes on behind its frame");
     let mut frame = BytesMut::from(frame);
     let message_bytes = frame.len() - PREFIX_BYTES + behind_bytes;
-    let message_bytes = u32::try_from(message_bytes).expect("the rest of a message is shorter than a frame can say");
+    let message_bytes =
+        u32::try_from(message_bytes).expect("what `take_large` takes is at most half of what a frame can say");
     frame[1..PREFIX_BYTES].copy_from_slice(&message_bytes.to_be_bytes());
     frame.freeze()
 }
