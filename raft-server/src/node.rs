@@ -37,7 +37,7 @@ use crate::forward::{Intakes, Sending};
 use crate::log::{Conf, Log, LogWrite, Position, RaftStorage};
 use crate::pending::Pending;
 use crate::proposals::Waiter;
-use crate::read_index::{Role, is_question};
+use crate::read_index::Role;
 use crate::shared::{Leadership, Progress, Shared, read_message};
 use crate::snapshot::{self, SnapshotOffer};
 use crate::transport::{Message, PeerMessage, Transport};
@@ -335,10 +335,6 @@ impl<R: Send + 'static> Node<R> {
                     let members = reads.confirm(name, index);
                     drop(reads);
                     self.answer_read_requests(members, index);
-                }
-                if is_question(&message) {
-                    // Raft would send what the member may not have yet, if only an empty message, for each of them.
-                    return;
                 }
             }
             MessageType::MsgSnapshot => return self.on_offer(message),
